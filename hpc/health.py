@@ -1,0 +1,89 @@
+"""Guards of a long run: hang watchdog, limit on non-finite steps, report of stragglers."""
+
+import faulthandler
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc.config import volatile
+from hpc.errors import HANG, Diverged
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    hang_minutes: float = volatile(5.0)  # a step may take this long, or ten times the median, whichever is more
+    max_skipped: int = volatile(20)  # non-finite steps in a row before giving up
+    join_seconds: float = volatile(300.0)
+
+    def __post_init__(self):
+        if self.hang_minutes <= 0 or self.max_skipped < 1 or self.join_seconds <= 0:
+            raise ValueError("hang_minutes, max_skipped and join_seconds must be above 0")
+
+
+class Watchdog:
+    """Ends the process with exit code 76 and every thread's stack when no beat comes in time."""
+
+    def __init__(self, folder: Path, rank: int, floor_s: float):
+        self.path, self.floor_s = folder / f"stacks-{rank}.txt", floor_s
+        self.last, self.times, self.closed = time.monotonic(), deque(maxlen=100), threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def beat(self, counted: bool = True) -> None:
+        """counted=False: evaluation or a save, no typical step."""
+        now = time.monotonic()
+        if counted:
+            self.times.append(now - self.last)
+        self.last = now
+
+    def limit(self) -> float:
+        return max(self.floor_s, 10 * statistics.median(self.times) if self.times else 0.0)
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(min(5.0, self.floor_s / 4)):
+            waited = time.monotonic() - self.last
+            if waited > self.limit():
+                message = f"rank hung on {socket.gethostname()}: no step for {waited:.0f} s; stacks in {self.path}"
+                print(message, file=sys.stderr, flush=True)
+                with open(self.path, "w") as file:
+                    file.write(message + "\n")
+                    faulthandler.dump_traceback(file, all_threads=True)
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                os._exit(HANG)
+
+
+def check_skipped(skipped_in_a_row: int, config: HealthConfig) -> None:
+    if skipped_in_a_row >= config.max_skipped:
+        raise Diverged(
+            f"{skipped_in_a_row} steps in a row had a non-finite loss or gradient. Lower the learning rate, lengthen the "
+            "warm-up, or use precision=fp32; the last good checkpoint is kept."
+        )
+
+
+def straggler(step_seconds: list[float], hosts: list[str]) -> dict[str, float] | None:
+    """How far the slowest rank's own work (without waiting) is above the median; None below 1.5 ×."""
+    median = statistics.median(step_seconds)
+    worst = max(range(len(step_seconds)), key=step_seconds.__getitem__)
+    if len(step_seconds) > 1 and step_seconds[worst] > 1.5 * median:
+        return {"rank": worst, "host": hosts[worst], "ratio": step_seconds[worst] / max(median, 1e-9)}
+    return None
+
+
+def exit_with_parent() -> None:
+    """A rank must not outlive the process that started it: an orphan would hold the stage's lock."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()

@@ -1,0 +1,164 @@
+"""WebDataset shards: deterministic writing with an index, and reading under a plan with every checksum verified.
+
+A shard is a plain tar. Beside it `<shard>.index.safetensors` holds offset, size and crc32 of each member as [S, M]
+(S samples, M members of a sample in the order they lie), so that a sample is one positioned read and a cut or altered
+shard is never silent. The plan's reader is the source of an ordinary webdataset pipeline.
+"""
+
+import io
+import os
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import torch.utils.data
+import webdataset as wds
+from safetensors.numpy import load_file, save
+
+from hpc.plan import Plan, sample_seed, share, split
+from hpc.rundir import atomic_write
+
+os.environ.setdefault("WDS_SECURE", "1")  # no pickles, no shell: shards are untrusted
+SUFFIXES = {"jpg", "png", "json"}
+BLOCK = 512
+
+
+class BadSample(Exception):
+    """A sample whose bytes are missing, changed or not decodable."""
+
+
+def write_shard(path: Path, samples: Iterable[dict]) -> int:
+    """Writes {"__key__": str, "<suffix>": bytes, …} as a tar and its index; same samples, same bytes. Returns the count."""
+    buffer = io.BytesIO()
+    with wds.TarWriter(buffer, user="lesiongen", group="lesiongen", mtime=0.0, encoder=False) as writer:
+        number = sum(1 for sample in samples if writer.write(sample))
+    content = buffer.getvalue()
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        members = [(m.offset_data, m.size, zlib.crc32(content[m.offset_data : m.offset_data + m.size])) for m in tar]
+    table = np.array(members, dtype=np.int64).reshape(number, -1, 3)
+    index = {name: np.ascontiguousarray(table[..., i]) for i, name in enumerate(("offset", "size", "crc32"))}
+    atomic_write(index_path(path), save(index))
+    atomic_write(path, content)
+    return number
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".index.safetensors")
+
+
+class ShardReader:
+    """Random access to the samples of finished shards. Not shared between processes; keeps at most 32 shards open."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.paths = [folder / name for name in names]
+        self.open: OrderedDict[int, tuple[int, dict]] = OrderedDict()
+
+    def read(self, shard: int, ordinal: int) -> dict:
+        """{"__key__", "<suffix>": bytes, …}. Raises BadSample for missing, cut, altered or foreign members."""
+        fd, index = self._shard(shard)
+        where = f"{self.paths[shard].name}[{ordinal}]"
+        sample = {}
+        for offset, size, crc in zip(index["offset"][ordinal], index["size"][ordinal], index["crc32"][ordinal], strict=True):
+            data = os.pread(fd, BLOCK + int(size), int(offset) - BLOCK)
+            content = data[BLOCK:]
+            if len(content) != size or zlib.crc32(content) != crc:
+                raise BadSample(f"{where}: bytes differ from the index")
+            key, _, suffix = data[:100].rstrip(b"\0").decode(errors="replace").partition(".")
+            if suffix not in SUFFIXES or sample.setdefault("__key__", key) != key:
+                raise BadSample(f"{where}: member '{key}.{suffix}' does not belong here")
+            sample[suffix] = content
+        return sample
+
+    def _shard(self, shard: int) -> tuple[int, dict]:
+        if shard not in self.open:
+            path = self.paths[shard]
+            try:
+                entry = (os.open(path, os.O_RDONLY), load_file(index_path(path)))
+            except Exception as error:
+                raise BadSample(f"{path.name} cannot be opened: {error}") from None
+            self.open[shard] = entry
+            if len(self.open) > 32:
+                os.close(self.open.popitem(last=False)[1][0])
+        self.open.move_to_end(shard)
+        return self.open[shard]
+
+    def __getstate__(self):  # file descriptors stay behind when a worker starts
+        return {"paths": self.paths, "open": OrderedDict()}
+
+
+class Source(torch.utils.data.IterableDataset):
+    """Yields raw samples in the order of the plan: each worker takes whole batches, in turn.
+
+    batches: function that returns an iterator over lists of (position, slot)
+    """
+
+    def __init__(self, reader: ShardReader, plan: Plan, batches: Callable[[], Iterator[list[tuple[int, int]]]]):
+        self.reader, self.plan, self.batches = reader, plan, batches
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for batch in islice(self.batches(), first, None, step):
+            for position, slot in batch:
+                yield {"position": position, "slot": slot, **self.fetch(position)}
+
+    def fetch(self, position: int) -> dict:
+        shard, ordinal = self.plan.sample(position)
+        try:
+            return {"shard": shard, "ordinal": ordinal, **self.reader.read(shard, ordinal)}
+        except BadSample as error:
+            return {"error": str(error)}
+
+    def decoded(self, decode: Callable[[dict], dict]) -> Callable[[dict], dict]:
+        """A map that replaces a bad sample by a deterministic other one, and says so in "bad"."""
+
+        def attempt(raw: dict) -> dict:
+            bad = []
+            for n in range(100):
+                try:
+                    if "error" in raw:
+                        raise BadSample(raw["error"])
+                    return {**decode(raw), "bad": bad}
+                except BadSample as error:
+                    bad.append({"position": raw["position"], "error": str(error)})
+                    other = sample_seed(n, raw["position"]) % self.plan.size
+                    raw = {"position": raw["position"], "slot": raw["slot"], **self.fetch(other)}
+            raise RuntimeError(f"100 replacements in a row could not be read; the last: {bad[-1]['error']}")
+
+        return attempt
+
+
+def loader(source: Source, decode, collate, batch: int, workers: int) -> Iterator:
+    """The webdataset pipeline: plan's source → decode → batch; `workers` processes, none for 0."""
+    pipeline = wds.DataPipeline(
+        source, wds.map(source.decoded(decode)), wds.batched(batch, collation_fn=collate, partial=True)
+    )
+    extra = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
+    return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **extra))
+
+
+def training_batches(start: int, batch: int, micro: int, rank: int, world: int):
+    """This rank's micro-batches of (position, slot) from global position `start`, a multiple of the batch, for ever."""
+
+    def batches():
+        slots = share(batch, rank, world)
+        for step in count(start // batch):
+            for first in range(slots.start, slots.stop, micro):
+                yield [(step * batch + slot, slot) for slot in range(first, first + micro)]
+
+    return batches
+
+
+def evaluation_batches(size: int, micro: int, rank: int, world: int):
+    """This rank's contiguous share of `size` samples, once, in batches of `micro`; the last may be smaller."""
+
+    def batches():
+        part = split(size, rank, world)
+        for first in range(part.start, part.stop, micro):
+            yield [(i, i - first) for i in range(first, min(first + micro, part.stop))]
+
+    return batches
