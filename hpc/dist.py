@@ -165,3 +165,11 @@ def leader_does(function, *arguments):
         raise UserError(value)
     return value
 
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,44 +1,32 @@
 """Phantom lesions for demos and tests: dermoscopy-like pictures that this file draws itself.
 
-Seven classes under HAM10000's names. Each keeps the textbook's leading sign (network, veil, arborising vessels, milia,
-scale, central scar, lagoons) strongly enough that it survives at 64 px, and little detail that a small VQ-VAE would lose.
-They are drawings, of no use in medicine: no figure measured on them says anything about real lesions.
+Seven classes under HAM10000's names, each with its textbook sign drawn strongly enough to survive at 64 px. They are
+drawings: no figure measured on them says anything about real lesions.
 
-Lesion coordinates (u, v): the lesion is centred on (0, 0), the picture's half width at zoom 1 is 1. Everything that
-belongs to the lesion is a function of (u, v), so that another view or another size shows the same lesion.
-
-Shapes: u, v, d and masks are [S,S] float32; pictures rgb_HWC are [S,S,3] float32 in 0..255; S = size in pixels.
+u, v are lesion coordinates: centre (0, 0), a picture's half width at zoom 1 is 1. What belongs to the lesion is a function
+of (u, v) alone, so that another view or size shows the same lesion. S is the size in pixels: u, v, masks and d (distance
+from the centre, 1 on the border) are [S,S]; rgb is [S,S,3] in 0..255; skin and other colours are [3].
 """
 
 import csv
 import io
 import os
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 LABELS = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
-
 # Fitzpatrick I to V as a dermatoscope's white light shows them: pinker and brighter than in daylight.
 SKIN = np.array([[238, 203, 194], [229, 187, 172], [214, 167, 146], [190, 140, 116], [158, 110, 88]], np.float32)
 SKIN_SHARE = (0.22, 0.3, 0.25, 0.14, 0.09)
-
-COLUMNS = ("lesion_id", "image_id", "dx", "age", "sex", "localization", "copyright_license", "attribution")
-MEAN_AGE = dict(akiec=66, bcc=67, bkl=64, df=52, mel=61, nv=46, vasc=51)  # years, roughly HAM10000's
+MEAN_AGE = {"akiec": 66, "bcc": 67, "bkl": 64, "df": 52, "mel": 61, "nv": 46, "vasc": 51}  # about as in HAM10000
 SITES = ("back", "lower extremity", "trunk", "upper extremity", "abdomen", "face", "chest", "foot", "neck", "scalp")
-VIEWS_SHARE = (0.3, 0.4, 0.3)  # of lesions with 1, 2, 3 views
 
 
-@dataclass(frozen=True)
-class Frame:
-    """Where a view's pixels lie on the lesion: u, v [S,S]; and the way back, for what is drawn as lines."""
-
-    u: np.ndarray
-    v: np.ndarray
-    turn: np.ndarray  # [2,2] lesion → view, zoom included
-    shift: np.ndarray  # [2], in half widths
+# Where a view's pixels lie on the lesion: u, v; and the way back for what is drawn as lines: turn [2,2] @ uv + shift [2]
+Frame = namedtuple("Frame", "u v turn shift")
 
 
 def draw(label: str, lesion: int, view: int, size: int = 96, seed: int = 0) -> np.ndarray:
@@ -53,63 +41,52 @@ def draw(label: str, lesion: int, view: int, size: int = 96, seed: int = 0) -> n
     if min(lesion, view, seed) < 0 or size < 16:
         raise ValueError(f"lesion, view and seed must be ≥ 0 and size ≥ 16 px, got {lesion}, {view}, {seed} and {size}")
     of_lesion = np.random.default_rng([seed, LABELS.index(label), lesion])
-    # view + 1: numpy takes [a, b] and [a, b, 0] for the same seed
-    of_view = np.random.default_rng([seed, LABELS.index(label), lesion, view + 1])
+    of_view = np.random.default_rng([seed, LABELS.index(label), lesion, view + 1])  # + 1: [a, b, 0] seeds like [a, b]
     frame = _frame(of_view, size)
-    skin = _skin(of_lesion)
-    rgb_HWC = np.broadcast_to(skin, (size, size, 3)) * (1 + 0.025 * _noise(of_lesion, frame, 2.5)[..., None])
-    rgb_HWC = PAINTERS[label](of_lesion, frame, rgb_HWC, skin)
-    rgb_HWC = _photograph(of_view, rgb_HWC)
-    return np.clip(rgb_HWC + 0.5, 0, 255).astype(np.uint8)
+    tone = of_lesion.choice(len(SKIN), p=SKIN_SHARE) + of_lesion.uniform(-0.4, 0.4)
+    skin = np.array([np.interp(tone, range(len(SKIN)), channel) for channel in SKIN.T], np.float32)
+    skin = skin * of_lesion.uniform(0.97, 1.03, 3).astype(np.float32)
+    rgb = np.broadcast_to(skin, (size, size, 3)) * (1 + 0.025 * _noise(of_lesion, frame, 2.5)[..., None])
+    rgb = _photograph(of_view, PAINTERS[label](of_lesion, frame, rgb, skin))
+    return np.clip(rgb + 0.5, 0, 255).astype(np.uint8)
 
 
 def write(folder: Path, lesions_per_class: int = 100, size: int = 96, seed: int = 0, progress: bool = True) -> Path:
     """Writes folder/images/<image_id>.jpg and then folder/metadata.csv (HAM10000's columns); returns the latter's path.
 
     1 to 3 views a lesion, 2 on average. Called again it gives the same bytes: whole images are kept, missing or cut ones
-    and those of another size are drawn. Images that an earlier call with more lesions left are not removed, but the
-    metadata does not name them. ValueError if lesions_per_class < 1, or as draw().
+    and those of another size are drawn. Nothing is removed. ValueError if lesions_per_class < 1, or as draw().
     """
     if lesions_per_class < 1:
         raise ValueError(f"lesions_per_class must be at least 1, got {lesions_per_class}")
-    folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "images").mkdir(parents=True, exist_ok=True)
     # class by class inside lesion by lesion, so that the head of the table holds every class
     jobs = [job for lesion in range(lesions_per_class) for label in LABELS for job in _rows(label, lesion, seed)]
-    todo = jobs
-    if progress:
-        from tqdm import tqdm
+    from tqdm import tqdm  # here, so that drawing needs numpy and Pillow only
 
-        todo = tqdm(jobs, desc="phantom lesions", unit="image")
-    for row, lesion, view in todo:
-        path = folder / "images" / f"{row['image_id']}.jpg"
+    for row, lesion, view in tqdm(jobs, desc="phantom lesions", unit="image", disable=not progress):
+        path = Path(folder) / "images" / f"{row['image_id']}.jpg"
         if not _is_whole(path, size):
             jpeg = io.BytesIO()
             Image.fromarray(draw(row["dx"], lesion, view, size, seed)).save(jpeg, "JPEG", quality=95)
             _replace(path, jpeg.getvalue())
     table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(table, jobs[0][0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(row for row, _, _ in jobs)
-    _replace(folder / "metadata.csv", table.getvalue().encode())
-    return folder / "metadata.csv"
+    return _replace(Path(folder) / "metadata.csv", table.getvalue().encode())
 
 
 def _rows(label: str, lesion: int, seed: int) -> list[tuple[dict, int, int]]:
     """Metadata of one lesion's images: (row, lesion, view). Missing values are written as HAM10000 writes them."""
     rng = np.random.default_rng([seed, LABELS.index(label), lesion, 0, 1])
-    age = 5 * round(float(np.clip(rng.normal(MEAN_AGE[label], 15), 5, 85)) / 5)
-    row = {
-        "lesion_id": f"PHANTOM{seed}_{label}_{lesion:05d}",
-        "dx": label,
-        "age": "" if rng.random() < 0.05 else f"{age}.0",
-        "sex": str(rng.choice(("male", "female", "unknown"), p=(0.53, 0.44, 0.03))),
-        "localization": "unknown" if rng.random() < 0.05 else str(rng.choice(SITES)),
-        "copyright_license": "CC-0",
-        "attribution": "lesiongen phantom",
-    }
-    views = 1 + int(rng.choice(3, p=VIEWS_SHARE))
-    return [({**row, "image_id": f"{row['lesion_id']}_{view}"}, lesion, view) for view in range(views)]
+    name, age = f"PHANTOM{seed}_{label}_{lesion:05d}", 5 * round(np.clip(rng.normal(MEAN_AGE[label], 15), 5, 85) / 5)
+    row = {"lesion_id": name, "image_id": name, "dx": label, "age": "" if rng.random() < 0.05 else f"{age}.0"}
+    row["sex"] = rng.choice(("male", "female", "unknown"), p=(0.53, 0.44, 0.03))
+    row["localization"] = "unknown" if rng.random() < 0.05 else rng.choice(SITES)
+    row |= {"copyright_license": "CC-0", "attribution": "lesiongen phantom"}
+    views = 1 + rng.choice(3, p=(0.3, 0.4, 0.3))
+    return [(row | {"image_id": f"{name}_{view}"}, lesion, view) for view in range(views)]
 
 
 def _is_whole(path: Path, size: int) -> bool:
@@ -121,14 +98,11 @@ def _is_whole(path: Path, size: int) -> bool:
         return False
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, data: bytes) -> Path:
     """The file appears whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     partial.write_bytes(data)
-    os.replace(partial, path)
-
-
-# --- what the pictures are made of ---------------------------------------------------------------------------------
+    return partial.replace(path)
 
 
 def _frame(rng, size: int) -> Frame:
@@ -136,26 +110,16 @@ def _frame(rng, size: int) -> Frame:
     turn = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     shift = rng.uniform(-0.12, 0.12, 2)
     axis = (np.arange(size) + 0.5) * 2 / size - 1
-    back = np.linalg.inv(turn)
-    x, y = axis[None, :] - shift[0], axis[:, None] - shift[1]
-    u, v = back[0, 0] * x + back[0, 1] * y, back[1, 0] * x + back[1, 1] * y
-    return Frame(u.astype(np.float32), v.astype(np.float32), turn, shift)
-
-
-def _skin(rng) -> np.ndarray:
-    """[3]: a Fitzpatrick tone, a little off."""
-    tone = rng.choice(len(SKIN), p=SKIN_SHARE) + rng.uniform(-0.4, 0.4)
-    channels = [np.interp(tone, np.arange(len(SKIN)), SKIN[:, c]) for c in range(3)]
-    return (np.array(channels) * rng.uniform(0.97, 1.03, 3)).astype(np.float32)
+    xy = np.stack(np.meshgrid(axis, axis)) - shift[:, None, None]
+    return Frame(*np.tensordot(np.linalg.inv(turn), xy, 1).astype(np.float32), turn, shift)
 
 
 def _noise(rng, frame: Frame, frequency: float) -> np.ndarray:
     """[S,S] value noise in -1..1, `frequency` cells per half width: a small random field, smoothly interpolated."""
-    field = rng.uniform(-1, 1, (16, 16)).astype(np.float32)
+    field = rng.uniform(-1, 1, (16, 16)).astype(np.float32)  # periodic
     x, y = frame.u * np.float32(frequency) + 64.5, frame.v * np.float32(frequency) + 64.5
     i, j = x.astype(np.int32), y.astype(np.int32)
-    x, y = x - i, y - j
-    x, y = x * x * (3 - 2 * x), y * y * (3 - 2 * y)
+    x, y = (t * t * (3 - 2 * t) for t in (x - i, y - j))
     i, j, k, m = i & 15, j & 15, (i + 1) & 15, (j + 1) & 15
     above = field[j, i] * (1 - x) + field[j, k] * x
     below = field[m, i] * (1 - x) + field[m, k] * x
@@ -163,13 +127,9 @@ def _noise(rng, frame: Frame, frequency: float) -> np.ndarray:
 
 
 def _outline(rng, frame: Frame, radius: float, stretch: float, wobble: float, waves=range(2, 6)) -> np.ndarray:
-    """[S,S] distance from the centre over the border's distance in that direction: 1 on the border, < 1 inside.
-
-    An ellipse of mean radius `radius` and axes' ratio `stretch`, its radius changed by harmonics of size `wobble`.
-    """
+    """[S,S] d of an ellipse of mean radius `radius` and axes' ratio `stretch`, bent by harmonics of size `wobble`."""
     u, v = frame.u * stretch**0.5, frame.v / stretch**0.5
-    angle = np.arctan2(v, u)
-    border = np.ones_like(u)
+    angle, border = np.arctan2(v, u), np.ones_like(u)
     for wave in waves:
         border += wobble * rng.uniform(0.5, 1) * (2 / wave) ** 0.5 * np.cos(wave * angle + rng.uniform(0, 2 * np.pi))
     return np.hypot(u, v) / (radius * np.maximum(border, 0.3))
@@ -183,8 +143,7 @@ def _inside(d: np.ndarray, soft: float) -> np.ndarray:
 def _dots(rng, frame: Frame, count: int, reach: float, sizes: tuple[float, float], soft: float) -> np.ndarray:
     """[S,S] union of `count` ovoid dots, spread evenly (golden angle, jittered) over a disc of radius `reach`."""
     mask, start = np.zeros_like(frame.u), rng.uniform(0, 2 * np.pi)
-    # bent coordinates, or the dots look stamped
-    u, v = frame.u + 0.06 * _noise(rng, frame, 5), frame.v + 0.06 * _noise(rng, frame, 5)
+    u, v = (x + 0.06 * _noise(rng, frame, 5) for x in (frame.u, frame.v))  # bent, or the dots look stamped
     for n in range(count):
         angle = start + 2.4 * n + rng.uniform(-0.4, 0.4)
         away = reach * ((n + 0.5) / count) ** 0.5 * rng.uniform(0.85, 1.1)
@@ -193,13 +152,11 @@ def _dots(rng, frame: Frame, count: int, reach: float, sizes: tuple[float, float
     return mask
 
 
-def _network(frame: Frame, warp: np.ndarray, frequency: float) -> np.ndarray:
-    """[S,S] honeycomb in about -0.5..1 (light holes high): three plane waves at 60°, bent by `warp`."""
-    waves = [
-        np.cos(2 * np.pi * (frequency * (frame.u * np.cos(a) + frame.v * np.sin(a)) + 0.35 * warp))
-        for a in (0, np.pi / 3, 2 * np.pi / 3)
-    ]
-    return sum(waves) / 3
+def _network(rng, frame: Frame, frequency: float) -> np.ndarray:
+    """[S,S] honeycomb in -0.5..1 (holes high): three plane waves at 60°, bent."""
+    waves = [(np.cos(a) * frame.u + np.sin(a) * frame.v) * frequency for a in (0, np.pi / 3, 2 * np.pi / 3)]
+    warp = 0.35 * _noise(rng, frame, 3)
+    return sum(np.cos(np.float32(2 * np.pi) * (wave + warp)) for wave in waves) / 3
 
 
 def _strokes(lines: list[tuple[np.ndarray, float]], size: int) -> np.ndarray:
@@ -207,35 +164,25 @@ def _strokes(lines: list[tuple[np.ndarray, float]], size: int) -> np.ndarray:
     canvas = Image.new("L", (4 * size, 4 * size))
     pen = ImageDraw.Draw(canvas)
     for points_N2, width in lines:
-        pen.line([tuple(p) for p in ((points_N2 + 1) * 2 * size).tolist()], 255, max(1, round(width * 2 * size)), "curve")
+        pen.line(((points_N2 + 1) * 2 * size).ravel().tolist(), 255, max(1, round(width * 2 * size)), "curve")
     return np.asarray(canvas.reduce(4), np.float32) / 255
 
 
-def _mix(rgb_HWC: np.ndarray, colour, mask: np.ndarray) -> np.ndarray:
-    """Paints `colour` ([3] or [S,S,3]) over the picture as far as mask [S,S] goes."""
-    mask = mask[..., None]
-    return rgb_HWC * (1 - mask) + np.asarray(colour, np.float32) * mask
+def _mix(rgb: np.ndarray, colour, mask: np.ndarray) -> np.ndarray:
+    """Paints `colour` ([3] or [S,S,3]) over the picture as far as the mask goes."""
+    return rgb + (np.float32(colour) - rgb) * mask[..., None]
 
 
-def _pigment(rng, skin: np.ndarray, share) -> np.ndarray:
-    """[3]: the colour of skin of which melanin lets `share` per channel through, varied from lesion to lesion."""
-    return skin * np.asarray(share, np.float32) * rng.uniform(0.9, 1.1) * rng.uniform(0.97, 1.03, 3)
-
-
-def _tinted(rng, skin: np.ndarray, colour) -> np.ndarray:
-    """[3]: a colour that is not melanin's, a little darker in darker skin, varied from lesion to lesion."""
-    shade = (skin / SKIN[1]) ** 0.4
-    return np.asarray(colour, np.float32) * shade * rng.uniform(0.94, 1.06) * rng.uniform(0.97, 1.03, 3)
-
-
-# --- the seven classes: (rng of the lesion, frame, skin picture, skin colour) → picture -----------------------------
+def _ink(rng, skin: np.ndarray, colour, follow: float = 0.4) -> np.ndarray:
+    """[3]: `colour` as on skin type II, varied from lesion to lesion; melanin (follow=1) darkens with the skin."""
+    return np.float32(colour) * (skin / SKIN[1]) ** follow * rng.uniform(0.92, 1.08) * rng.uniform(0.97, 1.03, 3)
 
 
 def _nv(rng, frame, rgb, skin):
     """Naevus: round, regular, evenly brown, darker centre, faint network that thins out at the border."""
     d = _outline(rng, frame, rng.uniform(0.42, 0.58), rng.uniform(1, 1.2), 0.025)
-    body = _pigment(rng, skin, (0.64, 0.47, 0.36)) * (1 - 0.28 * np.exp(-((d / 0.55) ** 2)))[..., None]
-    net = _network(frame, _noise(rng, frame, 3), rng.uniform(4.2, 5))
+    body = _ink(rng, skin, (147, 88, 62), 1) * (1 - 0.28 * np.exp(-((d / 0.55) ** 2)))[..., None]
+    net = _network(rng, frame, rng.uniform(4.2, 5))
     return _mix(rgb, body * (1 + 0.13 * net * np.clip(1.15 - d, 0, 1))[..., None], 0.97 * _inside(d, 0.07))
 
 
@@ -244,41 +191,38 @@ def _mel(rng, frame, rgb, skin):
     d = _outline(rng, frame, rng.uniform(0.6, 0.75), rng.uniform(1.15, 1.5), 0.1, range(1, 6))
     d = d + 0.1 * _noise(rng, frame, 4) + 0.05 * _noise(rng, frame, 9)
     on, away = _inside(d, 0.06), rng.uniform(0, 2 * np.pi)  # colours lie to different sides: that is the asymmetry
-    rgb = _mix(rgb, _pigment(rng, skin, (0.56, 0.4, 0.33)), on)
+    rgb = _mix(rgb, _ink(rng, skin, (128, 75, 57), 1), on)
     side = frame.u * np.cos(away) + frame.v * np.sin(away)
     dark = _inside(0.85 + 1.2 * side + 0.7 * _noise(rng, frame, 2.5) + 0.3 * _noise(rng, frame, 6), 0.17)
-    rgb = _mix(rgb, _pigment(rng, skin, (0.2, 0.15, 0.15)), 0.93 * dark * on)
+    rgb = _mix(rgb, _ink(rng, skin, (46, 28, 26), 1), 0.93 * dark * on)
     red = np.hypot(frame.u - 0.33 * np.cos(away), frame.v - 0.33 * np.sin(away)) / rng.uniform(0.14, 0.22)
-    rgb = _mix(rgb, _tinted(rng, skin, (165, 84, 76)), 0.6 * _inside(red, 0.3) * on)
+    rgb = _mix(rgb, _ink(rng, skin, (165, 84, 76)), 0.6 * _inside(red, 0.3) * on)
     veil = np.hypot(frame.u - 0.22 * np.cos(away + 2.2), frame.v - 0.22 * np.sin(away + 2.2)) / rng.uniform(0.22, 0.3)
     veil = _inside(veil + 0.45 * _noise(rng, frame, 4), 0.2) * on
-    return _mix(rgb, _tinted(rng, skin, (128, 138, 162)), 0.8 * veil)
+    return _mix(rgb, _ink(rng, skin, (128, 138, 162)), 0.8 * veil)
 
 
 def _bcc(rng, frame, rgb, skin):
     """Basal cell carcinoma: pearly pink translucent nodule, blue-grey ovoid nests, branching fine red vessels."""
     radius = rng.uniform(0.55, 0.68)
     d = _outline(rng, frame, radius, rng.uniform(1, 1.25), 0.06)
-    pearl = _tinted(rng, skin, (232, 164, 172))
-    body = pearl * (1.06 - 0.18 * np.clip(d, 0, 1.2) ** 3 + 0.05 * _noise(rng, frame, 3))[..., None]
+    body = (
+        _ink(rng, skin, (232, 164, 172))
+        * (1.06 - 0.18 * np.clip(d, 0, 1.2) ** 3 + 0.05 * _noise(rng, frame, 3))[..., None]
+    )
     rgb = _mix(rgb, body, 0.92 * _inside(d, 0.08))
-    gloss = np.hypot(frame.u + 0.12, frame.v + 0.16) / (0.5 * radius)
-    rgb = _mix(rgb, (252, 232, 232), 0.5 * np.exp(-(gloss**2)))
+    rgb = _mix(rgb, (252, 232, 232), 0.5 * np.exp(-((frame.u + 0.12) ** 2 + (frame.v + 0.16) ** 2) / radius**2 * 4))
     nests = _dots(rng, frame, int(rng.integers(4, 7)), 0.85 * radius, (0.09, 0.18), 0.2)
-    rgb = _mix(rgb, _tinted(rng, skin, (92, 94, 120)), 0.85 * nests)
-    vessels, start = [], rng.uniform(0, 2 * np.pi)
-    for n in range(3):  # each enters at the border and forks twice
-        angle = start + n * 2.1 + rng.uniform(-0.3, 0.3)
-        ends = [(radius * np.array([np.cos(angle), np.sin(angle)]), angle + np.pi)]
-        for width, length in ((0.036, 0.45), (0.026, 0.35), (0.018, 0.25)):
-            grown = []
-            for point, heading in ends:
-                bend = heading + rng.uniform(-0.9, 0.9) * np.linspace(-0.5, 0.5, 6)
-                steps = np.stack([np.cos(bend), np.sin(bend)], 1) * radius * length / 5
-                path = np.concatenate([point[None], point + np.cumsum(steps, 0)])
-                vessels.append((path @ frame.turn.T + frame.shift, width))
-                grown += [(path[-1], bend[-1] + fork) for fork in (rng.uniform(0.3, 0.9), -rng.uniform(0.3, 0.9))]
-            ends = grown
+    rgb = _mix(rgb, _ink(rng, skin, (92, 94, 120)), 0.85 * nests)
+    vessels, trunks = [], rng.uniform(0, 2 * np.pi) + np.arange(3) * 2.1  # three enter at the border and fork twice
+    ends = [(radius * np.array([np.cos(a), np.sin(a)]), a + np.pi) for a in trunks]
+    for width, length in ((0.036, 0.45), (0.026, 0.35), (0.018, 0.25)):
+        roots, ends = ends, []
+        for root, heading in roots:
+            bend = heading + rng.uniform(-0.3, 0.3) + rng.uniform(-0.9, 0.9) * np.linspace(-0.5, 0.5, 6)
+            path = np.cumsum([root, *(radius * length / 5 * np.stack([np.cos(bend), np.sin(bend)], 1))], 0)
+            vessels.append((path @ frame.turn.T + frame.shift, width))
+            ends += [(path[-1], bend[-1] + fork) for fork in (rng.uniform(0.3, 0.9), -rng.uniform(0.3, 0.9))]
     return _mix(rgb, (188, 50, 60), 0.7 * _strokes(vessels, len(d)))
 
 
@@ -286,10 +230,10 @@ def _bkl(rng, frame, rgb, skin):
     """Seborrhoeic keratosis: stuck on, sharp notched border, waxy tan to grey-yellow, light milia, some dark openings."""
     radius = rng.uniform(0.55, 0.7)
     d = _outline(rng, frame, radius, rng.uniform(1.1, 1.4), 0.045, (2, 3, 5, 8, 11))
-    wax = _tinted(rng, skin, (178, 142, 96))
-    rgb = _mix(rgb, wax * np.float32(0.62), _inside(d, 0.025))  # the rim's shade: it stands above the skin
-    grey = np.clip(0.3 + 0.5 * _noise(rng, frame, 2.5), 0, 0.6)
-    body = _mix(wax * (1 + 0.12 * _noise(rng, frame, 4))[..., None], _tinted(rng, skin, (158, 148, 134)), grey)
+    rgb = _mix(rgb, _ink(rng, skin, (124, 84, 62)), _inside(d, 0.025))  # its rim throws a shade
+    tan, grey = _ink(rng, skin, (190, 150, 108)), _ink(rng, skin, (164, 150, 138))
+    body = _mix(np.broadcast_to(tan, rgb.shape), grey, np.clip(0.3 + 0.5 * _noise(rng, frame, 2.5), 0, 0.6))
+    body = body * (1 + 0.1 * _noise(rng, frame, 4))[..., None]
     rgb = _mix(rgb, body, _inside(d / 0.9, 0.05))
     on = _inside(d / 0.85, 0.05)
     rgb = _mix(rgb, (98, 70, 50), 0.75 * on * _dots(rng, frame, 5, 0.8 * radius, (0.03, 0.06), 0.25))
@@ -300,55 +244,55 @@ def _bkl(rng, frame, rgb, skin):
 def _akiec(rng, frame, rgb, skin):
     """Actinic keratosis, Bowen: ill-defined redness under whitish and yellowish scale."""
     d = _outline(rng, frame, rng.uniform(0.6, 0.75), rng.uniform(1, 1.35), 0.08) + 0.2 * _noise(rng, frame, 3)
-    red = _tinted(rng, skin, (206, 106, 96)) * (1 + 0.08 * _noise(rng, frame, 6))[..., None]
+    red = _ink(rng, skin, (206, 106, 96)) * (1 + 0.08 * _noise(rng, frame, 6))[..., None]
     rgb = _mix(rgb, red, 0.9 * _inside(d, 0.18))
     scale = np.clip(1.3 * (_noise(rng, frame, 4.5) + 0.6 * _noise(rng, frame, 9)), 0, 1) * _inside(d / 0.9, 0.12)
-    return _mix(rgb, _tinted(rng, skin, (246, 230, 206)), 0.9 * scale)
+    return _mix(rgb, _ink(rng, skin, (246, 230, 206)), 0.9 * scale)
 
 
 def _df(rng, frame, rgb, skin):
     """Dermatofibroma: pink to light brown ring with a delicate network, round a white scar."""
     d = _outline(rng, frame, rng.uniform(0.42, 0.54), rng.uniform(1, 1.15), 0.03)
-    ring = _pigment(rng, skin, (0.8, 0.6, 0.56)) * (1 + 0.08 * _network(frame, _noise(rng, frame, 3), 5))[..., None]
+    ring = _ink(rng, skin, (183, 112, 96), 1) * (1 + 0.08 * _network(rng, frame, 5))[..., None]
     rgb = _mix(rgb, ring, 0.95 * _inside(d, 0.12))
     scar = _outline(rng, frame, rng.uniform(0.2, 0.25), rng.uniform(1, 1.3), 0.08, (2, 3, 5))
-    return _mix(rgb, _tinted(rng, skin, (250, 236, 230)), 0.93 * _inside(scar + 0.15 * _noise(rng, frame, 8), 0.2))
+    return _mix(rgb, _ink(rng, skin, (250, 236, 230)), 0.93 * _inside(scar + 0.15 * _noise(rng, frame, 8), 0.2))
 
 
 def _vasc(rng, frame, rgb, skin):
     """Angioma: a cluster of red to purple lagoons, parted by pale septa, on a pink ground."""
     radius = rng.uniform(0.42, 0.55)
     d = _outline(rng, frame, radius * 1.25, rng.uniform(1, 1.2), 0.05)
-    rgb = _mix(rgb, _tinted(rng, skin, (214, 128, 132)), 0.85 * _inside(d, 0.1))
+    rgb = _mix(rgb, _ink(rng, skin, (214, 128, 132)), 0.85 * _inside(d, 0.1))
     lagoons = _dots(rng, frame, int(rng.integers(8, 12)), radius * 0.95, (0.12, 0.19), 0.13)
-    red, purple = _tinted(rng, skin, (172, 32, 46)), _tinted(rng, skin, (98, 28, 70))
+    red, purple = _ink(rng, skin, (172, 32, 46)), _ink(rng, skin, (98, 28, 70))
     blood = _mix(np.broadcast_to(red, rgb.shape), purple, np.clip(0.5 + 0.8 * _noise(rng, frame, 2), 0, 1))
     return _mix(rgb, blood, 0.94 * lagoons)
 
 
-def _photograph(rng, rgb_HWC: np.ndarray) -> np.ndarray:
+def _photograph(rng, rgb: np.ndarray) -> np.ndarray:
     """What the camera adds: hair and ruler on the skin, uneven light, white balance, rarely the lens's dark rim."""
-    size = len(rgb_HWC)
+    size = len(rgb)
     if rng.random() < 0.15:
-        hairs, t = [], np.linspace(-1, 1, 24)[:, None]
+        hairs, t = [], np.linspace(-1, 1, 24)[:, None]  # parabolas
         for _ in range(rng.integers(1, 6)):
             angle, middle, bend = rng.uniform(0, np.pi), rng.uniform(-0.8, 0.8, 2), rng.uniform(-0.25, 0.25)
-            along = rng.uniform(0.6, 1.6) * np.array([np.cos(angle), np.sin(angle)])
-            curve = middle + t * along + bend * t**2 * np.array([-along[1], along[0]])
-            hairs.append((curve, rng.uniform(0.016, 0.03)))
-        rgb_HWC = _mix(rgb_HWC, (58, 42, 36), 0.75 * _strokes(hairs, size))
+            x, y = rng.uniform(0.6, 1.6) * np.array([np.cos(angle), np.sin(angle)])
+            hairs.append((middle + t * (x, y) + bend * t**2 * (-y, x), rng.uniform(0.016, 0.03)))
+        rgb = _mix(rgb, (58, 42, 36), 0.75 * _strokes(hairs, size))
     if rng.random() < 0.05:
         at = np.arange(rng.uniform(-1, -0.9), 1, rng.uniform(0.11, 0.15))
         ticks = [(np.array([[x, -1], [x, -0.9 if n % 5 else -0.82]]), 0.02) for n, x in enumerate(at)]
-        rgb_HWC = _mix(rgb_HWC, (48, 46, 52), 0.8 * np.rot90(_strokes(ticks, size), rng.integers(4)))
+        rgb = _mix(rgb, (48, 46, 52), 0.8 * np.rot90(_strokes(ticks, size), rng.integers(4)))
     axis = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1
     away, angle = axis[:, None] ** 2 + axis[None, :] ** 2, rng.uniform(0, 2 * np.pi)
     slope = axis[:, None] * np.float32(np.sin(angle)) + axis[None, :] * np.float32(np.cos(angle))
     light = rng.uniform(0.94, 1.05) * (1 + rng.uniform(0, 0.05) * slope - rng.uniform(0.02, 0.09) * away)
-    rgb_HWC = rgb_HWC * light[..., None] * rng.uniform(0.99, 1.01, 3)
+    rgb = rgb * light[..., None] * rng.uniform(0.99, 1.01, 3)
     if rng.random() < 0.04:
-        rgb_HWC = _mix(rgb_HWC, (8, 7, 9), 1 - _inside(np.sqrt(away) / rng.uniform(1.05, 1.2), 0.015))
-    return rgb_HWC
+        rgb = _mix(rgb, (8, 7, 9), 1 - _inside(np.sqrt(away) / rng.uniform(1.05, 1.2), 0.015))
+    return rgb
 
 
-PAINTERS = dict(akiec=_akiec, bcc=_bcc, bkl=_bkl, df=_df, mel=_mel, nv=_nv, vasc=_vasc)
+# (the lesion's rng, frame, picture of the skin, skin's colour) → picture
+PAINTERS = {"akiec": _akiec, "bcc": _bcc, "bkl": _bkl, "df": _df, "mel": _mel, "nv": _nv, "vasc": _vasc}

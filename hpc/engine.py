@@ -1,0 +1,169 @@
+"""DeepSpeed: build, step, precision, ZeRO. The only file that imports deepspeed.
+
+A model's forward(batch) returns {"loss": scalar, "metrics": {name: scalar}, "statistics": flat fp32 vector or None}. One
+fused all-reduce per step carries the agreed flags, the metrics and the statistics (codebook counts and sums), before
+the optimizer's step, so that every rank takes the same decision with the same numbers.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from hpc import dist
+from hpc.config import volatile
+from hpc.optim import AdamW
+from hpc.plan import share
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    zero: Literal[0, 1, 2, 3] = volatile(0)
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast over fp32 parameters
+    accumulation: int = volatile(1)  # micro-batches per step on each rank
+    clip: float = 1.0  # largest gradient norm; 0 = none
+    offload: bool = volatile(False)  # optimizer state in CPU memory (ZeRO 1 to 3)
+    compile: bool = volatile(False)
+
+    def __post_init__(self):
+        if self.accumulation < 1 or self.clip < 0:
+            raise ValueError("accumulation must be at least 1 and clip at least 0")
+        if self.offload and self.zero == 0:
+            raise ValueError("offload needs zero to be 1, 2 or 3")
+
+    def micro_batch(self, batch: int, world: int) -> int:
+        """Samples in one micro-batch of one rank. Raises ValueError where the batch does not divide."""
+        if batch % (world * self.accumulation):
+            raise ValueError(
+                f"the global batch of {batch} does not divide among {world} ranks × {self.accumulation} micro-batches; "
+                f"make it a multiple of {world * self.accumulation}"
+            )
+        return len(share(batch, 0, world)) // self.accumulation
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step came to, the same on every rank. metrics are means over the global batch."""
+
+    metrics: dict[str, float]
+    statistics: torch.Tensor | None
+    accepted: bool
+    flags: dict[str, float]
+
+
+class Engine:
+    """A model under DeepSpeed."""
+
+    def __init__(self, module: nn.Module, optimizer: AdamW, config: EngineConfig, batch: int, universal: bool = False):
+        deepspeed = _import()
+        self.world = torch.distributed.get_world_size()
+        self.micro_batch = config.micro_batch(batch, self.world)
+        self.config, self.optimizer = config, optimizer
+        settings = {
+            "train_batch_size": batch,
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": config.accumulation,
+            "gradient_clipping": config.clip,
+            "zero_optimization": {"stage": config.zero},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+        if config.offload:
+            settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        if config.precision == "bf16":
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        if universal:
+            settings["checkpoint"] = {"load_universal": True}
+        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self.module = self.deepspeed.module
+        self.device = self.deepspeed.device
+        self._broadcast_buffers()  # initialize() does so for parameters only
+        self._probe = torch.zeros((), device=self.device)
+        for parameter in self.module.parameters():
+            parameter.register_hook(self._look)
+        if config.compile:
+            self.deepspeed.compile()
+
+    def _look(self, gradient: torch.Tensor) -> None:
+        # Times zero: stays 0 for finite gradients, becomes NaN for any other, without a synchronisation.
+        self._probe += gradient.detach().sum(dtype=torch.float32) * 0
+
+    def step(self, micro_batches: list[dict], lr: float, flags: dict[str, float]) -> Step:
+        """One optimizer step over this rank's micro-batches. `flags` are summed over ranks. A non-finite loss or gradient
+        on any rank leaves the step out on all."""
+        self._probe.zero_()
+        total: dict[str, torch.Tensor] = {}
+        statistics = None
+        for number, batch in enumerate(micro_batches):
+            out = self.deepspeed(batch)
+            self.deepspeed.backward(out["loss"])
+            named = {"loss": out["loss"], **out["metrics"]}
+            total = {k: total.get(k, 0) + v.detach().float() for k, v in named.items()}
+            if out["statistics"] is not None:
+                statistics = out["statistics"] if statistics is None else statistics + out["statistics"]
+            if number + 1 < len(micro_batches):
+                self.deepspeed.step()  # not the boundary: it only counts
+        bad = (~torch.isfinite(self._probe + total["loss"])).float()
+        values = [bad, *(torch.tensor(float(v), device=self.device) for v in flags.values()), *total.values()]
+        packed = torch.stack([v.reshape(()).float() for v in values])
+        if statistics is not None:
+            packed = torch.cat([packed, statistics])
+        dist.sum_(packed)
+        head = packed[: len(values)].tolist()
+        self.optimizer.skip = head[0] > 0
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        accepted = not self.optimizer.skip and self.deepspeed.was_step_applied()
+        summed = dict(zip(flags, head[1:], strict=False))
+        means = head[1 + len(flags) :]
+        count = self.world * self.config.accumulation
+        norm = self.deepspeed.get_global_grad_norm()
+        metrics = {k: v / count for k, v in zip(total, means, strict=True)}
+        if norm is not None:
+            metrics["gradient_norm"] = float(norm)
+        return Step(metrics, packed[len(values) :] if statistics is not None else None, accepted, summed)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Full fp32 weights and buffers into an ordinary module of the same kind. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for (name, ours), theirs in zip(self.module.named_parameters(), module.parameters(), strict=True):
+            full = safe_get_full_fp32_param(ours)
+            full = ours.detach() if full is None else full
+            assert full.numel() == theirs.numel(), name
+            theirs.copy_(full.reshape(theirs.shape))
+        for ours, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
+            theirs.copy_(ours)
+
+    def save(self, folder) -> None:
+        """Writes this rank's part. Collective."""
+        self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder, universal: bool = False) -> None:
+        """Loads what save() wrote, or what universal() made of it for another number of ranks. Collective."""
+        path, _ = self.deepspeed.load_checkpoint(str(folder), tag="universal" if universal else "engine")
+        assert path is not None, f"no engine state in {folder}"
+        self._broadcast_buffers()
+
+    def _broadcast_buffers(self) -> None:
+        if self.world > 1:
+            for buffer in self.module.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+
+def _import():
+    # Its inference-only helper would compile for 42 s; its INFO lines would drown ours.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.setLevel(logging.ERROR)
+    return deepspeed

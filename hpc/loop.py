@@ -1,0 +1,171 @@
+"""The one training loop, for tokenizers and priors alike. Its whole position is one integer: samples seen."""
+
+import itertools
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from hpc import checkpoint, dist, health, track
+from hpc.config import volatile
+from hpc.engine import Engine, EngineConfig
+from hpc.errors import Stopped, UserError
+from hpc.optim import OptimConfig, learning_rate, optimizer
+from hpc.preempt import Preemption
+from hpc.progress import bar
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Lengths and intervals are in samples."""
+
+    samples: int = volatile(1_000_000)
+    batch: int = 32  # global
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    health: health.HealthConfig = field(default_factory=health.HealthConfig)
+    log_every: int = volatile(1_000)
+    eval_every: int = volatile(50_000)
+    save_every: int = volatile(50_000)
+    keep: int = volatile(2)
+    max_bad_fraction: float = volatile(0.001)
+
+    def __post_init__(self):
+        if min(self.samples, self.batch, self.log_every, self.eval_every, self.save_every) < 1:
+            raise ValueError("samples, batch, log_every, eval_every and save_every must be at least 1")
+        if self.keep < 2:
+            raise ValueError("keep must be at least 2: a damaged checkpoint needs one to fall back to")
+
+
+class Task(Protocol):
+    """What is trained. `metric` is the held-out figure that selects the exported weights; lower is better."""
+
+    metric: str
+    size: int  # samples in an epoch
+
+    def build(self) -> nn.Module: ...
+    def stream(self, position: int, micro_batch: int) -> Iterator[dict]: ...
+    def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, float]: ...
+    def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]: ...
+    def export(self, module: nn.Module, metrics: dict[str, float]) -> None: ...
+
+
+@dataclass
+class State:
+    """Everything a resumed run needs beside the engine's own state; plain numbers, exact in JSON."""
+
+    samples: int = 0
+    best: float | None = None
+    skipped: int = 0  # non-finite steps in a row
+    skipped_total: int = 0
+    bad: int = 0  # samples replaced because they could not be read
+    sums: dict[str, float] = field(default_factory=dict)  # since the last log line
+    count: int = 0
+
+
+def train(task: Task, config: TrainConfig, folder: Path, topology: dist.Topology, seed: int, what: str) -> None:
+    """Trains until config.samples, from the newest sound checkpoint. Raises Stopped when asked to stop early, after
+    saving; Diverged after too many non-finite steps. Collective."""
+    torch.manual_seed(seed)
+    start = checkpoint.choose(folder / "checkpoints")
+    universal = start is not None and checkpoint.needs_universal(start, config.engine, topology.world)
+    if universal:
+        checkpoint.to_universal(start)
+    state = State(**checkpoint.read(start)["state"]) if start else State()
+    module, plain = task.build(), task.build().to(topology.device).eval()
+    engine = Engine(module, optimizer(module, config.optim), config.engine, config.batch, universal)
+    if start:
+        engine.load(start, universal)
+    tracker = track.Tracker(folder, enabled=topology.leader)
+    tracker.resume(state.samples)
+    batches = task.stream(state.samples, engine.micro_batch)
+    watchdog = health.Watchdog(folder, topology.rank, config.health.hang_minutes * 60)
+    progress = bar(config.samples, what, initial=state.samples, shown=topology.leader)
+
+    def due(every: int) -> bool:
+        return state.samples // every > (state.samples - config.batch) // every or state.samples >= config.samples
+
+    def save() -> None:
+        checkpoint.save(folder / "checkpoints", state.samples // config.batch, engine, asdict(state), config.keep)
+        watchdog.beat(counted=False)
+
+    def evaluate() -> None:
+        engine.copy_to(plain)
+        metrics, pictures = task.evaluate(plain)
+        tracker.log(state.samples // config.batch, state.samples, {f"val/{k}": v for k, v in metrics.items()})
+        for name, png in pictures.items():
+            tracker.image(name, state.samples, png)
+        progress.set_postfix_str(f"val {task.metric} {metrics[task.metric]:.4g}")
+        if state.best is None or metrics[task.metric] < state.best:
+            state.best = metrics[task.metric]
+            dist.leader_does(task.export, plain, metrics)
+        watchdog.beat(counted=False)
+
+    clock = time.monotonic()
+    own_seconds = 0.0
+    with Preemption() as preemption, track.closing(tracker, progress, watchdog):
+        while state.samples < config.samples:
+            began = time.monotonic()
+            micro_batches = list(itertools.islice(batches, config.engine.accumulation))
+            delivered = time.monotonic() - began
+            lr = learning_rate(config.optim, state.samples, config.samples)
+            flags = {"stop": preemption.requested, "bad": sum(len(b.pop("bad", ())) for b in micro_batches)}
+            step = engine.step([_to(b, engine.device) for b in micro_batches], lr, flags)
+            changed = task.after_step(module, step.statistics) if step.accepted else {}
+            own_seconds += delivered
+            state.samples += config.batch
+            state.skipped = 0 if step.accepted else state.skipped + 1
+            state.skipped_total += not step.accepted
+            state.bad += int(step.flags["bad"])
+            health.check_skipped(state.skipped, config.health)
+            _check_bad(state, task.size, config.max_bad_fraction)
+            if step.accepted:
+                _add(state, step.metrics | changed)
+            watchdog.beat()
+            progress.update(config.batch)
+            if due(config.log_every):
+                speed = config.log_every / (time.monotonic() - clock)
+                counters = {"lr": lr, "skipped_steps": state.skipped_total, "bad_samples": state.bad}
+                counters |= {"epoch": state.samples / task.size, "images_per_second": speed}
+                waits = dist.gather((own_seconds, socket.gethostname()))
+                if late := health.straggler([w for w, _ in waits], [h for _, h in waits]):
+                    counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}
+                tracker.log(
+                    state.samples // config.batch,
+                    state.samples,
+                    {f"train/{k}": v / state.count for k, v in state.sums.items()} | counters | track.system_metrics(),
+                )
+                state.sums, state.count, clock, own_seconds = {}, 0, time.monotonic(), 0.0
+            stop = step.flags["stop"] > 0 and state.samples < config.samples
+            if due(config.eval_every) and not stop:
+                evaluate()
+                clock = time.monotonic()
+            if stop or due(config.save_every):
+                save()
+                clock = time.monotonic()
+            if stop:
+                raise Stopped(f"{what} stopped by {preemption.reason or 'another rank'} at {state.samples:,} samples")
+
+
+def _to(batch: dict, device: torch.device) -> dict:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _add(state: State, metrics: dict[str, float]) -> None:
+    state.count += 1
+    for name, value in metrics.items():
+        state.sums[name] = state.sums.get(name, 0.0) + value
+
+
+def _check_bad(state: State, size: int, limit: float) -> None:
+    # One in the first thousand is no verdict on a data set.
+    if limit and state.bad > limit * max(state.samples, size, 1 / limit):
+        raise UserError(
+            f"{state.bad} of {state.samples} samples could not be read, above max_bad_fraction={limit}. They are listed in "
+            "quarantine.jsonl; `lesiongen verify` shows which shards are damaged."
+        )

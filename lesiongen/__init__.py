@@ -1,0 +1,1 @@
+"""Training generators of skin-lesion images: data, models, stages, metrics."""

@@ -1,0 +1,82 @@
+"""Streams of labelled image batches from packed shards."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hpc import dist, manifest
+from hpc.errors import UserError
+from hpc.plan import Plan, sample_seed
+from hpc.shards import BadSample, ShardReader, Source, evaluation_batches, loader, training_batches
+from lesiongen.data import images
+from lesiongen.data.augment import AugmentConfig, augment, centre
+
+
+class ImageShards:
+    """One split of a packed data set."""
+
+    def __init__(self, folder: Path, split: str):
+        self.folder, self.split = folder, split
+        self.manifest = manifest.read(folder)
+        self.size, self.channels = self.manifest["size"], self.manifest["channels"]
+        self.classes: list[str] = self.manifest["classes"]
+        self.entries = [s for s in self.manifest["shards"] if s["split"] == split]
+        if not self.entries:
+            raise UserError(f"The shards in {folder} have no split '{split}'.")
+        self.counts = tuple(s["count"] for s in self.entries)
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def reader(self) -> ShardReader:
+        return ShardReader(self.folder, [s["name"] for s in self.entries])
+
+    def train(
+        self, position: int, batch: int, micro: int, config: AugmentConfig, seed: int, workers: int
+    ) -> Iterator[dict]:
+        """This rank's augmented micro-batches from a global position, for ever (see batch())."""
+        plan = Plan(self.counts, batch, seed)
+        batches = training_batches(position, batch, micro, dist.rank(), dist.world())
+
+        def view(raw: dict, image: torch.Tensor) -> torch.Tensor:
+            rng = torch.Generator().manual_seed(sample_seed(seed, raw["position"]))
+            return augment(image, self.size, config, rng)
+
+        return loader(Source(self.reader(), plan, batches), self._decoder(view), batch_of, micro, workers)
+
+    def held_out(self, micro: int, workers: int = 0) -> Iterator[dict]:
+        """This rank's share of the split, unaugmented, once, in shard order."""
+        plan = Plan(self.counts, batch=1, shuffle=False)
+        batches = evaluation_batches(len(self), micro, dist.rank(), dist.world())
+        source = Source(self.reader(), plan, batches)
+        return loader(source, self._decoder(lambda _, image: centre(image, self.size)), batch_of, micro, workers)
+
+    def _decoder(self, view):
+        label_of = {name: i for i, name in enumerate(self.classes)}
+
+        def decode(raw: dict) -> dict:
+            try:
+                facts = json.loads(raw["json"])
+                content = raw["jpg"] if "jpg" in raw else raw["png"]
+                image = images.to_tensor(images.decode(content, self.channels))
+            except (images.BadImage, ValueError, KeyError) as error:
+                raise BadSample(f"{raw.get('__key__')}: {error}") from None
+            label = label_of.get(facts.get("dx", ""), -1)
+            kept = {k: raw[k] for k in ("position", "slot", "shard", "ordinal")}
+            return {**kept, "key": raw["__key__"], "image": view(raw, image), "label": label, "facts": facts}
+
+        return decode
+
+
+def batch_of(samples: list[dict]) -> dict:
+    """image uint8 [B, C, H, W]; label [B], -1 for unlabelled; position, slot, shard, ordinal [B]; key, facts, bad lists."""
+    numbers = ("label", "position", "slot", "shard", "ordinal")
+    return {
+        "image": torch.stack([s["image"] for s in samples]),
+        **{name: torch.tensor([s[name] for s in samples]) for name in numbers},
+        "key": [s["key"] for s in samples],
+        "facts": [s["facts"] for s in samples],
+        "bad": [b for s in samples for b in s["bad"]],
+    }
