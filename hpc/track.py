@@ -1,16 +1,17 @@
 """JSONL is the truth, MLflow follows.
 
-A stage writes metrics.jsonl and images/ and waits for nobody. `sync` sends what is new to MLflow, from whichever process
-has time: a thread beside the training (Follower) or the page's own process (serve). A server that is away, hangs or loses
-an answer costs nothing, because the file stays, and because what was sent is known by asking the server. A (metric,
-samples) pair is sent once, so that a line which is trained again after a resume does not double a point.
+A stage writes metrics.jsonl and images/ and waits for nobody. `sync` sends what is new, from whichever process has time:
+a thread beside the training (Follower) or the page's own process (serve). A server that is away, hangs or loses an answer
+costs nothing: the file stays, and what was sent is known by asking the server. A (metric, samples) pair is sent once, so
+a line that is trained again after a resume doubles no point.
 
 MLflow's step is `samples`: steps mean something else after a change of batch size, samples never do.
-This is the only file that imports mlflow, and it does so where there is something to send: the import takes seconds.
+This is the only file that imports mlflow, and only where there is something to send: the import takes seconds.
 """
 
 import contextlib
 import functools
+import http.client
 import json
 import logging
 import math
@@ -22,7 +23,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 8 processes of 160 MB each, unused here
 }
-_checked: set[tuple[Path, str, str]] = set()  # (run, uri, stage) whose state on the server this process has asked for
+_checked: set[tuple[Path, str]] = set()  # (run, uri) of which this process has asked the server what it has
 
 
 class TrackError(RuntimeError):
@@ -76,8 +76,9 @@ class Tracker:
             kept = [line for line in lines if (row := _parse(line)) and row["samples"] <= samples]
             if len(kept) < len(lines):
                 atomic_write(path, b"".join(kept))
-        for picture in _pictures(self.stage_dir) if self.enabled else ():
-            if _picture_key(picture)[1] > samples:
+        for picture in self.stage_dir.glob("images/*.png") if self.enabled else ():
+            count = picture.stem.rpartition("-")[2]
+            if count.isdecimal() and int(count) > samples:
                 picture.unlink()
 
     def log(self, step: int, samples: int, metrics: dict[str, float]) -> None:
@@ -111,9 +112,10 @@ class Tracker:
 def _parse(line: bytes) -> dict | None:
     """A line's content, non-finite values restored; None for a torn one."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else {}
-        assert row["samples"] >= 0 and row["time"] >= 0
-    except (ValueError, LookupError, TypeError, AssertionError):
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not {"samples", "time"} <= row.keys():
         return None
     return {name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in row.items()}
 
@@ -125,15 +127,6 @@ def read_metrics(stage_dir: Path) -> list[dict]:
             return [row for line in file if (row := _parse(line))]
     except FileNotFoundError:
         return []
-
-
-def _pictures(stage_dir: Path) -> list[Path]:
-    return sorted((stage_dir / "images").glob("*.png"), key=_picture_key)
-
-
-def _picture_key(picture: Path) -> tuple[str, int]:
-    name, _, samples = picture.stem.rpartition("-")
-    return (name, int(samples)) if samples.isdecimal() else (picture.stem, 0)
 
 
 def system_metrics() -> dict[str, float]:
@@ -204,11 +197,12 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
             except UserError:
                 return SyncResult(busy=True)
             try:
-                return _Sync(run_dir, uri).run(stages)
+                return _Sync(run_dir, uri, stages).run()
             except Exception as error:
                 if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
                     raise
-            return _Sync(run_dir, uri, forget=True).run(stages)  # the store was emptied; what it has is found by its tag
+            # The store was emptied or replaced: all is sent again, but for what it has, which is found by its tag.
+            return _Sync(run_dir, uri, stages, forget=True).run()
         except Exception as error:
             reason = (_public(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise TrackError(f"MLflow at {_public(uri)}: {reason}") from error
@@ -217,62 +211,266 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
 class _Sync:
     """One sync of one run, under its lock.
 
-    mlflow.json is {"uid", "stores": {uri: {"experiment", "parent": entry, "stages": {name: entry}}}}; an entry has the
-    run's "id", the stamps of its files when all was sent ("seen"), and for a stage "offset", "tail", "last", "images".
+    mlflow.json: {"uid", "stores": {uri: {"experiment", "seen": state of each stage's files when all was sent, "parent":
+    entry, "stages": {name: entry}}}}. An entry is a run's "id" and the cursor: for lines "offset", "tail" (checksum of what
+    is before it) and "last" ({metric: samples}), for files "sent".
     """
 
-    def __init__(self, run_dir: Path, uri: str, forget: bool = False):
-        self.run_dir, self.uri, self.sent = run_dir, uri, SyncResult()
+    def __init__(self, run_dir: Path, uri: str, stages: list[Path], forget: bool = False):
+        self.run_dir, self.uri, self.stages, self.result = run_dir, uri, stages, SyncResult()
         self.state = _json(run_dir / "mlflow.json") or {"uid": uuid.uuid4().hex, "stores": {}}
         if forget:
             self.state["stores"].pop(_public(uri), None)
-        self.store = self.state["stores"].setdefault(_public(uri), {"parent": {}, "stages": {}})
+        self.store = self.state["stores"].setdefault(_public(uri), {"seen": {}, "parent": {}, "stages": {}})
         path = run_dir / "config.yaml"
         self.config = (yaml.safe_load(path.read_bytes()) if path.exists() else None) or {}
 
-    def run(self, stages: list[Path]) -> SyncResult:
-        before = json.dumps(self.state)
+    def run(self) -> SyncResult:
+        page, key = self.run_dir / "report" / "report.html", (self.run_dir, self.uri)
+        now = {p.name: [_stamp(p / f) for f in (METRICS, "images", "stage.json", "../config.yaml")] for p in self.stages}
+        now["report.html"] = [_stamp(page), _stamp(page.with_name("stage.json"))]
+        news = [p for p in self.stages if key not in _checked or now[p.name] != self.store["seen"].get(p.name)]
+        if not news and now == self.store["seen"]:
+            return self.result
         try:
-            if self._parent():
-                for stage in stages:
+            if parent := self._open(self.store["parent"], self.state["uid"], self.run_dir.name, self.config):
+                for stage in news:
                     self._stage(stage)
-                self._parent()  # the stages may have finished
+                if page.exists() and self.store["parent"].get("sent") != (stamp := _stamp(page)):
+                    _client(self.uri).log_artifact(parent.info.run_id, str(page))
+                    self.store["parent"]["sent"] = stamp
+                records = [_json(p / "stage.json") for p in [*self.stages, page.parent]]
+                self._status(parent, all(r.get("done") for r in records), records[-1])
+            self.store["seen"] = now
+            _checked.add(key)
         finally:
-            if json.dumps(self.state) != before:
-                self._save()
-        return self.sent
+            self._save()
+        return self.result
 
     def _save(self) -> None:
         atomic_write(self.run_dir / "mlflow.json", json.dumps(self.state, indent=1).encode() + b"\n")
+
+    def _open(self, entry: dict, uid: str, name: str, params: dict, created: float | None = None, tags: dict | None = None):
+        """The server's run of an entry, made if need be. None if a person deleted it on the page: it stays deleted."""
+        from mlflow.entities import Param
+
+        client = _client(self.uri)
+        if "id" not in entry:
+            experiment = self.store["experiment"] = self._experiment()
+            self._save()  # the uid first, then the run that bears it, then its id: a crash leaves no second run
+            found = client.search_runs([experiment], f"tags.`track.uid` = '{uid}'", run_view_type=3, max_results=1)
+            tags = {"track.uid": uid, "track.dir": str(self.run_dir)} | (tags or {})
+            start = int(created * 1000) if created else None
+            entry["id"] = (found[0] if found else client.create_run(experiment, start, tags, name)).info.run_id
+        run = client.get_run(entry["id"])
+        if run.info.lifecycle_stage != "active":
+            return None
+        # Only what is missing: MLflow refuses to change a parameter.
+        new = [Param(k, v) for k, v in dict(_flatten(params)).items() if k not in run.data.params]
+        for i in range(0, len(new), 100):
+            client.log_batch(entry["id"], params=new[i : i + 100], synchronous=True)
+        return run
 
     def _experiment(self) -> str:
         client, name = _client(self.uri), str(self.config.get("name", self.run_dir.name))
         if client.get_experiment_by_name(name) is None:
             artifacts = (self.run_dir.parent / "mlartifacts" / name).as_uri() if self.uri.startswith("sqlite:") else None
-            with contextlib.suppress(Exception):  # another run of this name may be faster; if not, the next line tells
+            with contextlib.suppress(Exception):  # another run of this name may be faster; if not, the next lines tell
                 client.create_experiment(name, artifacts)
         experiment = client.get_experiment_by_name(name)
         if experiment is None or experiment.lifecycle_stage != "active":
             raise TrackError(f"experiment {name!r} cannot be made, or was deleted: restore it, or rename the run")
-        self.store["experiment"] = experiment.experiment_id
         return experiment.experiment_id
 
-    def _open(self, entry: dict, uid: str, name: str, config: dict, created: float | None = None, **tags: str):
-        """The server's run of an entry, made if need be; None where a person deleted it on the page: it stays deleted."""
-        from mlflow.entities import Param, RunTag
+    def _stage(self, path: Path) -> None:
+        client, record, name = _client(self.uri), _json(path / "stage.json"), path.name
+        entry, created = self.store["stages"].setdefault(name, {}), record.get("created")
+        if created and entry.get("created", created) != created:  # made anew with --fresh: another run
+            if client.get_run(entry["id"]).info.status == "RUNNING":
+                client.set_terminated(entry["id"], "KILLED")
+            entry = self.store["stages"][name] = {}
+        section = self.config.get(name, self.config.get(name.split("-")[0], {}))
+        params = {k: v for k, v in self.config.items() if not isinstance(v, dict)} | {name: section}
+        tags = {"mlflow.parentRunId": self.store["parent"]["id"]}
+        run = self._open(entry, f"{self.state['uid']}/{name}/{created}", name, params, created, tags)
+        if created:
+            entry["created"] = created
+        if run is None:
+            return
+        self._lines(path / METRICS, entry, run)
+        for picture in sorted((path / "images").glob("*.png")):
+            if picture.name not in entry.setdefault("sent", []):
+                client.log_artifact(entry["id"], str(picture), "images")
+                entry["sent"].append(picture.name)
+                self.result.images += 1
+        self._status(run, bool(record.get("done")), record)
 
-        client = _client(self.uri)
-        if "id" not in entry:  # tag first, id second: a crash between them leaves no second run
-            experiment = self._experiment()
-            self._save()
-            tags |= {"track.uid": uid, "track.dir": str(self.run_dir)}
-            found = client.search_runs([experiment], f"tags.`track.uid` = '{uid}'", run_view_type=3, max_results=1)
-            run = found[0] if found else client.create_run(experiment, int(created * 1000) if created else None, tags, name)
-            entry["id"] = run.info.run_id
-        run = client.get_run(entry["id"])
-        if run.info.lifecycle_stage != "active":
-            return None
-        # MLflow refuses to change a parameter: what is missing is logged, a new value becomes a tag beside the old one.
-        flat, known = dict(_flatten(config)), run.data.params | run.data.tags
-        params = [Param(k, v) for k, v in flat.items() if k not in run.data.params]
-        ...
+    def _lines(self, path: Path, entry: dict, run) -> None:
+        """Sends the lines after the cursor, without the values that the server has.
+
+        It has all up to the latest step of each metric: a request is one transaction there, so this is exact even where
+        the answer to the last one was lost.
+        """
+        from mlflow.entities import Metric
+
+        last, batch, offset = dict(entry.get("last", {})), [], entry.get("offset", 0)
+        for metric in run.data.to_proto().metrics:
+            last[metric.key] = max(metric.step, last.get(metric.key, -1))
+        if _tail(path, offset) != entry.get("tail", 0):  # cut back by a resume, even if it is longer again by now
+            offset = 0
+
+        def send() -> None:
+            for i in range(0, len(batch), 1000):  # as many as MLflow takes
+                _client(self.uri).log_batch(entry["id"], batch[i : i + 1000], synchronous=True)
+            self.result.metrics += len(batch)
+            entry.update(offset=offset, tail=_tail(path, offset), last=dict(last))
+            batch.clear()
+
+        with open(path, "rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # still being written
+                row = _parse(line) or {"samples": -1, "time": 0}
+                # The line's own time: should a request arrive twice after all, MLflow's keys make it one point.
+                samples, time_ms = row["samples"], int(row.pop("time") * 1000)
+                new = {k: float(v) for k, v in row.items() if samples > last.get(k, -1)}
+                if len(batch) + len(new) > 1000:
+                    send()
+                # MLflow draws infinity as 1.8e308, and NaN not at all.
+                batch += [Metric(k, v if math.isfinite(v) else math.nan, time_ms, samples) for k, v in new.items()]
+                last |= dict.fromkeys(new, samples)
+                offset += len(line)
+            send()
+
+    def _status(self, run, done: bool, record: dict) -> None:
+        if done and run.info.status != "FINISHED":
+            end = record.get("finished")
+            _client(self.uri).set_terminated(run.info.run_id, "FINISHED", int(end * 1000) if end else None)
+        elif not done and run.info.status != "RUNNING":  # a longer training of a finished stage
+            _client(self.uri).update_run(run.info.run_id, "RUNNING")
+
+
+def _stamp(path: Path) -> list[int] | None:
+    return [path.stat().st_mtime_ns, path.stat().st_size] if path.exists() else None
+
+
+def _tail(path: Path, offset: int) -> int:
+    """Checksum of the bytes before an offset; the times of the lines make it unique."""
+    with open(path, "rb") as file:
+        file.seek(max(0, offset - 256))
+        return zlib.crc32(file.read(min(256, offset)))
+
+
+def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and short strings, as MLflow takes them."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        yield re.sub(r"[^\w\-. /:]", "_", prefix)[:250], text[:500]
+
+
+class Follower:
+    """A daemon thread that syncs a run every `interval` s. It never blocks the training, nor the interpreter's exit.
+
+    failures: how many syncs have failed so far. The file is the queue, so memory stays bounded however long a server is away.
+    """
+
+    def __init__(self, run_dir: Path, uri: str, interval: float = 5.0):
+        self.run_dir, self.uri, self.interval, self.failures = Path(run_dir), uri, interval, 0
+        self._stop, self._deadline, self._delivered = threading.Event(), math.inf, False
+        self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def close(self, deadline: float = 15.0) -> bool:
+        """One last sync, given up after `deadline` s. Whether all was delivered; if not, a line says so."""
+        self._deadline = time.monotonic() + deadline
+        self._stop.set()
+        self._thread.join(deadline)
+        if not self._delivered:
+            _say(f"MLflow at {_public(self.uri)} did not take the last lines; the files have them, the next sync sends them.")
+        return self._delivered
+
+    def _loop(self) -> None:
+        failed = 0
+        while True:
+            last = self._stop.wait(min(self.interval * 2**failed, 60.0))
+            try:
+                while (busy := sync(self.run_dir, self.uri).busy) and last and time.monotonic() < self._deadline:
+                    time.sleep(0.1)
+                if failed:
+                    _say(f"MLflow at {_public(self.uri)} is back.")
+                failed, self._delivered = 0, last and not busy
+            except Exception as error:  # noqa: BLE001  (whatever it is, training goes on)
+                self.failures += 1
+                failed = min(failed + 1, 8)
+                if failed == 1:
+                    _say(f"{error}. Training goes on; the lines are sent when it is back.")
+            if last:
+                return
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000, stop: threading.Event | None = None) -> None:
+    """MLflow's page on the runs of a directory, kept up to date every 5 s until Ctrl-C, SIGTERM or `stop`.
+
+    Raises UserError (a ValueError) if there is no run or the port is taken, TrackError if the server ends by itself.
+    """
+    runs, stop, told = Path(runs).absolute(), stop or threading.Event(), set()
+    if not any(runs.glob("*/config.yaml")):
+        raise UserError(f"{runs} holds no run: no directory in it has a config.yaml. Start one, or name another directory.")
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise UserError(f"Cannot listen on {host}:{port} ({error.strerror}). Name another port.") from None
+    uri = f"sqlite:///{runs}/mlflow.db"  # not default_uri: an environment that names a server does not change this page
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri, "--artifacts-destination", str(runs / "mlartifacts")]
+    log = runs / "mlflow-server.log"
+    with open(log, "wb") as output:
+        environment = ENVIRONMENT | os.environ
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in caught}
+    try:
+        while server.poll() is None and not stop.is_set() and not _answers(host, port):
+            stop.wait(0.2)
+        if server.poll() is None and not stop.is_set():
+            print(f"MLflow shows {runs} at http://{host}:{port} (Ctrl-C ends it)", flush=True)
+        while server.poll() is None and not stop.is_set():
+            for config in sorted(runs.glob("*/config.yaml")):
+                try:
+                    sync(config.parent, uri)
+                except TrackError as error:
+                    if str(error) not in told:
+                        told.add(str(error))
+                        _say(f"{config.parent.name}: {error}")
+            stop.wait(5.0)
+        if not stop.is_set():
+            raise TrackError(f"mlflow server ended with code {server.returncode}; its last words are in {log}")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _end(server)
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1" if host == "0.0.0.0" else host, port, timeout=2)
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _end(server: subprocess.Popen) -> None:
+    """Ends the server with all its workers."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(server.pid, number)
+            server.wait(10)

@@ -11,6 +11,8 @@ from hpc.errors import UserError
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
+AGE_BANDS = ("0-19", "20-39", "40-59", "60-79", "80+")
+
 # Columns of known sources: our field → theirs. Recognised by their id column.
 SOURCES = {
     "ham10000": {
@@ -183,6 +185,12 @@ def assign(records: list[Record], val: float, test: float) -> dict[str, list[Rec
 def class_counts(splits: dict[str, list[Record]], classes: list[str]) -> dict[str, dict[str, int]]:
     counts = {name: Counter(r.dx for r in members) for name, members in splits.items()}
     return {name: {c: count.get(c, 0) for c in [*classes, ""] if c or count.get("")} for name, count in counts.items()}
+
+
+def vocabularies(records: list[Record], classes: list[str]) -> dict[str, list[str]]:
+    """Values of each column that a prior may be conditioned on, in the order of their numbers."""
+    found = {c: sorted({getattr(r, c) for r in records} - {""}) for c in ("site", "sex", "licence")}
+    return {"label": classes, "age_band": list(AGE_BANDS), **found}
 
 
 def thin_classes(splits: dict[str, list[Record]], classes: list[str], least: int = 5) -> list[str]:

@@ -33,6 +33,14 @@ class ImageShards:
     def reader(self) -> ShardReader:
         return ShardReader(self.folder, [s["name"] for s in self.entries])
 
+    def image(self, raw: dict) -> tuple[torch.Tensor, dict]:
+        """Pixels as packed, uint8 [C, H, W], and the facts beside them. Raises BadSample."""
+        try:
+            content = raw["jpg"] if "jpg" in raw else raw["png"]
+            return images.to_tensor(images.decode(content, self.channels)), json.loads(raw["json"])
+        except (images.BadImage, ValueError, KeyError) as error:
+            raise BadSample(f"{raw.get('__key__')}: {error}") from None
+
     def train(
         self, position: int, batch: int, micro: int, config: AugmentConfig, seed: int, workers: int
     ) -> Iterator[dict]:
@@ -57,12 +65,7 @@ class ImageShards:
         label_of = {name: i for i, name in enumerate(self.classes)}
 
         def decode(raw: dict) -> dict:
-            try:
-                facts = json.loads(raw["json"])
-                content = raw["jpg"] if "jpg" in raw else raw["png"]
-                image = images.to_tensor(images.decode(content, self.channels))
-            except (images.BadImage, ValueError, KeyError) as error:
-                raise BadSample(f"{raw.get('__key__')}: {error}") from None
+            image, facts = self.image(raw)
             label = label_of.get(facts.get("dx", ""), -1)
             kept = {k: raw[k] for k in ("position", "slot", "shard", "ordinal")}
             return {**kept, "key": raw["__key__"], "image": view(raw, image), "label": label, "facts": facts}

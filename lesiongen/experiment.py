@@ -1,0 +1,172 @@
+"""One YAML = one experiment, all stages. Sections are dataclasses beside the code they configure; this joins them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hpc import config as hpc_config
+from hpc.config import volatile
+from hpc.errors import UserError
+from hpc.loop import TrainConfig
+from hpc.optim import OptimConfig
+from lesiongen.data.augment import AugmentConfig
+from lesiongen.models.gpt import GPTConfig
+from lesiongen.models.vqvae2 import VQVAE2Config
+
+
+@dataclass(frozen=True)
+class InputsConfig:
+    """Artefacts of another run, by its directory, in place of making them here."""
+
+    shards: str | None = None
+    tokenizer: str | None = None
+    codes: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    images: str | None = None  # folder, searched recursively
+    metadata: str | None = None  # CSV; none = one class, one group per image
+    columns: dict[str, str] = field(default_factory=dict)  # our field: column, for an unknown CSV
+    classes: tuple[str, ...] = ()  # allowed labels; empty = those found
+    size: int = 256  # short side in pixels
+    channels: Literal[1, 3] = 3
+    format: Literal["jpg", "png"] = "jpg"
+    quality: int = 95  # of JPEG
+    val: float = 0.1  # share of lesions
+    test: float = 0.1
+    shard_samples: int = 1000
+    max_rejected: float = 0.05  # share of images and rows that may be unusable
+    processes: int = volatile(0)  # for packing; 0 = one per core
+    workers: int = volatile(1)  # processes per rank that decode and augment
+    ledger: bool = volatile(False)  # each rank logs the samples delivered to it
+
+    def __post_init__(self):
+        if self.size < 16 or not 1 <= self.quality <= 100 or self.shard_samples < 1:
+            raise ValueError("size is at least 16, quality 1 to 100, shard_samples at least 1")
+        if not (0 < self.val < 1 and 0 < self.test < 1 and self.val + self.test < 1):
+            raise ValueError(f"val={self.val} and test={self.test} must leave something to train on, and be above 0")
+        if self.workers < 0 or self.processes < 0 or not 0 <= self.max_rejected <= 1:
+            raise ValueError("workers and processes are at least 0, max_rejected lies in 0 to 1")
+
+
+def _tokenizer_training() -> TrainConfig:
+    return TrainConfig(optim=OptimConfig(lr=4e-4, schedule="trapezoid", warmup=2_000))
+
+
+def _prior_training() -> TrainConfig:
+    return TrainConfig(optim=OptimConfig(lr=1e-3, weight_decay=0.1, schedule="cosine", warmup=10_000))
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    model: VQVAE2Config = field(default_factory=VQVAE2Config)
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(brightness=0.1, contrast=0.1, saturation=0.1))
+    train: TrainConfig = field(default_factory=_tokenizer_training)
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    draws: int = 8  # of the training split; draw 0 is unaugmented
+    batch: int = volatile(64)  # per rank
+
+    def __post_init__(self):
+        if self.draws < 1 or self.batch < 1:
+            raise ValueError("draws and batch must be at least 1")
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    model: GPTConfig = field(default_factory=GPTConfig)
+    train: TrainConfig = field(default_factory=_prior_training)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    labels: tuple[str, ...] = ()  # empty = every class in turn
+    number: int = 64  # in all
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int = 0  # 0 = all
+    top_p: float = 1.0
+    guidance: float = 1.0  # 1 = none
+    batch: int = 64  # fixed, so that images do not depend on the number of ranks
+
+    def __post_init__(self):
+        if self.number < 1 or self.batch < 1 or self.top_k < 0 or self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError("number, batch ≥ 1; top_k ≥ 0; temperature > 0; top_p above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    classifier_samples: int = 60_000  # training length of the classifier behind fidelity and diversity
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    ranks: int = volatile(1)  # processes on this machine
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    runs: str = volatile("runs")  # run directories lie here
+    seed: int = 0
+    inputs: InputsConfig = field(default_factory=InputsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    priors: dict[str, PriorConfig] = field(default_factory=dict)  # by level; levels not named take the defaults
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    local: LocalConfig = volatile(default_factory=LocalConfig)
+
+    def __post_init__(self):
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"name '{self.name}' must be usable as a directory's name")
+        if not (self.inputs.shards or self.inputs.codes or self.data.images):
+            raise ValueError("say where the images are: data.images=FOLDER (and data.metadata=CSV), or inputs.shards=RUN")
+        for level in self.priors:
+            if level not in self.levels:
+                raise ValueError(f"priors.{level}: this tokenizer has the levels {', '.join(self.levels)}")
+        if not self.inputs.shards:
+            self.tokenizer.model.grids(self.data.size)
+        if self.inputs.codes and not self.inputs.tokenizer:
+            raise ValueError("inputs.codes needs inputs.tokenizer, the one that made the codes")
+        if self.inputs.tokenizer and not (self.inputs.shards or self.data.images):
+            raise ValueError("inputs.tokenizer needs inputs.shards or data.images")
+        for what, train in {"tokenizer": self.tokenizer.train, **{f"priors.{k}": p.train for k, p in self.priors.items()}}.items():
+            try:
+                train.engine.micro_batch(train.batch, self.local.ranks)
+            except ValueError as error:
+                raise ValueError(f"{what}.train: {error}") from None
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.runs) / self.name
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Coarse to fine: the order in which priors condition on one another."""
+        return tuple(reversed(self.tokenizer.model.names))
+
+    def prior(self, level: str) -> PriorConfig:
+        return self.priors.get(level, PriorConfig())
+
+
+def load(path: str, overrides: list[str] = ()) -> Experiment:
+    """Reads a config with overrides. Paths in it are taken as they are, from the working directory."""
+    data = hpc_config.override(hpc_config.read_yaml(Path(path)), list(overrides))
+    data.setdefault("name", Path(path).stem)
+    return hpc_config.build(Experiment, data)
+
+
+def check_ranks(train: TrainConfig, ranks: int, where: str) -> None:
+    """Raises UserError where the batch does not divide among so many ranks; before anything is queued."""
+    try:
+        train.engine.micro_batch(train.batch, ranks)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}, or change {where}.engine.accumulation.") from None
+

@@ -1,0 +1,73 @@
+"""What a stage is: it reads finished directories, writes one finished directory, and can be killed and run again."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc import config as hpc_config
+from hpc import dist, rundir
+from hpc.dist import Topology
+from hpc.errors import UserError
+from hpc.rundir import StageDir
+from lesiongen.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Stage:
+    """name: its directory in the run; needs: artefacts upstream; run(config, topology, folder) → digest of the result,
+    on every rank; target: amount of work that makes it done."""
+
+    name: str
+    needs: tuple[str, ...]
+    identity: dict
+    run: Callable[[Experiment, Topology, Path], str]
+    target: int = 1
+    trains: bool = False
+
+
+def artefact(config: Experiment, name: str) -> Path:
+    """Where a stage's result lies: in this run, or in the one that inputs names."""
+    given = getattr(config.inputs, name, None)
+    if not given:
+        return config.directory / name
+    path = Path(given)
+    return path / name if (path / name).is_dir() else path
+
+
+def directory(config: Experiment, stage: Stage) -> StageDir:
+    """The stage's directory with what it must have been made from, as far as its inputs exist."""
+    inputs = {name: digest_of(config, name) for name in stage.needs}
+    return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target)
+
+
+def digest_of(config: Experiment, name: str) -> str | None:
+    record = rundir.read_record(artefact(config, name))
+    return record["digest"] if record and record["done"] else None
+
+
+def require(config: Experiment, name: str) -> Path:
+    """The finished artefact, or a UserError that says which stage is missing."""
+    path = artefact(config, name)
+    if digest_of(config, name) is None:
+        raise UserError(f"{path} is not finished; run that stage first (`lesiongen run` takes them in order).")
+    return path
+
+
+def execute(config: Experiment, stage: Stage, topology: Topology) -> None:
+    """Runs a stage unless it is done: locked, checked against what is there, recorded. Collective."""
+    for name in stage.needs:
+        dist.leader_does(require, config, name)
+    place = directory(config, stage)
+    dist.leader_does(place.check)
+    if dist.leader_does(place.done):
+        return
+    with contextlib.ExitStack() as held:
+        dist.leader_does(_open, held, place, config)
+        digest = stage.run(config, topology, place.path)
+        dist.leader_does(place.finish, digest)
+
+
+def _open(held: contextlib.ExitStack, place: StageDir, config: Experiment) -> None:
+    held.enter_context(rundir.lock(place.path, wait_s=5))  # a killed predecessor's ranks take a moment to go
+    place.begin(hpc_config.to_yaml(config))

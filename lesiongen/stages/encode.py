@@ -1,0 +1,126 @@
+"""encode: shards + tokenizer → code store, one file per image shard and augmentation draw."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpc import dist, manifest
+from hpc.codestore import code_dtype, file_name, write_codes
+from hpc.config import plain
+from hpc.dist import Topology
+from hpc.errors import UserError
+from hpc.plan import sample_seed
+from hpc.progress import bar
+from hpc.shards import BadSample
+from lesiongen.data.augment import augment, centre
+from lesiongen.data.catalog import AGE_BANDS, SPLITS
+from lesiongen.data.stream import ImageShards
+from lesiongen.experiment import Experiment
+from lesiongen.models.vqvae2 import VQVAE2
+from lesiongen.stages.base import Stage, digest_of, require
+from lesiongen.stages.tokenizer import load_tokenizer, to_float
+
+def stage(config: Experiment) -> Stage:
+    identity = {"encode": plain(config.encode, volatile=False), "seed": config.seed}
+    return Stage("codes", ("shards", "tokenizer"), identity, run)
+
+
+def run(config: Experiment, topology: Topology, folder: Path) -> str:
+    """Files are divided among ranks; those that exist are kept. Rank 0 commits the manifest. Returns its digest."""
+    dist.init(topology)
+    net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
+    shards = require(config, "shards")
+    packed = manifest.read(shards)
+    splits = {name: ImageShards(shards, name) for name in SPLITS if name in packed["counts"]}
+    vocabularies = packed["vocabularies"]
+    jobs = [
+        (split, draw, shard, entry["count"])
+        for split, data in splits.items()
+        for draw in range(config.encode.draws if split == "train" else 1)
+        for shard, entry in enumerate(data.entries)
+    ]
+    mine = jobs[topology.rank :: topology.world]
+    with bar(sum(j[-1] for j in mine), "encode", shown=topology.leader) as progress:
+        for split, draw, shard, count in mine:
+            if not (folder / file_name(split, draw, shard)).exists():
+                arrays = _encode_shard(config, net, splits[split], draw, shard, vocabularies)
+                write_codes(folder, split, draw, shard, arrays)
+            progress.update(count)
+    dist.barrier()
+    grids = net.config.grids(packed["size"])
+    facts = {
+        "schema": 1,
+        "tokenizer": digest_of(config, "tokenizer"),
+        "image_shards": digest_of(config, "shards"),
+        "splits": list(splits),
+        "levels": [
+            {
+                "name": name,
+                "grid": [grids[name], grids[name]],
+                "K": net.config.entries,
+                "dtype": code_dtype(net.config.entries).name,
+                "depth": 1,
+            }
+            for name in reversed(net.names)
+        ],
+        "vocabularies": vocabularies,
+        "draws": config.encode.draws,
+        "counts": {name: len(data) for name, data in splits.items()},
+    }
+    return dist.leader_does(_commit, folder, facts, jobs)
+
+
+def _commit(folder: Path, facts: dict, jobs: list[tuple]) -> str:
+    shards = [
+        manifest.describe(folder / file_name(split, draw, shard), split=split, draw=draw, shard=shard, count=count)
+        for split, draw, shard, count in jobs
+    ]
+    return manifest.write(folder, facts | {"shards": shards})
+
+
+def columns_of(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, int]:
+    """int16 columns of one image; -1 for unknown."""
+    age = facts.get("age")
+    named = {
+        "label": facts.get("dx"),
+        "age_band": None if age is None else AGE_BANDS[min(int(age) // 20, 4)],
+        **{c: facts.get(c) for c in ("site", "sex", "licence")},
+    }
+    return {c: vocabularies[c].index(v) if v in vocabularies[c] else -1 for c, v in named.items()}
+
+
+@torch.no_grad()
+def _encode_shard(config, net: VQVAE2, data: ImageShards, draw: int, shard: int, vocabularies) -> dict[str, np.ndarray]:
+    reader, device = data.reader(), next(net.parameters()).device
+    rows: dict[str, list] = {"index": []}
+    codes: dict[str, list] = {name: [] for name in net.names}
+    pending: list[torch.Tensor] = []
+
+    def flush() -> None:
+        for name, found in net.encode(to_float(torch.stack(pending).to(device))).items():
+            codes[name].append(found.cpu().numpy())
+        pending.clear()
+
+    for ordinal in range(data.counts[shard]):
+        try:  # an altered shard ends the stage: a store must be complete
+            image, facts = data.image(reader.read(shard, ordinal))
+        except BadSample as error:
+            raise UserError(f"The shards in {data.folder} are damaged: {error}. See `lesiongen verify {data.folder}`.") from None
+        if draw == 0:
+            view = centre(image, data.size)
+        else:
+            seed = sample_seed(config.seed, (draw * 1_000_003 + shard) * 1_000_003 + ordinal)
+            view = augment(image, data.size, config.encode.augment, torch.Generator().manual_seed(seed))
+        pending.append(view)
+        rows["index"].append(ordinal)
+        for column, value in columns_of(facts, vocabularies).items():
+            rows.setdefault(column, []).append(value)
+        if len(pending) == config.encode.batch:
+            flush()
+    if pending:
+        flush()
+    kind = code_dtype(net.config.entries)
+    arrays = {f"codes.{name}": np.concatenate(found).astype(kind) for name, found in codes.items()}
+    arrays["index"] = np.array(rows.pop("index"), dtype=np.int64)
+    return arrays | {column: np.array(values, dtype=np.int16) for column, values in rows.items()}

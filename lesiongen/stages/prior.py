@@ -1,0 +1,210 @@
+"""prior: code store → trained GPT per level, p(level | label, coarser levels), exported at its best held-out bits."""
+
+import json
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hpc import dist
+from hpc.codestore import CodeStore
+from hpc.config import build, plain
+from hpc.dist import Topology
+from hpc.errors import UserError
+from hpc.loop import train
+from hpc.plan import Plan, split
+from hpc.shards import training_batches
+from lesiongen.data import images
+from lesiongen.experiment import Experiment, PriorConfig
+from lesiongen.metrics.codes import bigram_bits
+from lesiongen.models.gpt import GPT, GPTConfig
+from lesiongen.sampling import Choice, sample_codes, uniforms
+from lesiongen.stages.base import Stage, digest_of, require
+from lesiongen.stages.tokenizer import digest_of_export, load_tokenizer, to_uint8, write_export
+
+GRID_SAMPLES = 32  # of the picture drawn at each evaluation
+
+
+def stage(config: Experiment, level: str) -> Stage:
+    own = config.prior(level)
+    identity = {"prior": plain(own, volatile=False), "level": level, "seed": config.seed}
+
+    def run_level(config: Experiment, topology: Topology, folder: Path) -> str:
+        return run(config, topology, folder, level)
+
+    return Stage(f"prior-{level}", ("codes",), identity, run_level, target=own.train.samples, trains=True)
+
+
+def run(config: Experiment, topology: Topology, folder: Path, level: str) -> str:
+    own = config.prior(level)
+    dist.init(topology, own.train.health.join_seconds)
+    task = PriorTask(config, own, level, folder, topology)
+    train(task, own.train, folder, topology, config.seed, f"prior-{level}", ledger=config.data.ledger)
+    return digest_of_export(folder / "export")
+
+
+class Objective(nn.Module):
+    """Mean cross-entropy of a level's codes."""
+
+    def __init__(self, net: GPT):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: dict) -> dict:
+        loss = self.net.loss(batch["codes"], batch["label"], batch["upper"])
+        bits = loss.detach() / math.log(2)
+        return {"loss": loss, "metrics": {"bits_per_token": bits}, "statistics": None}
+
+
+def model_shape(store: CodeStore, level: str) -> dict:
+    """Arguments of a prior for one level of a store. Raises UserError for a level it lacks."""
+    names = [entry["name"] for entry in store.levels]  # coarse to fine
+    if level not in names:
+        raise UserError(f"The code store {store.folder} has the levels {', '.join(names)}, not '{level}'.")
+    place = names.index(level)
+    own, upper = store.levels[place], store.levels[:place]
+    return {
+        "grid": tuple(own["grid"]),
+        "entries": own["K"],
+        "classes": len(store.manifest["vocabularies"]["label"]),
+        "upper": tuple((u["K"], tuple(u["grid"])) for u in upper),
+    }
+
+
+class PriorTask:
+    """What the training loop needs to know of a prior."""
+
+    metric = "bits_per_token"
+
+    def __init__(self, config: Experiment, own: PriorConfig, level: str, folder: Path, topology: Topology):
+        self.config, self.own, self.level, self.folder, self.device = config, own, level, folder, topology.device
+        self.store = CodeStore(require(config, "codes"))
+        dist.leader_does(check_tokenizer, config, self.store)
+        self.shape = model_shape(self.store, level)
+        self.upper = [entry["name"] for entry in self.store.levels][: len(self.shape["upper"])]
+        self.shards = self.store.shards("train")
+        self.counts = tuple(s["count"] for s in self.shards)
+        self.size = sum(self.counts)
+        self.classes = self.store.manifest["vocabularies"]["label"]
+        self.bigram: float | None = None
+
+    def build(self) -> nn.Module:
+        return Objective(GPT(self.own.model, **self.shape))
+
+    def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
+        """Batches of codes from the plan; the epoch's number picks the augmentation draw."""
+        plan = Plan(self.counts, self.own.train.batch, self.config.seed)
+        draws = self.store.draws("train")
+        for batch in training_batches(position, plan.batch, micro_batch, dist.rank(), dist.world())():
+            where = []
+            for place, _ in batch:
+                shard, ordinal = plan.sample(place)
+                where.append((plan.epoch(place) % draws, self.shards[shard]["shard"], ordinal))
+            yield self.batch("train", where) | {"key": ["-".join(map(str, w)) for w in where]}
+
+    def batch(self, name: str, where: list[tuple[int, int, int]]) -> dict:
+        """codes [B, h, w], label [B], upper: list of coarser codes; rows (draw, shard, ordinal) of a split."""
+        columns = ["label", f"codes.{self.level}", *(f"codes.{u}" for u in self.upper)]
+        found = self.store.take(name, where, columns)
+        tensors = {k: torch.from_numpy(v.astype("int64")).to(self.device) for k, v in found.items()}
+        return {
+            "codes": tensors[f"codes.{self.level}"],
+            "label": tensors["label"],
+            "upper": [tensors[f"codes.{u}"] for u in self.upper],
+        }
+
+    def after_step(self, module: nn.Module, statistics) -> dict[str, float]:
+        return {}
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]:
+        """Bits per token held-out and on as many training codes, beside the bigram's; a grid of samples. Collective."""
+        held_out = self.rows("val")
+        metrics = {"bits_per_token": self.bits(module.net, "val", held_out)}
+        metrics["train_bits_per_token"] = self.bits(module.net, "train", self.rows("train")[: len(held_out)])
+        if self.bigram is None:
+            self.bigram = dist.leader_does(self._bigram)
+        metrics["bigram_bits"] = self.bigram
+        return metrics, self._picture(module.net)
+
+    def rows(self, name: str) -> list[tuple[int, int, int]]:
+        return [(0, s["shard"], i) for s in self.store.shards(name) for i in range(s["count"])]
+
+    def bits(self, net: GPT, name: str, rows: list[tuple[int, int, int]]) -> float:
+        """Mean over tokens; each rank takes its share."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        mine = iter([rows[i] for i in split(len(rows), dist.rank(), dist.world())])
+        while where := list(islice(mine, 64)):
+            batch = self.batch(name, where)
+            found = net.log_likelihood(batch["codes"], batch["label"], batch["upper"])
+            sums += torch.tensor([-float(found.double().sum()) / math.log(2), found.numel()], dtype=torch.float64)
+        total, tokens = dist.sum_(sums.to(self.device)).tolist()
+        return total / tokens
+
+    def _bigram(self) -> float:
+        column = f"codes.{self.level}"
+        draws = [self.store.all("train", d, [column])[column] for d in range(self.store.draws("train"))]
+        held_out = self.store.all("val", 0, [column])[column]
+
+
+        return bigram_bits(np.concatenate(draws), held_out, self.shape["entries"])
+
+    def _picture(self, net: GPT) -> dict[str, bytes]:
+        """Samples of this level, one class after the other; the other levels are real held-out codes. Every rank draws
+        its share, so that large grids stay short."""
+        number = GRID_SAMPLES
+        rows = [self.rows("val")[i % len(self.rows("val"))] for i in range(number)]
+        mine = split(number, dist.rank(), dist.world())
+        batch = self.batch("val", [rows[i] for i in mine])
+        label = torch.tensor([i * max(1, len(self.classes)) // number for i in mine], device=self.device)
+        label = label if self.classes else label - 1
+        numbers = uniforms(self.config.seed, mine, self.shape["grid"])
+        codes = sample_codes(net, label, batch["upper"], numbers.to(self.device), Choice()) if len(mine) else None
+        parts = [p for p in dist.gather(None if codes is None else codes.cpu()) if p is not None]
+        return dist.leader_does(self._paint, torch.cat(parts), rows) or {}
+
+    def _paint(self, codes: torch.Tensor, rows: list[tuple[int, int, int]]) -> dict[str, bytes]:
+        net, _ = load_tokenizer(require(self.config, "tokenizer"), self.device)
+        names = [entry["name"] for entry in self.store.levels]
+        found = self.store.take("val", rows, [f"codes.{n}" for n in names])
+        levels = {n: torch.from_numpy(found[f"codes.{n}"].astype("int64")).to(self.device) for n in names}
+        levels[self.level] = codes.to(self.device)
+        return {"samples": images.png(images.grid(to_uint8(net.decode_codes(levels)).cpu(), 8))}
+
+    def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
+        facts = {
+            "model": plain(self.own.model),
+            "shape": plain(self.shape),
+            "level": self.level,
+            "classes": self.classes,
+            "tokenizer": self.store.manifest["tokenizer"],
+            "held_out": metrics,
+        }
+        write_export(self.folder / "export", module.net, facts)
+
+
+def check_tokenizer(config: Experiment, store: CodeStore) -> None:
+    """Codes mean something only to the tokenizer that wrote them."""
+    present = digest_of(config, "tokenizer")
+    if store.manifest["tokenizer"] != present:
+        raise UserError(
+            f"The codes in {store.folder} were made by tokenizer {store.manifest['tokenizer']}, this run's tokenizer is "
+            f"{present}. Encode again (--fresh codes), or set inputs.tokenizer to the one that made them."
+        )
+
+
+def load_prior(path: Path, device: torch.device) -> tuple[GPT, dict]:
+    """The exported prior, in evaluation mode, and its facts."""
+    facts = json.loads((path / "export" / "config.json").read_text())
+    shape = facts["shape"]
+    upper = tuple((k, tuple(grid)) for k, grid in shape["upper"])
+    net = GPT(build(GPTConfig, facts["model"]), tuple(shape["grid"]), shape["entries"], shape["classes"], upper)
+    net.load_state_dict(load_file(path / "export" / "model.safetensors"))
+    return net.to(device).eval(), facts
+
+

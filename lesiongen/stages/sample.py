@@ -1,0 +1,115 @@
+"""sample: priors + tokenizer → PNGs that say where they come from, metadata.csv and a contact sheet."""
+
+import csv
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from hpc import dist
+from hpc.config import plain
+from hpc.dist import Topology
+from hpc.errors import UserError
+from hpc.progress import bar
+from hpc.rundir import atomic_write
+from lesiongen.data import images
+from lesiongen.experiment import Experiment, SampleConfig
+from lesiongen.sampling import Choice, sample_codes, uniforms
+from lesiongen.stages.base import Stage, digest_of, require
+from lesiongen.stages.prior import load_prior
+from lesiongen.stages.tokenizer import load_tokenizer, to_uint8
+
+
+def stage(config: Experiment) -> Stage:
+    needs = ("tokenizer", *(f"prior-{level}" for level in config.levels))
+    return Stage("samples", needs, {"sample": plain(config.sample, volatile=False)}, run)
+
+
+def run(config: Experiment, topology: Topology, folder: Path) -> str:
+    """Batches of a fixed size are divided among ranks; those already written are kept. Returns the table's digest."""
+    dist.init(topology)
+    own = config.sample
+    net, facts = load_tokenizer(require(config, "tokenizer"), topology.device)
+    priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
+    classes = next(iter(priors.values()))[1]["classes"]
+    labels = plan_labels(own, classes)
+    provenance = {"software": "lesiongen", "synthetic": "true", "tokenizer": digest_of(config, "tokenizer")}
+    for level, (_, prior) in priors.items():
+        provenance[f"prior-{level}"] = digest_of(config, f"prior-{level}")
+        if prior["tokenizer"] != provenance["tokenizer"]:
+            raise UserError(
+                f"prior-{level} was trained on codes of tokenizer {prior['tokenizer']}, this run's tokenizer is "
+                f"{provenance['tokenizer']}. Train the prior on this tokenizer's codes, or set inputs.tokenizer."
+            )
+    batches = range(0, own.number, own.batch)[topology.rank :: topology.world]
+    with bar(own.number, "sample", initial=0, shown=topology.leader) as progress:
+        for first in batches:
+            members = range(first, min(first + own.batch, own.number))
+            paths = [folder / "images" / file_name(i, labels[i]) for i in members]
+            if not all(p.exists() for p in paths):
+                painted = draw(net, priors, own, classes, labels, members, topology.device)
+                for i, path, image in zip(members, paths, painted, strict=True):
+                    about = provenance | {"label": labels[i], "seed": str(own.seed), "index": str(i)}
+                    atomic_write(path, png_with(image, about))
+            progress.update(len(members) * (topology.world if topology.leader else 1))
+    dist.barrier()
+    return dist.leader_does(_finish, folder, own, labels, provenance)
+
+
+def plan_labels(own: SampleConfig, classes: list[str]) -> list[str]:
+    """The label of each sample: those asked for in turn, in blocks; every class where none is named."""
+    for label in own.labels:
+        if label not in classes:
+            raise UserError(f"Unknown label '{label}'; this generator knows: {', '.join(classes)}.")
+    wanted = list(own.labels) or classes or [""]
+    return [wanted[i * len(wanted) // own.number] for i in range(own.number)]
+
+
+def file_name(index: int, label: str) -> str:
+    return f"{index:06d}-{label or 'any'}.png"
+
+
+@torch.no_grad()
+def draw(net, priors: dict, own: SampleConfig, classes, labels, members: range, device) -> torch.Tensor:
+    """uint8 [B, C, H, W] for the given global sample indices: level by level, coarse to fine, then decoded."""
+    number = {name: i for i, name in enumerate(classes)}
+    label_B = torch.tensor([number.get(labels[i], -1) for i in members], device=device)
+    choice = Choice(own.temperature, own.top_k, own.top_p)
+    codes: dict[str, torch.Tensor] = {}
+    for place, (level, (prior, _)) in enumerate(priors.items()):
+        # Another stream per level, so that levels do not share their luck.
+        numbers = uniforms(own.seed * 1009 + place, members, prior.grid).to(device)
+        codes[level] = sample_codes(prior, label_B, list(codes.values()), numbers, choice, own.guidance)
+    return to_uint8(net.decode_codes(codes)).cpu()
+
+
+def png_with(image_CHW: torch.Tensor, about: dict[str, str]) -> bytes:
+    info = PngInfo()
+    for key, value in about.items():
+        info.add_text(key, value or "")
+    array = image_CHW.numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0)).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _finish(folder: Path, own: SampleConfig, labels: list[str], provenance: dict[str, str]) -> str:
+    names = [file_name(i, label) for i, label in enumerate(labels)]
+    settings = {k: v for k, v in plain(own).items() if k in ("temperature", "top_k", "top_p", "guidance", "seed")}
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["file", "label", "index", *settings, *provenance])
+    for i, (name, label) in enumerate(zip(names, labels, strict=True)):
+        writer.writerow([f"images/{name}", label, i, *settings.values(), *provenance.values()])
+    # As many of each class as fit a sheet of 8 a row.
+    shown = [n for label in dict.fromkeys(labels) for n in [m for m, x in zip(names, labels, strict=True) if x == label][:8]]
+    tiles = [np.array(Image.open(folder / "images" / name)) for name in shown]
+    stacked = torch.from_numpy(np.stack([t[None] if t.ndim == 2 else t.transpose(2, 0, 1) for t in tiles]))
+    atomic_write(folder / "contact.png", images.png(images.grid(stacked, 8)))
+    atomic_write(folder / "metadata.csv", table.getvalue().encode())
+    sums = "".join(hashlib.sha256((folder / "images" / n).read_bytes()).hexdigest() for n in names)
+    return hashlib.sha256((table.getvalue() + sums).encode()).hexdigest()[:16]

@@ -1,0 +1,200 @@
+"""The file side of hpc/track.py; MLflow's side is in tests/chain/test_mlflow.py."""
+
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from hpc import track
+from hpc.track import Follower, Tracker, default_uri, link, read_metrics, serve, sync, system_metrics
+
+
+def written(tmp_path, *samples):
+    tracker = Tracker(tmp_path)
+    for count in samples:
+        tracker.log(count // 10, count, {"loss": 1.0 / count})
+    tracker.close()
+    return tmp_path / "metrics.jsonl"
+
+
+def test_a_line_is_readable_at_once(tmp_path):
+    tracker = Tracker(tmp_path / "new" / "tokenizer")
+    tracker.log(3, 96, {"train/loss": 0.25, "usage": 1})
+    [row] = read_metrics(tracker.stage_dir)
+    assert (row["step"], row["samples"], row["train/loss"], row["usage"]) == (3, 96, 0.25, 1.0)
+    assert row["time"] > 1.7e9
+    tracker.close()
+
+
+def test_non_finite_values_stay_strict_json(tmp_path):
+    tracker = Tracker(tmp_path)
+    tracker.log(1, 10, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 2.5})
+    tracker.close()
+
+    def refuse(text):
+        raise AssertionError(text)
+
+    raw = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (raw["a"], raw["b"], raw["c"], raw["d"]) == ("nan", "inf", "-inf", 2.5)
+    [row] = read_metrics(tmp_path)
+    assert math.isnan(row["a"]) and row["b"] == math.inf and row["c"] == -math.inf
+
+
+@pytest.mark.parametrize("name", ["a//b", "/a", "a=b", "", "x" * 251, "samples", "time"])
+def test_a_name_mlflow_would_refuse_never_reaches_the_file(tmp_path, name):
+    with pytest.raises(AssertionError):
+        Tracker(tmp_path).log(1, 10, {name: 0.0})
+    assert read_metrics(tmp_path) == []
+
+
+def test_resume_cuts_back_to_the_checkpoint(tmp_path):
+    path = written(tmp_path, 10, 20, 30, 40)
+    kept = path.read_bytes().splitlines(keepends=True)[:2]
+    tracker = Tracker(tmp_path)
+    tracker.log(5, 50, {"loss": 0.0})  # an open file is let go of, not written to after the cut
+    tracker.resume(20)
+    assert path.read_bytes() == b"".join(kept)
+    tracker.log(3, 30, {"loss": 9.0})
+    tracker.close()
+    assert [(row["samples"], row["loss"]) for row in read_metrics(tmp_path)] == [(10, 0.1), (20, 0.05), (30, 9.0)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_resume_with_nothing_to_cut_leaves_the_file_alone(tmp_path):
+    path = written(tmp_path, 10, 20)
+    before = path.stat()
+    Tracker(tmp_path).resume(20)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    Tracker(tmp_path / "absent").resume(0)
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize("cut", range(1, 40))
+def test_a_torn_last_line_is_passed_over_and_dropped_on_resume(tmp_path, cut):
+    path = written(tmp_path, 10, 20)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [row["samples"] for row in read_metrics(tmp_path)] == [10]
+    tracker = Tracker(tmp_path)
+    tracker.resume(1000)
+    tracker.log(3, 30, {"loss": 0.0})
+    tracker.close()
+    assert [row["samples"] for row in read_metrics(tmp_path)] == [10, 30]
+
+
+def test_foreign_lines_are_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'\n[1]\n"x"\n{"loss": 1}\n\xff\n{"samples": 1, "time": 2.0}\n')
+    assert read_metrics(tmp_path) == [{"samples": 1, "time": 2.0}]
+
+
+def test_pictures_are_whole_and_cut_back_too(tmp_path):
+    tracker = Tracker(tmp_path)
+    for count in (10, 20, 1_500_000_000):
+        tracker.image("recon-top", count, b"png")
+    (tmp_path / "images" / "legend-x.png").write_bytes(b"png")
+    assert (tmp_path / "images" / "recon-top-000000010.png").read_bytes() == b"png"
+    tracker.resume(10)
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["legend-x.png", "recon-top-000000010.png"]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    written(tmp_path, 10)
+    tracker = Tracker(tmp_path, enabled=False)
+    tracker.resume(0)
+    tracker.log(2, 20, {"loss": 0.0})
+    tracker.image("a", 20, b"png")
+    tracker.close()
+    assert [row["samples"] for row in read_metrics(tmp_path)] == [10] and not (tmp_path / "images").exists()
+
+
+def test_system_metrics(monkeypatch):
+    found = system_metrics()
+    assert all(name.startswith("system/") and math.isfinite(value) for name, value in found.items())
+    assert 0.01 < found["system/memory_resident_gb"] < 100
+
+    def no_driver():
+        raise RuntimeError("no NVML")
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        mem_get_info=lambda: (2_000_000_000, 5_000_000_000),
+        max_memory_allocated=lambda: 1_000_000_000,
+        utilization=no_driver,
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    found = system_metrics()
+    assert found["system/gpu_memory_gb"] == 3.0 and "system/gpu_percent" not in found
+    cuda.utilization = lambda: 87
+    assert system_metrics()["system/gpu_percent"] == 87.0
+
+
+def test_default_uri_and_link(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = tmp_path / "runs" / "ham"
+    assert default_uri(run) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert link(run, default_uri(run)) == "lesiongen ui"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@server:5000/")
+    assert default_uri(run) == "http://me:secret@server:5000/"
+    assert link(run, default_uri(run)) is None
+    run.mkdir(parents=True)
+    store = {"experiment": "7", "parent": {"id": "abc"}}
+    (run / "mlflow.json").write_text(json.dumps({"uid": "u", "stores": {"http://server:5000/": store}}))
+    assert link(run, default_uri(run)) == "http://server:5000/#/experiments/7/runs/abc"
+
+
+def test_flatten_makes_what_mlflow_takes():
+    config = {"name": "a", "model": {"widths": [1, 2], "x=y": None, "deep": {"flag": True}}, "long": "z" * 900}
+    flat = dict(track._flatten(config))
+    assert flat == {
+        "name": "a", "model.widths": "[1, 2]", "model.x_y": "null", "model.deep.flag": "true", "long": "z" * 500
+    }  # fmt: skip
+
+
+def test_nothing_to_send_needs_no_mlflow(tmp_path):
+    code = (
+        "import sys; from hpc.track import Follower, Tracker, sync\n"
+        f"assert sync({str(tmp_path)!r}, 'http://127.0.0.1:9').metrics == 0\n"
+        "assert not {'mlflow', 'psutil', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert sync(tmp_path, "http://127.0.0.1:9") == track.SyncResult()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_follower_says_once_that_it_fails_and_once_that_it_is_back(tmp_path, monkeypatch, capsys):
+    answers = [track.TrackError("away"), track.TrackError("away"), track.SyncResult(1), track.SyncResult(busy=True)]
+
+    def pretend(run_dir, uri):
+        answer = answers.pop(0) if answers else track.SyncResult()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(track, "sync", pretend)
+    follower = Follower(tmp_path, "http://u:p@server", interval=0.001)
+    while answers:
+        pass
+    assert follower.close(deadline=5) and follower.failures == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[0].startswith("away. Training goes on") and said[1] == "MLflow at http://server is back."
+
+
+def test_follower_gives_up_when_another_process_stays_busy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(track, "sync", lambda *_: track.SyncResult(busy=True))
+    assert not Follower(tmp_path, "http://server", interval=60).close(deadline=0.2)
+    assert "did not take the last lines" in capsys.readouterr().err
+
+
+def test_serve_refuses_with_the_reason(tmp_path):
+    import socket
+
+    with pytest.raises(ValueError, match="holds no run"):
+        serve(tmp_path)
+    (tmp_path / "ham").mkdir()
+    (tmp_path / "ham" / "config.yaml").write_text("name: ham\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port}"):
+            serve(tmp_path, port=port)
