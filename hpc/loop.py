@@ -1,5 +1,6 @@
 """The one training loop, for tokenizers and priors alike. Its whole position is one integer: samples seen."""
 
+import contextlib
 import itertools
 import socket
 import time
@@ -11,11 +12,13 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hpc import checkpoint, dist, health, track
+from hpc import checkpoint, dist, health, journal, track
 from hpc.config import volatile
 from hpc.engine import Engine, EngineConfig
 from hpc.errors import Stopped, UserError
+from hpc.health import HealthConfig
 from hpc.optim import OptimConfig, learning_rate, optimizer
+from hpc.plan import sample_seed
 from hpc.preempt import Preemption
 from hpc.progress import bar
 
@@ -28,7 +31,7 @@ class TrainConfig:
     batch: int = 32  # global
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    health: health.HealthConfig = field(default_factory=health.HealthConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     log_every: int = volatile(1_000)
     eval_every: int = volatile(50_000)
     save_every: int = volatile(50_000)
@@ -68,9 +71,11 @@ class State:
     count: int = 0
 
 
-def train(task: Task, config: TrainConfig, folder: Path, topology: dist.Topology, seed: int, what: str) -> None:
+def train(
+    task: Task, config: TrainConfig, folder: Path, topology: dist.Topology, seed: int, what: str, ledger: bool = False
+) -> None:
     """Trains until config.samples, from the newest sound checkpoint. Raises Stopped when asked to stop early, after
-    saving; Diverged after too many non-finite steps. Collective."""
+    saving; Diverged after too many non-finite steps. ledger: each rank logs the samples delivered to it. Collective."""
     torch.manual_seed(seed)
     start = checkpoint.choose(folder / "checkpoints")
     universal = start is not None and checkpoint.needs_universal(start, config.engine, topology.world)
@@ -83,6 +88,9 @@ def train(task: Task, config: TrainConfig, folder: Path, topology: dist.Topology
         engine.load(start, universal)
     tracker = track.Tracker(folder, enabled=topology.leader)
     tracker.resume(state.samples)
+    ledger_path = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
+    if ledger_path:
+        journal.cut_back(ledger_path, state.samples)
     batches = task.stream(state.samples, engine.micro_batch)
     watchdog = health.Watchdog(folder, topology.rank, config.health.hang_minutes * 60)
     progress = bar(config.samples, what, initial=state.samples, shown=topology.leader)
@@ -108,17 +116,25 @@ def train(task: Task, config: TrainConfig, folder: Path, topology: dist.Topology
 
     clock = time.monotonic()
     own_seconds = 0.0
-    with Preemption() as preemption, track.closing(tracker, progress, watchdog):
+    with Preemption() as preemption, contextlib.ExitStack() as closing:
+        for resource in (tracker, progress, watchdog):
+            closing.callback(resource.close)
         while state.samples < config.samples:
             began = time.monotonic()
             micro_batches = list(itertools.islice(batches, config.engine.accumulation))
             delivered = time.monotonic() - began
             lr = learning_rate(config.optim, state.samples, config.samples)
-            flags = {"stop": preemption.requested, "bad": sum(len(b.pop("bad", ())) for b in micro_batches)}
+            bad = [entry for b in micro_batches for entry in b.pop("bad", ())]
+            journal.append(folder / "quarantine.jsonl", *bad)
+            keys = [key for b in micro_batches for key in b.pop("key")]
+            torch.manual_seed(sample_seed(seed, state.samples) + topology.rank)  # dropout is the same after a resume
+            flags = {"stop": preemption.requested, "bad": len(bad)}
             step = engine.step([_to(b, engine.device) for b in micro_batches], lr, flags)
             changed = task.after_step(module, step.statistics) if step.accepted else {}
             own_seconds += delivered
             state.samples += config.batch
+            if ledger_path:
+                journal.append(ledger_path, {"samples": state.samples, "keys": keys})
             state.skipped = 0 if step.accepted else state.skipped + 1
             state.skipped_total += not step.accepted
             state.bad += int(step.flags["bad"])
@@ -152,8 +168,12 @@ def train(task: Task, config: TrainConfig, folder: Path, topology: dist.Topology
                 raise Stopped(f"{what} stopped by {preemption.reason or 'another rank'} at {state.samples:,} samples")
 
 
-def _to(batch: dict, device: torch.device) -> dict:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+def _to(value, device: torch.device):
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_to(v, device) for v in value]
+    return value.to(device, non_blocking=True)
 
 
 def _add(state: State, metrics: dict[str, float]) -> None:

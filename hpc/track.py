@@ -1,9 +1,9 @@
 """JSONL is the truth, MLflow follows.
 
-A stage writes metrics.jsonl and images/ and waits for nobody. `sync` sends what is new, from whichever process has time:
-a thread beside the training (Follower) or the page's own process (serve). A server that is away, hangs or loses an answer
-costs nothing: the file stays, and what was sent is known by asking the server. A (metric, samples) pair is sent once, so
-a line that is trained again after a resume doubles no point.
+A stage writes metrics.jsonl and images/ and waits for nobody. `sync` sends what is new, from whichever process has the
+time: a thread beside the training (Follower) or the page's own process (serve). A server that is away, hangs or loses
+an answer costs nothing: the file stays, and what was sent is known by asking the server. A (metric, samples) pair is
+sent once, so a line that is trained again after a resume doubles no point.
 
 MLflow's step is `samples`: steps mean something else after a change of batch size, samples never do.
 This is the only file that imports mlflow, and only where there is something to send: the import takes seconds.
@@ -31,11 +31,12 @@ from pathlib import Path
 
 import yaml
 
+from hpc import journal
 from hpc.errors import UserError
 from hpc.rundir import atomic_write, lock
 
 METRICS = "metrics.jsonl"
-NAME = re.compile(r"[\w\-.: ]+(/[\w\-.: ]+)*")  # what MLflow takes as a metric's name
+NAME = re.compile(r"(?=.{1,250}$)[\w\-.: ]+(/[\w\-.: ]+)*")  # what MLflow takes as a metric's name
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default of 7 blocks for 247 s when the server is gone
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -64,18 +65,12 @@ class Tracker:
     """Writes one stage's metrics.jsonl and images/. For rank 0: with enabled=False every method does nothing."""
 
     def __init__(self, stage_dir: Path, enabled: bool = True):
-        self.stage_dir, self.enabled, self._file = Path(stage_dir), enabled, None
+        self.stage_dir, self.enabled = Path(stage_dir), enabled
 
     def resume(self, samples: int) -> None:
         """Goes back to a checkpoint's `samples`: later lines, later pictures and torn lines are removed."""
-        self.close()
-        path = self.stage_dir / METRICS
-        if self.enabled and path.exists():
-            with open(path, "rb") as file:
-                lines = list(file)
-            kept = [line for line in lines if (row := _parse(line)) and row["samples"] <= samples]
-            if len(kept) < len(lines):
-                atomic_write(path, b"".join(kept))
+        if self.enabled:
+            journal.cut_back(self.stage_dir / METRICS, samples)
         for picture in self.stage_dir.glob("images/*.png") if self.enabled else ():
             count = picture.stem.rpartition("-")[2]
             if count.isdecimal() and int(count) > samples:
@@ -84,19 +79,17 @@ class Tracker:
     def log(self, step: int, samples: int, metrics: dict[str, float]) -> None:
         """Appends {"step", "samples", "time" (unix seconds), "<metric>": value}; readers see the line on return.
 
-        JSON has no NaN and no infinity: they are written as the strings "nan", "inf", "-inf" (read_metrics undoes that).
+        JSON has no NaN and no infinity: they are written as strings, "nan", "inf", "-inf" (read_metrics undoes that).
         """
         if not self.enabled:
             return
         row = {"step": int(step), "samples": int(samples), "time": round(time.time(), 3)}
         for name, value in metrics.items():
-            assert NAME.fullmatch(name) and len(name) <= 250 and name not in row, f"not a metric's name: {name!r}"
+            assert name not in row, f"a metric may not be called {name!r}"
+            assert NAME.fullmatch(name), f"MLflow takes no metric called {name!r}"
             row[name] = float(value) if math.isfinite(value) else str(float(value))
-        if self._file is None:
-            self.stage_dir.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.stage_dir / METRICS, "ab")  # noqa: SIM115
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self.stage_dir.mkdir(parents=True, exist_ok=True)
+        journal.append(self.stage_dir / METRICS, row)
 
     def image(self, name: str, samples: int, png: bytes) -> None:
         """Writes images/<name>-<samples>.png, whole or not at all."""
@@ -104,29 +97,13 @@ class Tracker:
             atomic_write(self.stage_dir / "images" / f"{name}-{samples:09d}.png", png)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _parse(line: bytes) -> dict | None:
-    """A line's content, non-finite values restored; None for a torn one."""
-    try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or not {"samples", "time"} <= row.keys():
-        return None
-    return {name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in row.items()}
+        """Nothing is held open; here for whoever closes all resources alike."""
 
 
 def read_metrics(stage_dir: Path) -> list[dict]:
-    """All whole lines of a stage's metrics.jsonl, [] where there is none; torn lines are passed over."""
-    try:
-        with open(Path(stage_dir) / METRICS, "rb") as file:
-            return [row for line in file if (row := _parse(line))]
-    except FileNotFoundError:
-        return []
+    """All lines of a stage's metrics.jsonl, [] where there is none; torn ones are passed over."""
+    rows = journal.read(Path(stage_dir) / METRICS)
+    return [{name: float(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows]
 
 
 def system_metrics() -> dict[str, float]:
@@ -155,9 +132,11 @@ def default_uri(run_dir: Path) -> str:
 
 def link(run_dir: Path, uri: str) -> str | None:
     """Where a person can look: a run's address on a server, the command for sqlite, None before the first sync."""
+    if uri.startswith("sqlite:"):
+        return "lesiongen ui"
     store = _json(Path(run_dir) / "mlflow.json").get("stores", {}).get(_public(uri), {})
-    if uri.startswith("sqlite:") or "id" not in store.get("parent", {}):
-        return "lesiongen ui" if uri.startswith("sqlite:") else None
+    if not uri.startswith("http") or "id" not in store.get("parent", {}):
+        return None
     return f"{_public(uri).rstrip('/')}/#/experiments/{store['experiment']}/runs/{store['parent']['id']}"
 
 
@@ -211,9 +190,9 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
 class _Sync:
     """One sync of one run, under its lock.
 
-    mlflow.json: {"uid", "stores": {uri: {"experiment", "seen": state of each stage's files when all was sent, "parent":
-    entry, "stages": {name: entry}}}}. An entry is a run's "id" and the cursor: for lines "offset", "tail" (checksum of what
-    is before it) and "last" ({metric: samples}), for files "sent".
+    mlflow.json: {"uid", "stores": {uri: {"experiment", "seen": how each stage's files were when all was sent, "parent":
+    entry, "stages": {name: entry}}}}. An entry is a run's "id" and its cursor: for lines "offset", "tail" (checksum of
+    the bytes before it) and "last" ({metric: samples}), for files "sent".
     """
 
     def __init__(self, run_dir: Path, uri: str, stages: list[Path], forget: bool = False):
@@ -227,7 +206,8 @@ class _Sync:
 
     def run(self) -> SyncResult:
         page, key = self.run_dir / "report" / "report.html", (self.run_dir, self.uri)
-        now = {p.name: [_stamp(p / f) for f in (METRICS, "images", "stage.json", "../config.yaml")] for p in self.stages}
+        files = (METRICS, "images", "stage.json", "../config.yaml")
+        now = {p.name: [_stamp(p / file) for file in files] for p in self.stages}
         now["report.html"] = [_stamp(page), _stamp(page.with_name("stage.json"))]
         news = [p for p in self.stages if key not in _checked or now[p.name] != self.store["seen"].get(p.name)]
         if not news and now == self.store["seen"]:
@@ -250,7 +230,7 @@ class _Sync:
     def _save(self) -> None:
         atomic_write(self.run_dir / "mlflow.json", json.dumps(self.state, indent=1).encode() + b"\n")
 
-    def _open(self, entry: dict, uid: str, name: str, params: dict, created: float | None = None, tags: dict | None = None):
+    def _open(self, entry: dict, uid: str, name: str, params: dict, created: float | None = None, parent: str = ""):
         """The server's run of an entry, made if need be. None if a person deleted it on the page: it stays deleted."""
         from mlflow.entities import Param
 
@@ -259,8 +239,9 @@ class _Sync:
             experiment = self.store["experiment"] = self._experiment()
             self._save()  # the uid first, then the run that bears it, then its id: a crash leaves no second run
             found = client.search_runs([experiment], f"tags.`track.uid` = '{uid}'", run_view_type=3, max_results=1)
-            tags = {"track.uid": uid, "track.dir": str(self.run_dir)} | (tags or {})
-            start = int(created * 1000) if created else None
+            tags, start = {"track.uid": uid, "track.dir": str(self.run_dir)}, int(created * 1000) if created else None
+            if parent:
+                tags["mlflow.parentRunId"] = parent
             entry["id"] = (found[0] if found else client.create_run(experiment, start, tags, name)).info.run_id
         run = client.get_run(entry["id"])
         if run.info.lifecycle_stage != "active":
@@ -274,9 +255,9 @@ class _Sync:
     def _experiment(self) -> str:
         client, name = _client(self.uri), str(self.config.get("name", self.run_dir.name))
         if client.get_experiment_by_name(name) is None:
-            artifacts = (self.run_dir.parent / "mlartifacts" / name).as_uri() if self.uri.startswith("sqlite:") else None
+            beside = (self.run_dir.parent / "mlartifacts" / name).as_uri()
             with contextlib.suppress(Exception):  # another run of this name may be faster; if not, the next lines tell
-                client.create_experiment(name, artifacts)
+                client.create_experiment(name, beside if self.uri.startswith("sqlite:") else None)
         experiment = client.get_experiment_by_name(name)
         if experiment is None or experiment.lifecycle_stage != "active":
             raise TrackError(f"experiment {name!r} cannot be made, or was deleted: restore it, or rename the run")
@@ -286,13 +267,14 @@ class _Sync:
         client, record, name = _client(self.uri), _json(path / "stage.json"), path.name
         entry, created = self.store["stages"].setdefault(name, {}), record.get("created")
         if created and entry.get("created", created) != created:  # made anew with --fresh: another run
-            if client.get_run(entry["id"]).info.status == "RUNNING":
+            old = client.get_run(entry["id"]).info
+            if (old.status, old.lifecycle_stage) == ("RUNNING", "active"):
                 client.set_terminated(entry["id"], "KILLED")
             entry = self.store["stages"][name] = {}
         section = self.config.get(name, self.config.get(name.split("-")[0], {}))
         params = {k: v for k, v in self.config.items() if not isinstance(v, dict)} | {name: section}
-        tags = {"mlflow.parentRunId": self.store["parent"]["id"]}
-        run = self._open(entry, f"{self.state['uid']}/{name}/{created}", name, params, created, tags)
+        uid, parent = f"{self.state['uid']}/{name}/{created}", self.store["parent"]["id"]
+        run = self._open(entry, uid, name, params, created, parent)
         if created:
             entry["created"] = created
         if run is None:
@@ -331,10 +313,13 @@ class _Sync:
             for line in file:
                 if not line.endswith(b"\n"):
                     break  # still being written
-                row = _parse(line) or {"samples": -1, "time": 0}
+                try:
+                    row = json.loads(line)
+                except ValueError:  # torn by a crash
+                    row = {}
                 # The line's own time: should a request arrive twice after all, MLflow's keys make it one point.
-                samples, time_ms = row["samples"], int(row.pop("time") * 1000)
-                new = {k: float(v) for k, v in row.items() if samples > last.get(k, -1)}
+                samples, time_ms = row.get("samples", -1), int(row.pop("time", 0) * 1000)
+                new = {name: float(value) for name, value in row.items() if samples > last.get(name, -1)}
                 if len(batch) + len(new) > 1000:
                     send()
                 # MLflow draws infinity as 1.8e308, and NaN not at all.
@@ -375,7 +360,7 @@ def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 class Follower:
     """A daemon thread that syncs a run every `interval` s. It never blocks the training, nor the interpreter's exit.
 
-    failures: how many syncs have failed so far. The file is the queue, so memory stays bounded however long a server is away.
+    failures: how many syncs have failed so far. The file is the queue: memory is bounded however long a server is away.
     """
 
     def __init__(self, run_dir: Path, uri: str, interval: float = 5.0):
@@ -390,7 +375,7 @@ class Follower:
         self._stop.set()
         self._thread.join(deadline)
         if not self._delivered:
-            _say(f"MLflow at {_public(self.uri)} did not take the last lines; the files have them, the next sync sends them.")
+            _say(f"MLflow at {_public(self.uri)} did not take the last lines; they are kept for the next sync.")
         return self._delivered
 
     def _loop(self) -> None:
@@ -403,7 +388,7 @@ class Follower:
                 if failed:
                     _say(f"MLflow at {_public(self.uri)} is back.")
                 failed, self._delivered = 0, last and not busy
-            except Exception as error:  # noqa: BLE001  (whatever it is, training goes on)
+            except Exception as error:
                 self.failures += 1
                 failed = min(failed + 1, 8)
                 if failed == 1:
@@ -416,14 +401,14 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000, stop: threading.Event | None = None) -> None:
-    """MLflow's page on the runs of a directory, kept up to date every 5 s until Ctrl-C, SIGTERM or `stop`.
+def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
+    """MLflow's page on the runs of a directory, kept up to date every 5 s until Ctrl-C or SIGTERM.
 
     Raises UserError (a ValueError) if there is no run or the port is taken, TrackError if the server ends by itself.
     """
-    runs, stop, told = Path(runs).absolute(), stop or threading.Event(), set()
+    runs, stop, told = Path(runs).absolute(), threading.Event(), set()
     if not any(runs.glob("*/config.yaml")):
-        raise UserError(f"{runs} holds no run: no directory in it has a config.yaml. Start one, or name another directory.")
+        raise UserError(f"{runs} holds no run (a directory with a config.yaml). Start one, or name another directory.")
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
@@ -432,11 +417,10 @@ def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000, stop: threading
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", str(runs / "mlartifacts")]
     log = runs / "mlflow-server.log"
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     with open(log, "wb") as output:
         environment = ENVIRONMENT | os.environ
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-    caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in caught}
     try:
         while server.poll() is None and not stop.is_set() and not _answers(host, port):
             stop.wait(0.2)
@@ -456,7 +440,10 @@ def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000, stop: threading
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _end(server)
+        for number in (signal.SIGTERM, signal.SIGKILL):  # to its workers too
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(server.pid, number)
+                server.wait(10)
 
 
 def _answers(host: str, port: int) -> bool:
@@ -466,11 +453,3 @@ def _answers(host: str, port: int) -> bool:
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
-
-
-def _end(server: subprocess.Popen) -> None:
-    """Ends the server with all its workers."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(server.pid, number)
-            server.wait(10)

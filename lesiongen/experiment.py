@@ -160,6 +160,11 @@ def load(path: str, overrides: list[str] = ()) -> Experiment:
     """Reads a config with overrides. Paths in it are taken as they are, from the working directory."""
     data = hpc_config.override(hpc_config.read_yaml(Path(path)), list(overrides))
     data.setdefault("name", Path(path).stem)
+    return make(data)
+
+
+def make(data: dict) -> Experiment:
+    """A checked experiment from plain data. Raises UserError that names the key."""
     return hpc_config.build(Experiment, data)
 
 

@@ -24,6 +24,7 @@ class Stage:
     run: Callable[[Experiment, Topology, Path], str]
     target: int = 1
     trains: bool = False
+    parallel: bool = True  # gains from several ranks
 
 
 def artefact(config: Experiment, name: str) -> Path:

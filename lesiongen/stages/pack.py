@@ -22,7 +22,7 @@ from lesiongen.stages.base import Stage
 
 
 def stage(config: Experiment) -> Stage:
-    return Stage("shards", (), plain(config.data, volatile=False), run)
+    return Stage("shards", (), plain(config.data, volatile=False), run, parallel=False)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:

@@ -1,0 +1,1 @@
+"""How stages get onto machines."""

@@ -1,0 +1,91 @@
+"""The `lesiongen` command. Only argparse is imported here: --help must answer at once, torch takes seconds."""
+
+import argparse
+import sys
+
+CONFIG_HELP = "YAML file"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="lesiongen",
+        description="Trains generators of skin-lesion images: pack → tokenizer → codes → priors → samples → report. The "
+        "same command run again resumes. Exit codes: 0 done, 2 usage or config, 75 stopped early and resumable, 76 hang, "
+        "77 diverged, 1 anything else.",
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str, config: bool = False) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        if config:
+            sub.add_argument("config", help=CONFIG_HELP)
+            sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the config")
+            sub.add_argument("--fresh", action="append", default=[], metavar="STAGE", help="make this stage anew")
+        return sub
+
+    demo = verb("demo", "the whole pipeline on drawn lesions, or on yours, in a few minutes")
+    demo.add_argument("--out", default="runs", help="where the run goes (default: runs)")
+    demo.add_argument("--images", help="folder of real images in place of the drawn ones")
+    demo.add_argument("--metadata", help="their CSV")
+    demo.add_argument("overrides", nargs="*", metavar="section.key=value")
+    pack = verbs.add_parser("pack", help="images + CSV → WebDataset shards", description="images + CSV → WebDataset shards")
+    pack.add_argument("config", nargs="?", help=CONFIG_HELP)
+    pack.add_argument("overrides", nargs="*", metavar="section.key=value")
+    pack.add_argument("--fresh", action="append", default=[], metavar="STAGE", help="make this stage anew")
+    pack.add_argument("--images", help="folder, searched recursively")
+    pack.add_argument("--metadata", help="CSV; none = one class, every image its own group")
+    pack.add_argument("--out", help="directory for the shards")
+    pack.add_argument("--size", type=int, default=256, help="short side in pixels (default: 256)")
+    train = verbs.add_parser("train", help="train a tokenizer or a prior", description="train a tokenizer or a prior")
+    train.add_argument("what", choices=["tokenizer", "prior"])
+    train.add_argument("config", help=CONFIG_HELP)
+    train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.add_argument("--level", help="of the prior; all of them by default")
+    train.add_argument("--fresh", action="append", default=[], metavar="STAGE", help="make this stage anew")
+    verb("encode", "shards + tokenizer → code store", config=True)
+    sample = verb("sample", "priors → new images", config=True)
+    sample.add_argument("--label", action="append", help="class to draw; again for more (default: every class)")
+    sample.add_argument("-n", type=int, help="how many in all")
+    sample.add_argument("--seed", type=int)
+    sample.add_argument("--out", help="where to (default: a directory in the run, named after the options)")
+    verb("evaluate", "figures and report", config=True)
+    verb("run", "every stage that is not done, on this machine", config=True)
+    submit = verb("submit", "every stage that is not done, as Slurm jobs", config=True)
+    submit.add_argument("--cluster", required=True, help="cluster file, configs/cluster/X.yaml")
+    submit.add_argument("--dry", action="store_true", help="print the batch scripts only")
+    verb("plan", "parameters, memory per GPU and tokens, from arithmetic", config=True)
+    for name, text in (("status", "stages, jobs and progress"), ("cancel", "cancel the run's Slurm jobs")):
+        verb(name, text).add_argument("run", help="run directory or config")
+    logs = verb("logs", "the ends of the newest logs")
+    logs.add_argument("run", help="run directory or config")
+    logs.add_argument("--stage")
+    verb("verify", "full checksum walk").add_argument("path", help="run, shards, code store, checkpoint or export")
+    ui = verb("ui", "MLflow's page on what this machine holds")
+    ui.add_argument("--runs", default="runs", help="directory of runs (default: runs)")
+    ui.add_argument("--port", type=int, default=5000)
+    rank = verbs.add_parser("rank")  # what executors start; not for people
+    rank.add_argument("config")
+    rank.add_argument("stage")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: the exit code."""
+    options, rest = parser().parse_known_args(arguments)
+    # argparse gives up on overrides that follow an option: "CONFIG --fresh codes a.b=c" is what people write.
+    if stray := [r for r in rest if r.startswith("-") or "=" not in r or not hasattr(options, "overrides")]:
+        parser().error(f"unrecognized: {' '.join(stray)}")
+    if rest:
+        options.overrides += rest
+    from launch import commands
+    from launch.work import code_of, explain
+
+    try:
+        return commands.COMMANDS[options.verb](options) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        explain(error)
+        return code_of(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

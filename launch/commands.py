@@ -1,0 +1,191 @@
+"""What each verb does."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from hpc import errors
+from hpc.errors import UserError
+from launch import executors, pipeline, status
+from lesiongen import experiment
+from lesiongen.experiment import Experiment
+from lesiongen.stages import stages
+from lesiongen.stages.base import Stage
+
+
+def take(config: Experiment, todo: list[Stage]) -> int:
+    """Runs stages one after the other on this machine, until one does not end well."""
+    pipeline.snapshot(config)
+    for stage in todo:
+        if code := executors.EXECUTORS["local"](config, stage):
+            return code
+    return errors.DONE
+
+
+def run(options: argparse.Namespace) -> int:
+    config = experiment.load(options.config, options.overrides)
+    todo = pipeline.to_do(config, tuple(options.fresh))
+    if not todo:
+        print(f"everything is done; see {config.directory / 'report' / 'report.html'}")
+    code = take(config, todo)
+    if code == errors.DONE and todo:
+        print(where_to_look(config))
+    return code
+
+
+def some(config: Experiment, names: list[str], fresh: list[str]) -> int:
+    """Only the named stages; what lies upstream must be there."""
+    if missing := [n for n in names if n not in stages(config)]:
+        raise UserError(f"{missing[0]} is not made by this run; it makes: {', '.join(stages(config))}.")
+    todo = [stage for stage in pipeline.to_do(config, tuple(fresh), tuple(names)) if stage.name in names]
+    if not todo:
+        print(f"{', '.join(names)}: done already")
+    return take(config, todo)
+
+
+def pack(options: argparse.Namespace) -> int:
+    if options.config and options.images:
+        raise UserError("Give either a config or --images with --out, not both.")
+    if options.config:
+        return some(experiment.load(options.config, options.overrides), ["shards"], options.fresh)
+    if not (options.images and options.out):
+        raise UserError("Say what to pack: lesiongen pack CONFIG, or --images DIR --metadata CSV --out SHARDS.")
+    from hpc.config import override
+
+    out = Path(options.out).absolute()
+    data = {"name": out.parent.name or "shards", "runs": str(out.parent.parent)}
+    data["data"] = {"images": options.images, "metadata": options.metadata, "size": options.size}
+    config = experiment.make(override(data, options.overrides))
+    return pipeline.pack_into(config, out, options.fresh)
+
+
+def train(options: argparse.Namespace) -> int:
+    config = experiment.load(options.config, options.overrides)
+    if options.what == "tokenizer":
+        return some(config, ["tokenizer"], options.fresh)
+    if options.level and options.level not in config.levels:
+        raise UserError(f"--level {options.level}: this tokenizer has the levels {', '.join(config.levels)}.")
+    levels = [options.level] if options.level else config.levels
+    return some(config, [f"prior-{level}" for level in levels], options.fresh)
+
+
+def encode(options: argparse.Namespace) -> int:
+    return some(experiment.load(options.config, options.overrides), ["codes"], options.fresh)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    return some(experiment.load(options.config, options.overrides), ["report"], options.fresh)
+
+
+def sample(options: argparse.Namespace) -> int:
+    """The run's own samples; with options, others beside them in a directory of their own."""
+    config = experiment.load(options.config, options.overrides)
+    given = {"labels": options.label and tuple(options.label), "number": options.n, "seed": options.seed}
+    given = {k: v for k, v in given.items() if v is not None}
+    if not given and not options.out:
+        return some(config, ["samples"], options.fresh)
+    own = replace(config.sample, **given)
+    name = f"samples-{'-'.join(own.labels) or 'all'}-{own.number}-seed{own.seed}"
+    folder = Path(options.out) if options.out else config.directory / name
+    code = pipeline.sample_into(replace(config, sample=own), folder)
+    print(f"{own.number} samples in {folder}; {folder / 'contact.png'} shows some")
+    return code
+
+
+def submit(options: argparse.Namespace) -> int:
+    config = experiment.load(options.config, options.overrides)
+    cluster = executors.load_cluster(options.cluster)
+    busy = {n: j for n in stages(config) if (j := status.last_job(config.directory, n)) and status.alive(j["job"])}
+    if busy and not options.dry:
+        jobs = ", ".join(f"{name} (job {job['job']})" for name, job in busy.items())
+        raise UserError(f"Jobs of this run are still in the queue: {jobs}. Wait for them or `lesiongen cancel` the run.")
+    todo = pipeline.to_do(config, () if options.dry else tuple(options.fresh))
+    if not options.dry:
+        pipeline.snapshot(config)
+    sent = executors.EXECUTORS["slurm"](config, todo, cluster, options.dry)
+    if not options.dry:
+        for name, job in sent.items():
+            print(f"{name:<14} job {job}")
+        print(f"watch: lesiongen status {config.directory}" if sent else "everything is done")
+    return errors.DONE
+
+
+def plan(options: argparse.Namespace) -> int:
+    from launch.plan import report
+
+    print(report(experiment.load(options.config, options.overrides)))
+    return errors.DONE
+
+
+def show_status(options: argparse.Namespace) -> int:
+    print(status.show(status.load_run(options.run)))
+    return errors.DONE
+
+
+def logs(options: argparse.Namespace) -> int:
+    print(status.logs(status.load_run(options.run), options.stage))
+    return errors.DONE
+
+
+def cancel(options: argparse.Namespace) -> int:
+    ended = status.cancel(status.load_run(options.run))
+    print(f"cancelled jobs {', '.join(ended)}" if ended else "no jobs to cancel")
+    return errors.DONE
+
+
+def verify(options: argparse.Namespace) -> int:
+    from launch.verify import walk
+
+    checked, problems = walk(Path(options.path))
+    for line in problems:
+        print(line)
+    print(f"{checked} files checked, {len(problems)} problems")
+    return errors.FAILED if problems else errors.DONE
+
+
+def ui(options: argparse.Namespace) -> int:
+    from hpc import track
+
+    track.serve(Path(options.runs), port=options.port)
+    return errors.DONE
+
+
+def demo(options: argparse.Namespace) -> int:
+    from launch.demo import demo as show
+
+    return show(options)
+
+
+def rank(options: argparse.Namespace) -> int:
+    from hpc import dist, health
+    from launch.work import rank_main
+
+    health.exit_with_parent()
+    return rank_main(experiment.load(options.config), options.stage, dist.detect())
+
+
+def where_to_look(config: Experiment) -> str:
+    here = config.directory
+    return (
+        f"\nreport:   {here / 'report' / 'report.html'}\nsamples:  {here / 'samples' / 'contact.png'} and {here / 'samples' / 'images'}/"
+        f"\nMLflow:   lesiongen ui --runs {here.parent}"
+    )
+
+
+COMMANDS = {
+    "demo": demo,
+    "pack": pack,
+    "train": train,
+    "encode": encode,
+    "sample": sample,
+    "evaluate": evaluate,
+    "run": run,
+    "submit": submit,
+    "plan": plan,
+    "status": show_status,
+    "logs": logs,
+    "cancel": cancel,
+    "verify": verify,
+    "ui": ui,
+    "rank": rank,
+}

@@ -1,0 +1,66 @@
+"""One stage on this rank: run it, follow it in MLflow, and turn every kind of ending into its exit code."""
+
+import os
+import sys
+import traceback
+
+from hpc import errors, track
+from hpc.dist import Topology
+from lesiongen import stages
+from lesiongen.experiment import Experiment
+from lesiongen.stages.base import execute
+
+
+def work(config: Experiment, name: str, topology: Topology) -> None:
+    """Runs a stage on this rank, with a follower on rank 0. Raises what the stage raises."""
+    uri = track.default_uri(config.directory)
+    # sqlite breaks on the parallel file systems of clusters: there the page's own process reads the JSONL.
+    follows = topology.leader and (uri.startswith("http") or not on_slurm())
+    follower = track.Follower(config.directory, uri) if follows else None
+    try:
+        execute(config, stages.stages(config)[name], topology)
+    finally:
+        if follower:
+            follower.close()
+
+
+def on_slurm() -> bool:
+    return "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ
+
+
+def code_of(error: BaseException) -> int:
+    kinds = {
+        errors.UserError: errors.USAGE,
+        errors.Stopped: errors.RESUMABLE,
+        errors.Diverged: errors.DIVERGED,
+        KeyboardInterrupt: errors.RESUMABLE,
+    }
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), errors.FAILED)
+
+
+def explain(error: BaseException) -> None:
+    """One paragraph for what a person can mend, a traceback for what only we can."""
+    if isinstance(error, (errors.UserError, errors.Stopped, errors.Diverged, TimeoutError)):
+        print(f"lesiongen: {error}", file=sys.stderr, flush=True)
+    elif isinstance(error, KeyboardInterrupt):
+        print("lesiongen: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+    elif isinstance(error, OSError) and error.errno == 28:
+        print(
+            f"lesiongen: the disk is full ({error.filename or 'while writing'}). What was finished is intact; free some "
+            "space and run the same command again.",
+            file=sys.stderr,
+            flush=True,
+        )
+    else:
+        traceback.print_exception(error)
+
+
+def rank_main(config: Experiment, name: str, topology: Topology) -> int:
+    """A rank started by an executor: the exit code of its stage."""
+    try:
+        work(config, name, topology)
+        return errors.DONE
+    except BaseException as error:
+        if topology.leader or not isinstance(error, (errors.UserError, errors.Stopped, errors.Diverged)):
+            explain(error)
+        return errors.USAGE if isinstance(error, OSError) and error.errno == 28 else code_of(error)

@@ -1,0 +1,295 @@
+"""One page that says what a run is worth: figures beside their floors, pictures, curves. Opens from disk, loads nothing.
+
+Pictures are PNG bytes; everything is embedded. What stands on the page comes from metrics.json, so that the two agree.
+"""
+
+import base64
+import html
+import io
+import re
+import time
+
+import torch
+from PIL import Image
+
+from lesiongen.data import images
+
+TRAIN, HELD_OUT, FLOOR = "#2a6fbb", "#d9701a", "#8a8f98"
+STYLE = """
+body{font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;color:#1f2430;background:#fff;max-width:1120px;margin:2em auto;
+padding:0 1.2em}h1{margin:0;font-size:1.9em}h2{margin:2em 0 .4em;font-size:1.3em;border-bottom:1px solid #d9dde3}
+.tag{background:#7a1f5c;color:#fff;border-radius:4px;padding:.1em .5em;font-size:.75rem;letter-spacing:.06em;
+vertical-align:middle}.sub,.note{color:#5a6270;font-size:.92em}.verdict{background:#f4f6f9;border-left:5px solid #2a6fbb;
+padding:.8em 1.1em;margin:1.2em 0}table{border-collapse:collapse;width:100%;font-size:.95em}th,td{text-align:left;
+padding:.35em .7em;border-bottom:1px solid #e4e7ec;vertical-align:top}th{background:#f4f6f9}td.v{font-weight:600;
+white-space:nowrap}tr.part td{background:#fafbfc;font-weight:600;color:#5a6270}img{max-width:100%;display:block}
+.sheet{display:grid;grid-template-columns:auto 1fr 1fr;gap:2px 12px;align-items:center}.sheet b{font-size:.95em}
+.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em}.good{background:#2e9e5b}
+.fair{background:#e0a81c}.poor{background:#d0413b}.none{background:#c3c8d0}.pair{display:grid;gap:2em;
+grid-template-columns:repeat(auto-fit,minmax(380px,1fr))}
+"""
+
+
+def page(
+    name: str,
+    metrics: dict,
+    shown: dict[str, bytes],
+    sheets: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]],
+    distances: list[float],
+) -> str:
+    """The whole page. shown: neighbours, reconstructions, curves, confusion, distances, as far as there are any;
+    sheets: per class a strip of samples and one of training images, uint8 [C, H, W]; distances: of the neighbours."""
+    data = metrics["data"]
+    licence, counts = strictest(list(data["licences"])), {k: sum(v.values()) for k, v in data["counts"].items()}
+    sources = ", ".join(s or "unknown source" for s in data["sources"])
+    facts = [
+        f"{time.strftime('%d %B %Y')} · {sum(data['generated'].values()):,} samples of {data['size']} px",
+        f"Real data: {sources}; {sum(counts.values()):,} images of {sum(data['lesions'].values()):,} lesions "
+        f"({', '.join(f'{v:,} {k}' for k, v in counts.items())})",
+        f"Strictest licence of the data: {licence}. This page shows real training images: pass it on only as far as that allows.",
+    ]
+    out = [f"<h1>{esc(name)} <span class='tag'>SYNTHETIC IMAGES</span></h1>"]
+    out += ["<p class='sub'>" + "<br>".join(map(esc, facts)) + "</p>"]
+    out += ["<div class='verdict'>" + " ".join(_dot(mark) + esc(text) for mark, text in verdict(metrics)) + "</div>"]
+    out += ["<h2>Samples beside real images</h2><div class='sheet'><b></b><b>Synthetic</b><b>Real (training split)</b>"]
+    for label, strips in sheets.items():
+        out += [f"<b>{esc(label or 'all')}</b>", *(f"<div>{_strip(s)}</div>" for s in strips)]
+    out += ["</div><h2>Figures</h2>", _table(metrics)]
+    if "neighbours" in shown:
+        out += ["<h2>Is anything copied?</h2><p class='note'>The samples nearest to the training data (above), each with "]
+        out += ["its nearest training image (below), turned as it fits best. Distances at 32 × 32 px: "]
+        out += [f"{', '.join(f'{d:.3f}' for d in distances)}; below {metrics['copies']['threshold']:.3f} counts as a copy.</p>"]
+        out += [_picture(shown["neighbours"], "nearest neighbours")]
+    out += ["<div class='pair'>"]
+    for key, title, note in (
+        ("distances", "Distance to the training data", "Samples should lie where held-out images lie, not left of them."),
+        ("confusion", "What the classifier sees in the samples", "Rows: the class asked for; columns: the class seen."),
+    ):
+        if key in shown:
+            out += [f"<div><h2>{title}</h2><p class='note'>{note}</p>{_picture(shown[key], title)}</div>"]
+    out += ["</div>"]
+    if "reconstructions" in shown:
+        out += ["<h2>Reconstructions</h2><p class='note'>Test images (above) and what the tokenizer keeps of them (below): "]
+        out += ["no sample can be sharper than these.</p>", _picture(shown["reconstructions"], "reconstructions")]
+    if "curves" in shown:
+        out += ["<h2>Learning curves</h2><p class='note'>Over samples seen. Where held-out parts from training, the model "]
+        out += ["learns its training images by heart.</p>", _picture(shown["curves"], "learning curves")]
+    out += ["<h2>Data</h2>", _data(data)]
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{esc(name)}</title>"
+    return f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{''.join(out)}</body></html>\n"
+
+
+def verdict(metrics: dict) -> list[tuple[str, str]]:
+    """(mark, sentence) each: good, fair, poor, or none where nothing can be said."""
+    out, fidelity, diversity, found = [], metrics["fidelity"], metrics["diversity"], metrics["copies"]
+    if "lesiongen phantom" in metrics["data"]["attributions"]:
+        out += [("none", "The data are drawings made for demonstration: these figures say nothing about real lesions.")]
+    mark = holds(fidelity)
+    if fidelity["ratio"] is None:
+        out += [("none", f"Whether labels show in the samples cannot be measured: {fidelity['reason']}.")]
+    else:
+        seen = {"good": "as plain as on real images", "fair": "weaker than on real images", "poor": "hardly to be seen"}
+        seen["none"] = "not judged, for this classifier hardly tells real images apart either"
+        out += [(mark, f"A classifier trained on the real images finds the intended class in {fidelity['samples']:.0%} of the "
+                 f"samples, in {fidelity['real']:.0%} of real held-out images and in {fidelity['chance']:.0%} by chance: "
+                 f"labels are {seen[mark]}.")]
+    if diversity["ratio"] is not None and mark in ("good", "fair"):
+        ratio = diversity["ratio"]
+        level = 0 if ratio >= 0.9 else 1 if ratio >= 0.7 else 2
+        said = ("as varied as real ones", "somewhat less varied than real ones", "much alike")[level]
+        out += [(("good", "fair", "poor")[level], f"Within a class samples are {said} ({ratio:.0%} of the real spread).")]
+    elif diversity["ratio"] is not None:
+        out += [("none", "Their variety does not count while labels do not hold.")]
+    said = f"{found['copies']} of {found['number']:,} samples count as copies of training images"
+    interval = f"(95 % interval of the rate: {found['low']:.1%} to {found['high']:.1%}; unrelated real images: 1 %)"
+    if found["low"] > 0.01:
+        out += [("poor", f"{said} {interval}: more than chance. Look at the pairs below before passing samples on.")]
+    elif found["high"] <= 0.02:
+        out += [("good", f"{said} {interval}: no more than chance.")]
+    else:
+        out += [("fair", f"{said} {interval}: too few samples to be sure, draw 1,000 or more.")]
+    for level, bits in metrics["priors"].items():
+        gap = bits["bits_per_token"] - bits["train_bits_per_token"]
+        if bits["bits_per_token"] >= bits["bigram_bits"]:
+            out += [("poor", f"The prior for {level} is no better than a bigram: train it longer.")]
+        elif gap > 0.1 * bits["bits_per_token"]:
+            out += [("fair", f"The prior for {level} knows its training images better than others, by {gap:.2f} bits a token.")]
+    return out
+
+
+def holds(fidelity: dict) -> str:
+    """Mark of fidelity: share of the classifier's skill above chance on real images that is left on samples."""
+    if fidelity["ratio"] is None or fidelity["real"] < fidelity["chance"] + 0.1:
+        return "none"
+    skill = (fidelity["samples"] - fidelity["chance"]) / (fidelity["real"] - fidelity["chance"])
+    return "good" if skill >= 0.9 else "fair" if skill >= 0.6 else "poor"
+
+
+def strictest(licences: list[str]) -> str:
+    """The licence with the most conditions. One that is unknown or not stated counts as the strictest."""
+
+    def conditions(name: str) -> int:
+        words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+        if words & {"CC0", "0", "PDM"}:
+            return 0
+        return 1 + words.issuperset({"SA"}) + 4 * ("NC" in words) + 2 * ("ND" in words) if "CC" in words else 100
+
+    worst = max(licences, key=conditions, default="")
+    return worst or "not stated for some images; take it that they may not be passed on"
+
+
+def _table(metrics: dict) -> str:
+    tokenizer, fidelity, diversity, found = (metrics[k] for k in ("tokenizer", "fidelity", "diversity", "copies"))
+
+    def part(title: str) -> str:
+        return f"<tr class='part'><td colspan='4'>{esc(title)}</td></tr>"
+
+    def row(what: str, value: str, beside: str, meaning: str) -> str:
+        return f"<tr><td>{esc(what)}</td><td class='v'>{esc(value)}</td><td>{esc(beside)}</td><td>{esc(meaning)}</td></tr>"
+
+    out = [part("Tokenizer: what images lose on the way into codes and back, test split")]
+    out += [row("PSNR", f"{tokenizer['psnr']:.2f} dB", f"{tokenizer['floor_psnr']:.2f} dB with one colour for all", "higher is closer")]
+    out += [row("SSIM", f"{tokenizer['ssim']:.3f}", "1 if equal", "likeness of structure")]
+    out += [row("NMSE", f"{tokenizer['nmse']:.4f}", "1 with one colour for all", "squared error over the data's variance")]
+    for level in metrics["priors"]:
+        used, p, k = tokenizer[f"usage/{level}"], tokenizer[f"perplexity/{level}"], tokenizer["entries"]
+        out += [row(f"Codebook of {level}", f"{used:.0%} used", f"perplexity {p:.0f} of at most {k}", "codes that do work")]
+    out += [part("Priors: how well codes are foretold, validation split; bits per token, lower is better")]
+    for level, bits in metrics["priors"].items():
+        beside = f"bigram {bits['bigram_bits']:.3f}, uniform {bits['uniform_bits']:.3f}"
+        meaning = f"{bits['train_bits_per_token']:.3f} on training codes; a large gap is learning by heart"
+        out += [row(level, f"{bits['bits_per_token']:.3f}", beside, meaning)]
+    out += [part("Samples")]
+    if fidelity["ratio"] is None:
+        out += [row("Fidelity", "not measured", "", fidelity["reason"])]
+    else:
+        beside = f"real {fidelity['real']:.1%}, reconstructed {fidelity['reconstructions']:.1%}, chance {fidelity['chance']:.1%}"
+        out += [row("Fidelity", f"{fidelity['samples']:.1%}", beside, "balanced accuracy of a classifier on the labels of samples")]
+    if diversity["ratio"] is None:
+        out += [row("Diversity", "not measured", "", diversity["reason"])]
+    else:
+        beside = f"1 is the spread of real held-out images ({diversity['samples']:.2f} against {diversity['real']:.2f})"
+        out += [row("Diversity", f"{diversity['ratio']:.2f}", beside, "spread within a class; counts only where fidelity holds")]
+    beside = f"{found['held_out']['rate']:.1%} of held-out images, by definition 1 %"
+    meaning = f"{found['copies']} of {found['number']:,}; 95 % interval {found['low']:.2%} to {found['high']:.2%}"
+    out += [row("Copy rate", f"{found['rate']:.2%}", beside, meaning)]
+    beside = f"{found['held_out']['median_distance']:.4f} of held-out images"
+    out += [row("Distance to training images", f"{found['median_distance']:.4f}", beside, "median; far smaller is too near")]
+    return f"<table><tr><th>Figure</th><th>Value</th><th>Beside it</th><th>Meaning</th></tr>{''.join(out)}</table>"
+
+
+def _data(data: dict) -> str:
+    splits, made = list(data["counts"]), data["generated"]
+    names = dict.fromkeys([c for counts in data["counts"].values() for c in counts] + list(made))
+    out = ["<table><tr><th>Images of</th>", *(f"<th>{esc(s)}</th>" for s in splits), "<th>generated</th></tr>"]
+    for name in names:
+        cells = [*(data["counts"][s].get(name, 0) for s in splits), made.get(name, 0)]
+        out += [f"<tr><td>{esc(name or 'no label')}</td>", *(f"<td>{n:,}</td>" for n in cells), "</tr>"]
+    lesions = [f"<td>{data['lesions'].get(s, 0):,}</td>" for s in splits]
+    out += ["<tr><td>lesions</td>", *lesions, "<td></td></tr></table>"]
+    listed = "; ".join(f"{name or 'not stated'}: {n:,}" for name, n in data["licences"].items())
+    thanks = "; ".join(name for name in list(data["attributions"])[:10] if name)
+    said = f"No lesion is in two splits. {data['rejected']:,} images or rows were rejected. Licences: {listed}. "
+    return "".join(out) + f"<p class='note'>{esc(said + (f'Attribution: {thanks}.' if thanks else ''))}</p>"
+
+
+def esc(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _dot(mark: str) -> str:
+    return f"<span class='dot {mark}'></span>"
+
+
+def _picture(content: bytes, alt: str, kind: str = "png") -> str:
+    return f"<img alt='{esc(alt)}' src='data:image/{kind};base64,{base64.b64encode(content).decode()}'>"
+
+
+def _strip(strip_CHW: torch.Tensor | None) -> str:
+    """As JPEG: a page of photographs in PNG is too large to send."""
+    if strip_CHW is None:
+        return "<span class='note'>none</span>"
+    picture = Image.open(io.BytesIO(images.png(strip_CHW)))
+    return _picture(images.encode(picture, "jpg", 90), "images of one class", "jpeg")
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    from matplotlib.figure import Figure  # no pyplot: no windows, no global state
+
+    figure = Figure((width, height), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, axes
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def curves(stages: dict[str, list[dict]]) -> bytes | None:
+    """Training beside held-out, one panel each, from the lines of every stage's metrics.jsonl. None where there are none."""
+    panels = [("tokenizer", "PSNR in dB", "train/psnr", "val/psnr", None)]
+    panels += [("tokenizer", "mean squared error, images in [-1, 1]", "train/reconstruction", "val/mse", None)]
+    keys = sorted({k for row in stages.get("tokenizer", []) for k in row})
+    for what, title in (("usage", "share of codes used"), ("perplexity", "perplexity of codes")):
+        levels = sorted({k.partition("/")[2].partition("/")[2] for k in keys if f"/{what}/" in k})
+        panels += [("tokenizer", f"{title}: {v}", f"train/{what}/{v}", f"val/{what}/{v}", None) for v in levels]
+    for name in stages:
+        if name.startswith("prior-"):
+            title = f"bits per token: {name.removeprefix('prior-')}"
+            panels += [(name, title, "train/bits_per_token", "val/bits_per_token", "val/bigram_bits")]
+    panels = [p for p in panels if any(p[2] in row or p[3] in row for row in stages.get(p[0], []))]
+    if not panels:
+        return None
+    rows = -(-len(panels) // 3)
+    figure, axes = _figure(11, 2.7 * rows, rows, 3)
+    for axis, (stage, title, *lines) in zip(axes, panels, strict=False):
+        looks = ((TRAIN, "training", "-"), (HELD_OUT, "held-out", ".-"), (FLOOR, "bigram", "--"))
+        for key, (colour, label, style) in zip(lines, looks, strict=True):
+            points = [(row["samples"], row[key]) for row in stages[stage] if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.4)
+        axis.set_title(title, fontsize=10)
+        axis.legend(fontsize=8, frameon=False)
+        axis.tick_params(labelsize=8)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    return _png(figure)
+
+
+def confusion(fidelity: dict, classes: list[str]) -> bytes | None:
+    """Shares of the classes seen in the samples of each class."""
+    if fidelity["ratio"] is None:
+        return None
+    asked = [i for i, row in enumerate(fidelity["confusion"]) if sum(row)]
+    share = [[n / sum(fidelity["confusion"][i]) for n in fidelity["confusion"][i]] for i in asked]
+    figure, (axis,) = _figure(5.2, 1.6 + 0.42 * len(asked))
+    axis.grid(False)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(share):
+        for x, value in enumerate(row):
+            if value >= 0.005 and len(classes) <= 12:
+                axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color="w" if value > 0.5 else "k")
+    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(len(asked)), [classes[i] for i in asked], fontsize=8)
+    return _png(figure)
+
+
+def histogram(samples: list[float], held_out: list[float], threshold: float) -> bytes:
+    """Distances of samples and held-out images to their nearest training image, and where copies begin."""
+    figure, (axis,) = _figure(5.2, 3.6)
+    top = sorted(samples + held_out)[int(0.995 * (len(samples) + len(held_out) - 1))]
+    bins = [top * i / 40 for i in range(41)]
+    for values, label, colour in ((held_out, "held-out images", HELD_OUT), (samples, "samples", TRAIN)):
+        weights = [100 / len(values)] * len(values)
+        axis.hist([min(v, top) for v in values], bins, weights=weights, alpha=0.55, color=colour, label=label)
+    axis.axvline(threshold, color="#d0413b", linestyle="--", linewidth=1.2, label="copies lie left of this")
+    axis.set_xlabel("distance to the nearest training image", fontsize=9)
+    axis.set_ylabel("share in %", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=8, frameon=False)
+    return _png(figure)
