@@ -6,11 +6,13 @@ shard is never silent. The plan's reader is the source of an ordinary webdataset
 """
 
 import io
+import multiprocessing
 import os
 import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -93,7 +95,7 @@ class ShardReader:
 class Source(torch.utils.data.IterableDataset):
     """Yields raw samples in the order of the plan: each worker takes whole batches, in turn.
 
-    batches: function that returns an iterator over lists of (position, slot)
+    batches: function that returns an iterator over lists of (position, slot); called in each worker
     """
 
     def __init__(self, reader: ShardReader, plan: Plan, batches: Callable[[], Iterator[list[tuple[int, int]]]]):
@@ -113,52 +115,45 @@ class Source(torch.utils.data.IterableDataset):
         except BadSample as error:
             return {"error": str(error)}
 
-    def decoded(self, decode: Callable[[dict], dict]) -> Callable[[dict], dict]:
-        """A map that replaces a bad sample by a deterministic other one, and says so in "bad"."""
-
-        def attempt(raw: dict) -> dict:
-            bad = []
-            for n in range(100):
-                try:
-                    if "error" in raw:
-                        raise BadSample(raw["error"])
-                    return {**decode(raw), "bad": bad}
-                except BadSample as error:
-                    bad.append({"position": raw["position"], "error": str(error)})
-                    other = sample_seed(n, raw["position"]) % self.plan.size
-                    raw = {"position": raw["position"], "slot": raw["slot"], **self.fetch(other)}
-            raise RuntimeError(f"100 replacements in a row could not be read; the last: {bad[-1]['error']}")
-
-        return attempt
+    def decoded(self, decode: Callable[[dict], dict], raw: dict) -> dict:
+        """The decoded sample; a bad one is replaced by a deterministic other one, which "bad" then says."""
+        bad = []
+        for n in range(100):
+            try:
+                if "error" in raw:
+                    raise BadSample(raw["error"])
+                return {**decode(raw), "bad": bad}
+            except BadSample as error:
+                bad.append({"position": raw["position"], "error": str(error)})
+                other = sample_seed(n, raw["position"]) % self.plan.size
+                raw = {"position": raw["position"], "slot": raw["slot"], **self.fetch(other)}
+        raise RuntimeError(f"100 replacements in a row could not be read; the last: {bad[-1]['error']}")
 
 
 def loader(source: Source, decode, collate, batch: int, workers: int) -> Iterator:
-    """The webdataset pipeline: plan's source → decode → batch; `workers` processes, none for 0."""
+    """The webdataset pipeline: plan's source → decode → batch; `workers` processes, none for 0. Everything handed in
+    must pickle: workers start from a clean server process, since a fork of one that runs threads may deadlock."""
     pipeline = wds.DataPipeline(
-        source, wds.map(source.decoded(decode)), wds.batched(batch, collation_fn=collate, partial=True)
+        source, wds.map(partial(source.decoded, decode)), wds.batched(batch, collation_fn=collate, partial=True)
     )
-    extra = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
+    extra = {}
+    if workers:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([decode.__class__.__module__])
+        extra = {"prefetch_factor": 4, "multiprocessing_context": context}
     return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **extra))
 
 
-def training_batches(start: int, batch: int, micro: int, rank: int, world: int):
+def training_batches(start: int, batch: int, micro: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
     """This rank's micro-batches of (position, slot) from global position `start`, a multiple of the batch, for ever."""
-
-    def batches():
-        slots = share(batch, rank, world)
-        for step in count(start // batch):
-            for first in range(slots.start, slots.stop, micro):
-                yield [(step * batch + slot, slot) for slot in range(first, first + micro)]
-
-    return batches
+    slots = share(batch, rank, world)
+    for step in count(start // batch):
+        for first in range(slots.start, slots.stop, micro):
+            yield [(step * batch + slot, slot) for slot in range(first, first + micro)]
 
 
-def evaluation_batches(size: int, micro: int, rank: int, world: int):
+def evaluation_batches(size: int, micro: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
     """This rank's contiguous share of `size` samples, once, in batches of `micro`; the last may be smaller."""
-
-    def batches():
-        part = split(size, rank, world)
-        for first in range(part.start, part.stop, micro):
-            yield [(i, i - first) for i in range(first, min(first + micro, part.stop))]
-
-    return batches
+    part = split(size, rank, world)
+    for first in range(part.start, part.stop, micro):
+        yield [(i, i - first) for i in range(first, min(first + micro, part.stop))]

@@ -1,4 +1,4 @@
-"""One page that says what a run is worth: figures beside their floors, pictures, curves. Opens from disk, loads nothing.
+"""One page that says what a run is worth: figures beside their floors, pictures, curves. Opens from disk, alone.
 
 Pictures are PNG bytes; everything is embedded. What stands on the page comes from metrics.json, so that the two agree.
 """
@@ -14,19 +14,40 @@ from PIL import Image
 
 from lesiongen.data import images
 
+PLOTS = (  # picture, title, what to look for
+    ("distances", "Distance to the training data", "Samples should lie where held-out images lie, not left of them."),
+    ("confusion", "What the classifier sees in samples", "Rows: the class asked for; columns: the class seen."),
+)
+BELOW = (
+    (
+        "reconstructions",
+        "Reconstructions",
+        "Test images (above) and what the tokenizer keeps of them (below): no sample can be sharper than these.",
+    ),
+    (
+        "curves",
+        "Learning curves",
+        "Over samples seen. Where held-out parts from training, the model learns its training images by heart.",
+    ),
+)
 TRAIN, HELD_OUT, FLOOR = "#2a6fbb", "#d9701a", "#8a8f98"
 STYLE = """
-body{font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;color:#1f2430;background:#fff;max-width:1120px;margin:2em auto;
-padding:0 1.2em}h1{margin:0;font-size:1.9em}h2{margin:2em 0 .4em;font-size:1.3em;border-bottom:1px solid #d9dde3}
-.tag{background:#7a1f5c;color:#fff;border-radius:4px;padding:.1em .5em;font-size:.75rem;letter-spacing:.06em;
-vertical-align:middle}.sub,.note{color:#5a6270;font-size:.92em}.verdict{background:#f4f6f9;border-left:5px solid #2a6fbb;
-padding:.8em 1.1em;margin:1.2em 0}table{border-collapse:collapse;width:100%;font-size:.95em}th,td{text-align:left;
-padding:.35em .7em;border-bottom:1px solid #e4e7ec;vertical-align:top}th{background:#f4f6f9}td.v{font-weight:600;
-white-space:nowrap}tr.part td{background:#fafbfc;font-weight:600;color:#5a6270}img{max-width:100%;display:block}
-.sheet{display:grid;grid-template-columns:auto 1fr 1fr;gap:2px 12px;align-items:center}.sheet b{font-size:.95em}
-.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em}.good{background:#2e9e5b}
-.fair{background:#e0a81c}.poor{background:#d0413b}.none{background:#c3c8d0}.pair{display:grid;gap:2em;
-grid-template-columns:repeat(auto-fit,minmax(380px,1fr))}
+body{font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;color:#1f2430;background:#fff;max-width:1120px;
+ margin:2em auto;padding:0 1.2em}
+h1{margin:0;font-size:1.9em} h2{margin:2em 0 .4em;font-size:1.3em;border-bottom:1px solid #d9dde3}
+.tag{background:#7a1f5c;color:#fff;border-radius:4px;padding:.15em .5em;font-size:.75rem;letter-spacing:.06em;
+ vertical-align:middle}
+.note{color:#5a6270;font-size:.92em} img{max-width:100%;display:block} img.wide{width:100%}
+.verdict{background:#f4f6f9;border-left:5px solid #2a6fbb;padding:.7em 1.1em;margin:1.2em 0}
+.verdict div{padding:.15em 0 .15em 1.4em;text-indent:-1.15em}
+.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em;text-indent:0}
+.good{background:#2e9e5b} .fair{background:#e0a81c} .poor{background:#d0413b} .none{background:#c3c8d0}
+table{border-collapse:collapse;width:100%;font-size:.95em}
+th,td{text-align:left;padding:.35em .7em;border-bottom:1px solid #e4e7ec;vertical-align:top} th{background:#f4f6f9}
+td.v{font-weight:600;white-space:nowrap} tr.part td{background:#fafbfc;font-weight:600;color:#5a6270}
+.sheet{display:grid;grid-template-columns:auto 1fr 1fr;gap:2px 12px;align-items:center}
+.caption{display:grid;text-align:center;font-size:.9em} .caption .near{color:#d0413b;font-weight:600}
+.pair{display:grid;gap:2em;grid-template-columns:repeat(auto-fit,minmax(380px,1fr))}
 """
 
 
@@ -40,43 +61,44 @@ def page(
     """The whole page. shown: neighbours, reconstructions, curves, confusion, distances, as far as there are any;
     sheets: per class a strip of samples and one of training images, uint8 [C, H, W]; distances: of the neighbours."""
     data = metrics["data"]
-    licence, counts = strictest(list(data["licences"])), {k: sum(v.values()) for k, v in data["counts"].items()}
+    counts = {split: sum(of.values()) for split, of in data["counts"].items()}
     sources = ", ".join(s or "unknown source" for s in data["sources"])
+    listed = ", ".join(f"{n:,} {split}" for split, n in counts.items())
     facts = [
         f"{time.strftime('%d %B %Y')} · {sum(data['generated'].values()):,} samples of {data['size']} px",
-        f"Real data: {sources}; {sum(counts.values()):,} images of {sum(data['lesions'].values()):,} lesions "
-        f"({', '.join(f'{v:,} {k}' for k, v in counts.items())})",
-        f"Strictest licence of the data: {licence}. This page shows real training images: pass it on only as far as that allows.",
+        f"Real data: {sources}; {listed} images of {sum(data['lesions'].values()):,} lesions",
+        f"Strictest licence of the data: {strictest(list(data['licences']))}. This page shows real training images: "
+        "pass it on only as far as that allows.",
     ]
     out = [f"<h1>{esc(name)} <span class='tag'>SYNTHETIC IMAGES</span></h1>"]
-    out += ["<p class='sub'>" + "<br>".join(map(esc, facts)) + "</p>"]
-    out += ["<div class='verdict'>" + " ".join(_dot(mark) + esc(text) for mark, text in verdict(metrics)) + "</div>"]
-    out += ["<h2>Samples beside real images</h2><div class='sheet'><b></b><b>Synthetic</b><b>Real (training split)</b>"]
+    out += ["<p class='note'>", "<br>".join(map(esc, facts)), "</p><div class='verdict'>"]
+    out += [f"<div><span class='dot {mark}'></span>{esc(said)}</div>" for mark, said in verdict(metrics)]
+    out += ["</div><h2>Samples beside real images</h2><div class='sheet'>"]
+    out += ["<b></b><b>Synthetic</b><b>Real (training split)</b>"]
     for label, strips in sheets.items():
         out += [f"<b>{esc(label or 'all')}</b>", *(f"<div>{_strip(s)}</div>" for s in strips)]
-    out += ["</div><h2>Figures</h2>", _table(metrics)]
+    out += ["</div>", _titled("Figures"), _table(metrics)]
     if "neighbours" in shown:
-        out += ["<h2>Is anything copied?</h2><p class='note'>The samples nearest to the training data (above), each with "]
-        out += ["its nearest training image (below), turned as it fits best. Distances at 32 × 32 px: "]
-        out += [f"{', '.join(f'{d:.3f}' for d in distances)}; below {metrics['copies']['threshold']:.3f} counts as a copy.</p>"]
-        out += [_picture(shown["neighbours"], "nearest neighbours")]
+        below = metrics["copies"]["threshold"]
+        note = "The samples nearest to the training data (above), each with its nearest training image (below), turned "
+        note += f"as it fits best. Above them their distance at 32 × 32 px: below {below:.3f} it counts as a copy."
+        cells = [f"<span{' class=near' if d < below else ''}>{d:.3f}</span>" for d in distances]
+        out += [_titled("Is anything copied?", note)]
+        columns = f"grid-template-columns:repeat({len(cells)},1fr)"
+        out += [f"<div style='max-width:{150 * len(cells)}px'><div class='caption' style='{columns}'>", *cells, "</div>"]
+        out += [_picture(shown["neighbours"], "nearest neighbours"), "</div>"]
     out += ["<div class='pair'>"]
-    for key, title, note in (
-        ("distances", "Distance to the training data", "Samples should lie where held-out images lie, not left of them."),
-        ("confusion", "What the classifier sees in the samples", "Rows: the class asked for; columns: the class seen."),
-    ):
+    for key, title, note in PLOTS:
         if key in shown:
-            out += [f"<div><h2>{title}</h2><p class='note'>{note}</p>{_picture(shown[key], title)}</div>"]
+            out += ["<div>", _titled(title, note), _picture(shown[key], title, look=""), "</div>"]
     out += ["</div>"]
-    if "reconstructions" in shown:
-        out += ["<h2>Reconstructions</h2><p class='note'>Test images (above) and what the tokenizer keeps of them (below): "]
-        out += ["no sample can be sharper than these.</p>", _picture(shown["reconstructions"], "reconstructions")]
-    if "curves" in shown:
-        out += ["<h2>Learning curves</h2><p class='note'>Over samples seen. Where held-out parts from training, the model "]
-        out += ["learns its training images by heart.</p>", _picture(shown["curves"], "learning curves")]
-    out += ["<h2>Data</h2>", _data(data)]
+    for key, title, note in BELOW:
+        if key in shown:
+            out += [_titled(title, note), _picture(shown[key], title)]
+    out += [_titled("Data"), _data(data, metrics["fidelity"].get("recall", {}))]
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{esc(name)}</title>"
-    return f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{''.join(out)}</body></html>\n"
+    body = "\n".join(out)
+    return f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n"
 
 
 def verdict(metrics: dict) -> list[tuple[str, str]]:
@@ -88,32 +110,36 @@ def verdict(metrics: dict) -> list[tuple[str, str]]:
     if fidelity["ratio"] is None:
         out += [("none", f"Whether labels show in the samples cannot be measured: {fidelity['reason']}.")]
     else:
-        seen = {"good": "as plain as on real images", "fair": "weaker than on real images", "poor": "hardly to be seen"}
+        seen = {"good": "as plain as on real ones", "fair": "weaker than on real ones", "poor": "hardly to be seen"}
         seen["none"] = "not judged, for this classifier hardly tells real images apart either"
-        out += [(mark, f"A classifier trained on the real images finds the intended class in {fidelity['samples']:.0%} of the "
-                 f"samples, in {fidelity['real']:.0%} of real held-out images and in {fidelity['chance']:.0%} by chance: "
-                 f"labels are {seen[mark]}.")]
+        said = f"A classifier trained on real images finds the intended class in {fidelity['samples']:.0%} of the "
+        said += f"samples, in {fidelity['real']:.0%} of real held-out images and in {fidelity['chance']:.0%} by chance"
+        out += [(mark, f"{said}: labels are {seen[mark]}.")]
     if diversity["ratio"] is not None and mark in ("good", "fair"):
         ratio = diversity["ratio"]
         level = 0 if ratio >= 0.9 else 1 if ratio >= 0.7 else 2
         said = ("as varied as real ones", "somewhat less varied than real ones", "much alike")[level]
-        out += [(("good", "fair", "poor")[level], f"Within a class samples are {said} ({ratio:.0%} of the real spread).")]
+        mark = ("good", "fair", "poor")[level]
+        out += [(mark, f"Within a class samples are {said} ({ratio:.0%} of the real spread).")]
     elif diversity["ratio"] is not None:
         out += [("none", "Their variety does not count while labels do not hold.")]
-    said = f"{found['copies']} of {found['number']:,} samples count as copies of training images"
-    interval = f"(95 % interval of the rate: {found['low']:.1%} to {found['high']:.1%}; unrelated real images: 1 %)"
-    if found["low"] > 0.01:
-        out += [("poor", f"{said} {interval}: more than chance. Look at the pairs below before passing samples on.")]
+    said = f"{found['copies']} of {found['number']:,} samples count as copies of training images (95 % interval of the "
+    said += f"rate: {found['low']:.1%} to {found['high']:.1%}; unrelated real images: 1 %)"
+    if found["least_distance"] < 0.5 * found["held_out"]["least_distance"]:
+        out += [("poor", f"{said}, and the nearest is far nearer than any unrelated image: look at the pairs below.")]
+    elif found["low"] > 0.01:
+        out += [("poor", f"{said}: more than chance. Look at the pairs below before passing samples on.")]
     elif found["high"] <= 0.02:
-        out += [("good", f"{said} {interval}: no more than chance.")]
+        out += [("good", f"{said}: no more than chance.")]
     else:
-        out += [("fair", f"{said} {interval}: too few samples to be sure, draw 1,000 or more.")]
+        out += [("fair", f"{said}: too few samples to be sure, draw 1,000 or more.")]
     for level, bits in metrics["priors"].items():
         gap = bits["bits_per_token"] - bits["train_bits_per_token"]
         if bits["bits_per_token"] >= bits["bigram_bits"]:
             out += [("poor", f"The prior for {level} is no better than a bigram: train it longer.")]
         elif gap > 0.1 * bits["bits_per_token"]:
-            out += [("fair", f"The prior for {level} knows its training images better than others, by {gap:.2f} bits a token.")]
+            said = f"The prior for {level} knows its training images better than others, by {gap:.2f} bits a token"
+            out += [("fair", f"{said}: it learns by heart.")]
     return out
 
 
@@ -130,9 +156,9 @@ def strictest(licences: list[str]) -> str:
 
     def conditions(name: str) -> int:
         words = set(re.split(r"[^A-Z0-9]+", name.upper()))
-        if words & {"CC0", "0", "PDM"}:
+        if re.match(r"CC[- ]?0|PDM|PUBLIC DOMAIN", name.upper()):
             return 0
-        return 1 + words.issuperset({"SA"}) + 4 * ("NC" in words) + 2 * ("ND" in words) if "CC" in words else 100
+        return 1 + ("SA" in words) + 4 * ("NC" in words) + 2 * ("ND" in words) if "CC" in words else 100
 
     worst = max(licences, key=conditions, default="")
     return worst or "not stated for some images; take it that they may not be passed on"
@@ -141,68 +167,81 @@ def strictest(licences: list[str]) -> str:
 def _table(metrics: dict) -> str:
     tokenizer, fidelity, diversity, found = (metrics[k] for k in ("tokenizer", "fidelity", "diversity", "copies"))
 
-    def part(title: str) -> str:
-        return f"<tr class='part'><td colspan='4'>{esc(title)}</td></tr>"
+    out: list[str] = ["<table><tr><th>Figure</th><th>Value</th><th>Beside it</th><th>Meaning</th></tr>"]
 
-    def row(what: str, value: str, beside: str, meaning: str) -> str:
-        return f"<tr><td>{esc(what)}</td><td class='v'>{esc(value)}</td><td>{esc(beside)}</td><td>{esc(meaning)}</td></tr>"
+    def part(title: str) -> None:
+        out.append(f"<tr class='part'><td colspan='4'>{esc(title)}</td></tr>")
 
-    out = [part("Tokenizer: what images lose on the way into codes and back, test split")]
-    out += [row("PSNR", f"{tokenizer['psnr']:.2f} dB", f"{tokenizer['floor_psnr']:.2f} dB with one colour for all", "higher is closer")]
-    out += [row("SSIM", f"{tokenizer['ssim']:.3f}", "1 if equal", "likeness of structure")]
-    out += [row("NMSE", f"{tokenizer['nmse']:.4f}", "1 with one colour for all", "squared error over the data's variance")]
+    def row(what: str, value: str, beside: str, meaning: str) -> None:
+        cells = f"<td>{esc(what)}</td><td class='v'>{esc(value)}</td><td>{esc(beside)}</td><td>{esc(meaning)}</td>"
+        out.append(f"<tr>{cells}</tr>")
+
+    part("Tokenizer: what images lose on the way into codes and back, test split")
+    flat = f"{tokenizer['floor_psnr']:.2f} dB with one colour for all"
+    row("PSNR", f"{tokenizer['psnr']:.2f} dB", flat, "higher is closer")
+    row("SSIM", f"{tokenizer['ssim']:.3f}", "1 if equal", "likeness of structure")
+    row("NMSE", f"{tokenizer['nmse']:.4f}", "1 with one colour for all", "squared error over the data's variance")
     for level in metrics["priors"]:
-        used, p, k = tokenizer[f"usage/{level}"], tokenizer[f"perplexity/{level}"], tokenizer["entries"]
-        out += [row(f"Codebook of {level}", f"{used:.0%} used", f"perplexity {p:.0f} of at most {k}", "codes that do work")]
-    out += [part("Priors: how well codes are foretold, validation split; bits per token, lower is better")]
+        used, p = tokenizer[f"usage/{level}"], tokenizer[f"perplexity/{level}"]
+        beside = f"perplexity {p:.0f} of at most {tokenizer['entries']}"
+        row(f"Codebook of {level}", f"{used:.0%} used", beside, "codes that do work")
+    part("Priors: how well codes are foretold, validation split; bits per token, lower is better")
     for level, bits in metrics["priors"].items():
         beside = f"bigram {bits['bigram_bits']:.3f}, uniform {bits['uniform_bits']:.3f}"
         meaning = f"{bits['train_bits_per_token']:.3f} on training codes; a large gap is learning by heart"
-        out += [row(level, f"{bits['bits_per_token']:.3f}", beside, meaning)]
-    out += [part("Samples")]
+        row(level, f"{bits['bits_per_token']:.3f}", beside, meaning)
+    part("Samples")
     if fidelity["ratio"] is None:
-        out += [row("Fidelity", "not measured", "", fidelity["reason"])]
+        row("Fidelity", "not measured", "", fidelity["reason"])
     else:
-        beside = f"real {fidelity['real']:.1%}, reconstructed {fidelity['reconstructions']:.1%}, chance {fidelity['chance']:.1%}"
-        out += [row("Fidelity", f"{fidelity['samples']:.1%}", beside, "balanced accuracy of a classifier on the labels of samples")]
+        beside = f"real {fidelity['real']:.1%}, reconstructed {fidelity['reconstructions']:.1%}, "
+        beside += f"chance {fidelity['chance']:.1%}"
+        row("Fidelity", f"{fidelity['samples']:.1%}", beside, "balanced accuracy of a classifier on samples' labels")
     if diversity["ratio"] is None:
-        out += [row("Diversity", "not measured", "", diversity["reason"])]
+        row("Diversity", "not measured", "", diversity["reason"])
     else:
-        beside = f"1 is the spread of real held-out images ({diversity['samples']:.2f} against {diversity['real']:.2f})"
-        out += [row("Diversity", f"{diversity['ratio']:.2f}", beside, "spread within a class; counts only where fidelity holds")]
-    beside = f"{found['held_out']['rate']:.1%} of held-out images, by definition 1 %"
+        beside = f"1 is that of real held-out images ({diversity['real']:.2f}; samples {diversity['samples']:.2f})"
+        row("Diversity", f"{diversity['ratio']:.2f}", beside, "spread within a class; counts only where fidelity holds")
+    beside = f"{found['held_out']['rate']:.1%} of held-out images, by definition about 1 %"
     meaning = f"{found['copies']} of {found['number']:,}; 95 % interval {found['low']:.2%} to {found['high']:.2%}"
-    out += [row("Copy rate", f"{found['rate']:.2%}", beside, meaning)]
-    beside = f"{found['held_out']['median_distance']:.4f} of held-out images"
-    out += [row("Distance to training images", f"{found['median_distance']:.4f}", beside, "median; far smaller is too near")]
-    return f"<table><tr><th>Figure</th><th>Value</th><th>Beside it</th><th>Meaning</th></tr>{''.join(out)}</table>"
+    row("Copy rate", f"{found['rate']:.2%}", beside, meaning)
+    for what, meaning in (("median", "far smaller is too near"), ("least", "the pair to look at first")):
+        key = f"{what}_distance"
+        beside = f"{found['held_out'][key]:.4f} of held-out images"
+        row(f"Distance, {what}", f"{found[key]:.4f}", beside, f"to the nearest training image; {meaning}")
+    return "".join(out) + "</table>"
 
 
-def _data(data: dict) -> str:
+def _data(data: dict, recall: dict) -> str:
+    """recall: {class: {"samples", "real"}}, as far as it was measured."""
     splits, made = list(data["counts"]), data["generated"]
     names = dict.fromkeys([c for counts in data["counts"].values() for c in counts] + list(made))
-    out = ["<table><tr><th>Images of</th>", *(f"<th>{esc(s)}</th>" for s in splits), "<th>generated</th></tr>"]
+    titles = ["Images of", *splits, "generated", "samples recognised", "real recognised"]
+    out = ["<table><tr>", *(f"<th>{esc(t)}</th>" for t in titles), "</tr>"]
     for name in names:
-        cells = [*(data["counts"][s].get(name, 0) for s in splits), made.get(name, 0)]
-        out += [f"<tr><td>{esc(name or 'no label')}</td>", *(f"<td>{n:,}</td>" for n in cells), "</tr>"]
+        cells = [f"{data['counts'][s].get(name, 0):,}" for s in splits] + [f"{made.get(name, 0):,}"]
+        cells += [f"{recall[name][what]:.0%}" if name in recall else "–" for what in ("samples", "real")]
+        out += [f"<tr><td>{esc(name or 'no label')}</td>", *(f"<td>{c}</td>" for c in cells), "</tr>"]
     lesions = [f"<td>{data['lesions'].get(s, 0):,}</td>" for s in splits]
-    out += ["<tr><td>lesions</td>", *lesions, "<td></td></tr></table>"]
+    out += ["<tr><td>lesions</td>", *lesions, "<td></td><td></td><td></td></tr></table>"]
     listed = "; ".join(f"{name or 'not stated'}: {n:,}" for name, n in data["licences"].items())
     thanks = "; ".join(name for name in list(data["attributions"])[:10] if name)
-    said = f"No lesion is in two splits. {data['rejected']:,} images or rows were rejected. Licences: {listed}. "
-    return "".join(out) + f"<p class='note'>{esc(said + (f'Attribution: {thanks}.' if thanks else ''))}</p>"
+    said = f"No lesion is in two splits. {data['rejected']:,} images or rows were rejected. Licences: {listed}."
+    said += f" Attribution: {thanks}." if thanks else ""
+    return "".join(out) + f"<p class='note'>{esc(said)}</p>"
 
 
 def esc(text: object) -> str:
     return html.escape(str(text))
 
 
-def _dot(mark: str) -> str:
-    return f"<span class='dot {mark}'></span>"
+def _titled(title: str, note: str = "") -> str:
+    return f"<h2>{esc(title)}</h2>" + (f"<p class='note'>{esc(note)}</p>" if note else "")
 
 
-def _picture(content: bytes, alt: str, kind: str = "png") -> str:
-    return f"<img alt='{esc(alt)}' src='data:image/{kind};base64,{base64.b64encode(content).decode()}'>"
+def _picture(content: bytes, alt: str, kind: str = "png", look: str = "wide") -> str:
+    data = base64.b64encode(content).decode()
+    return f"<img class='{look}' alt='{esc(alt)}' src='data:image/{kind};base64,{data}'>"
 
 
 def _strip(strip_CHW: torch.Tensor | None) -> str:
@@ -231,7 +270,7 @@ def _png(figure) -> bytes:
 
 
 def curves(stages: dict[str, list[dict]]) -> bytes | None:
-    """Training beside held-out, one panel each, from the lines of every stage's metrics.jsonl. None where there are none."""
+    """Training beside held-out, one panel each, from the lines of each stage's metrics.jsonl. None without any."""
     panels = [("tokenizer", "PSNR in dB", "train/psnr", "val/psnr", None)]
     panels += [("tokenizer", "mean squared error, images in [-1, 1]", "train/reconstruction", "val/mse", None)]
     keys = sorted({k for row in stages.get("tokenizer", []) for k in row})

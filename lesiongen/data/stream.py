@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ class ImageShards:
         self.manifest = manifest.read(folder)
         self.size, self.channels = self.manifest["size"], self.manifest["channels"]
         self.classes: list[str] = self.manifest["classes"]
+        self.label_of = {name: i for i, name in enumerate(self.classes)}
         self.entries = [s for s in self.manifest["shards"] if s["split"] == split]
         if not self.entries:
             raise UserError(f"The shards in {folder} have no split '{split}'.")
@@ -46,31 +49,34 @@ class ImageShards:
     ) -> Iterator[dict]:
         """This rank's augmented micro-batches from a global position, for ever (see batch())."""
         plan = Plan(self.counts, batch, seed)
-        batches = training_batches(position, batch, micro, dist.rank(), dist.world())
+        batches = partial(training_batches, position, batch, micro, dist.rank(), dist.world())
+        return loader(Source(self.reader(), plan, batches), Decoder(self, config, seed), batch_of, micro, workers)
 
-        def view(raw: dict, image: torch.Tensor) -> torch.Tensor:
-            rng = torch.Generator().manual_seed(sample_seed(seed, raw["position"]))
-            return augment(image, self.size, config, rng)
-
-        return loader(Source(self.reader(), plan, batches), self._decoder(view), batch_of, micro, workers)
-
-    def held_out(self, micro: int, workers: int = 0) -> Iterator[dict]:
+    def held_out(self, micro: int) -> Iterator[dict]:
         """This rank's share of the split, unaugmented, once, in shard order."""
         plan = Plan(self.counts, batch=1, shuffle=False)
-        batches = evaluation_batches(len(self), micro, dist.rank(), dist.world())
-        source = Source(self.reader(), plan, batches)
-        return loader(source, self._decoder(lambda _, image: centre(image, self.size)), batch_of, micro, workers)
+        batches = partial(evaluation_batches, len(self), micro, dist.rank(), dist.world())
+        return loader(Source(self.reader(), plan, batches), Decoder(self), batch_of, micro, workers=0)
 
-    def _decoder(self, view):
-        label_of = {name: i for i, name in enumerate(self.classes)}
 
-        def decode(raw: dict) -> dict:
-            image, facts = self.image(raw)
-            label = label_of.get(facts.get("dx", ""), -1)
-            kept = {k: raw[k] for k in ("position", "slot", "shard", "ordinal")}
-            return {**kept, "key": raw["__key__"], "image": view(raw, image), "label": label, "facts": facts}
+@dataclass(frozen=True)
+class Decoder:
+    """Raw sample → view, label and facts; augmented by what only seed and position decide, or the centre."""
 
-        return decode
+    data: ImageShards
+    config: AugmentConfig | None = None
+    seed: int = 0
+
+    def __call__(self, raw: dict) -> dict:
+        image, facts = self.data.image(raw)
+        if self.config:
+            rng = torch.Generator().manual_seed(sample_seed(self.seed, raw["position"]))
+            view = augment(image, self.data.size, self.config, rng)
+        else:
+            view = centre(image, self.data.size)
+        kept = {k: raw[k] for k in ("position", "slot", "shard", "ordinal")}
+        label = self.data.label_of.get(facts.get("dx", ""), -1)
+        return {**kept, "key": raw["__key__"], "image": view, "label": label, "facts": facts}
 
 
 def batch_of(samples: list[dict]) -> dict:

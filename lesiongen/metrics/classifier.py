@@ -17,7 +17,7 @@ BATCH = 64
 
 
 class Classifier(nn.Module):
-    """Convolutions down to 1/16, mean over the rest: x [B, C, H, W] in [-1, 1] → logits [B, classes], features [B, 256]."""
+    """Convolutions down to 1/16, mean over the rest: x [B, C, H, W] in [-1, 1] → logits [B, K], features [B, 256]."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -167,10 +167,10 @@ def compare(
     common: list[int],
     per_class: int,
 ) -> tuple[dict, dict]:
-    """Figures of fidelity and of diversity, for pictures {"samples", "real", …: uint8 [N, C, H, W]} and their labels.
+    """Figures of fidelity and of diversity, of pictures {"samples", "real", …: uint8 [N, C, H, W]}.
 
-    Over the classes in `common`, so that all are asked the same; diversity over those with two members in both samples and
-    real pictures, from the first `per_class` of each. Where none has, its ratio is None and "reason" says why.
+    Over the classes in `common`, so that all are asked the same; diversity over those with two members in samples and
+    real pictures each, from the first `per_class` of each. Where none has, its ratio is None and "reason" says why.
     """
     fidelity, tables, features = {}, {}, {}
     for what, images in pictures.items():

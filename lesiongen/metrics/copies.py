@@ -44,8 +44,8 @@ def nearest(
     device: torch.device | str = "cpu",
     chunk: int = 512,
 ) -> Nearest:
-    """Nearest training picture of each query, both uint8 [·, C, H, W], by matrix products over chunks of the training
-    pictures: beside the queries, memory holds 8 · chunk of them. progress: a bar with update(), in training pictures."""
+    """Nearest training picture of each query, both uint8 [·, C, H, W], by matrix products over chunks of the latter:
+    beside the queries, memory holds 8 · chunk of them. progress: a bar with update(), told training pictures."""
     queries = small(queries_NCHW).flatten(1)
     best = torch.full((len(queries),), math.inf, device=device)
     where = torch.zeros(len(queries), dtype=torch.int64, device=device)

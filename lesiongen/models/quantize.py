@@ -102,9 +102,10 @@ class EMAQuantizer(nn.Module):
             if number == self.entries:
                 order = torch.arange(number, device=dead.device)
             fresh = offered.view(-1, self.dim)[order]
+            # Just at the threshold: a revived code that wins nothing is moved again at the next step.
             self.codebook[dead] = fresh
-            self.count[dead] = average
-            self.total[dead] = fresh * average
+            self.count[dead] = self.revive_below * average
+            self.total[dead] = fresh * self.revive_below * average
         p = counts / counts.sum()
         perplexity = torch.exp(-(p * torch.log(p + 1e-10)).sum())
         return {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lesiongen.models.quantize import QUANTIZERS, Quantized
@@ -118,7 +119,9 @@ class VQVAE2(nn.Module):
                 coarser = [self.up[i](q) for q in coarser]
             else:
                 stack = [features[i]]
-            quantized = self.quantizers[i](self.project[i](torch.cat(stack, 1)), slot, position)
+            # At a fixed scale: else the commitment loss shrinks a level that the decoder uses little until its codes merge.
+            z = F.rms_norm(self.project[i](torch.cat(stack, 1)).movedim(1, -1), (self.config.dim,)).movedim(-1, 1)
+            quantized = self.quantizers[i](z, slot, position)
             out[self.names[i]] = quantized
             coarser.append(quantized.x)
         return self.decoder(torch.cat(coarser, 1)), out

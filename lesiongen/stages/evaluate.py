@@ -184,7 +184,9 @@ def _evaluate(config: Experiment, folder: Path, net, tokenizer: dict, shown: dic
     metrics["copies"] = copies.copy_rate(ours, below) | {
         "threshold": below,
         "median_distance": float(ours.median()),
-        "held_out": copies.copy_rate(theirs, below) | {"median_distance": float(theirs.median())},
+        "least_distance": float(ours.min()),
+        "held_out": copies.copy_rate(theirs, below)
+        | {"median_distance": float(theirs.median()), "least_distance": float(theirs.min())},
     }
     metrics["data"] = _data(packed, train, held_out, samples)
     metrics = _clean(metrics)
@@ -231,7 +233,7 @@ def _recognised(config, net, train: Real, held_out: Real, samples: Samples, clas
     if reason:
         return {"ratio": None, "reason": reason}, {"ratio": None, "reason": reason}
     length, device = config.evaluate.classifier_samples, next(net.parameters()).device
-    with bar(length, "classifier") as progress:
+    with bar(length // classifier.BATCH * classifier.BATCH, "classifier") as progress:
         judge = classifier.train_classifier(
             train.images, train.labels, len(classes), length, config.seed, progress, device
         )

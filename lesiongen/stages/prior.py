@@ -100,7 +100,7 @@ class PriorTask:
         """Batches of codes from the plan; the epoch's number picks the augmentation draw."""
         plan = Plan(self.counts, self.own.train.batch, self.config.seed)
         draws = self.store.draws("train")
-        for batch in training_batches(position, plan.batch, micro_batch, dist.rank(), dist.world())():
+        for batch in training_batches(position, plan.batch, micro_batch, dist.rank(), dist.world()):
             where = []
             for place, _ in batch:
                 shard, ordinal = plan.sample(place)
