@@ -8,9 +8,11 @@ the optimizer's step, so that every rank takes the same decision with the same n
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hpc import dist
@@ -141,15 +143,19 @@ class Engine:
         for ours, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             theirs.copy_(ours)
 
-    def save(self, folder) -> None:
+    def save(self, folder: Path) -> None:
         """Writes this rank's part. Collective."""
         self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        if dist.rank() == 0:
+            save_file(dict(self.module.named_buffers()), folder / "buffers.safetensors")
 
-    def load(self, folder, universal: bool = False) -> None:
+    def load(self, folder: Path, universal: bool = False) -> None:
         """Loads what save() wrote, or what universal() made of it for another number of ranks. Collective."""
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag="universal" if universal else "engine")
         assert path is not None, f"no engine state in {folder}"
-        self._broadcast_buffers()
+        # The universal format forgets buffers, and codebooks are buffers.
+        for name, value in load_file(folder / "buffers.safetensors").items():
+            self.module.get_buffer(name).copy_(value)
 
     def _broadcast_buffers(self) -> None:
         if self.world > 1:

@@ -1,11 +1,13 @@
-"""Signals and the end of the allocation only set a flag; the loop agrees on it and stops everyone together."""
+"""Signals and the end of the allocation. In the training loop they set a flag, on which all ranks agree before they save
+and stop together; everywhere else they interrupt: what is done there can be done again."""
 
+import contextlib
 import os
 import signal
-import subprocess
 import time
+from collections.abc import Iterator
 
-MARGIN_S = 120  # time kept for saving before a known end of the allocation
+MARGIN_S = 120  # time kept for saving before a known end of the allocation; a tenth of what is left where that is less
 
 
 class Preemption:
@@ -15,12 +17,19 @@ class Preemption:
         self.reason: str | None = None
         end = os.environ.get("SLURM_JOB_END_TIME")
         self.deadline = float(end) if end else None
+        self.margin = min(MARGIN_S, max(0.0, self.deadline - time.time()) / 10) if self.deadline else 0.0
 
     def __enter__(self) -> "Preemption":
         self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+        if self.deadline:
+            # An evaluation may last longer than the margin. Killed now, the job goes on from its last checkpoint; killed
+            # by Slurm for its time limit, it and the jobs that wait for it are lost.
+            signal.setitimer(signal.ITIMER_REAL, max(1.0, self.deadline - self.margin / 6 - time.time()))
         return self
 
     def __exit__(self, *_) -> None:
+        if self.deadline:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -31,16 +40,17 @@ class Preemption:
 
     @property
     def requested(self) -> bool:
-        if self.reason is None and self.deadline and time.time() > self.deadline - MARGIN_S:
+        if self.reason is None and self.deadline and time.time() > self.deadline - self.margin:
             self.reason = "the end of the allocation"
         return self.reason is not None
 
 
-def requeue() -> str | None:
-    """Puts this Slurm job back into the queue; None on success, else the reason it could not be."""
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """USR2 and TERM raise KeyboardInterrupt, as INT does."""
+    previous = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGUSR2, signal.SIGTERM)}
     try:
-        command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return None if done.returncode == 0 else done.stderr.strip()
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

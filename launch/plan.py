@@ -45,7 +45,7 @@ def tokenizer_parameters(config: VQVAE2Config, channels: int) -> dict[str, int]:
     decoders += sum(decoder((levels - 1 - i) * dim, dim, config.strides[i + 1]) for i in range(levels - 1))
     projections = sum(conv(config.hidden + (dim if i < levels - 1 else 0), dim, 1) for i in range(levels))
     ups = sum(conv(dim, dim, s) for s in config.strides[1:])
-    books = levels * config.entries * (2 * dim + 1)
+    books = levels * (config.entries * (2 * dim + 1) + 2 * dim)
     return {"encoders": encoders + projections, "decoders": decoders + ups, "codebooks (buffers)": books}
 
 

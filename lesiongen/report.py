@@ -84,8 +84,8 @@ def page(
         note += f"as it fits best. Above them their distance at 32 × 32 px: below {below:.3f} it counts as a copy."
         cells = [f"<span{' class=near' if d < below else ''}>{d:.3f}</span>" for d in distances]
         out += [_titled("Is anything copied?", note)]
-        columns = f"grid-template-columns:repeat({len(cells)},1fr)"
-        out += [f"<div style='max-width:{150 * len(cells)}px'><div class='caption' style='{columns}'>", *cells, "</div>"]
+        out += [f"<div style='max-width:{150 * len(cells)}px'>"]
+        out += [f"<div class='caption' style='grid-template-columns:repeat({len(cells)},1fr)'>", *cells, "</div>"]
         out += [_picture(shown["neighbours"], "nearest neighbours"), "</div>"]
     out += ["<div class='pair'>"]
     for key, title, note in PLOTS:
@@ -158,7 +158,7 @@ def strictest(licences: list[str]) -> str:
         words = set(re.split(r"[^A-Z0-9]+", name.upper()))
         if re.match(r"CC[- ]?0|PDM|PUBLIC DOMAIN", name.upper()):
             return 0
-        return 1 + ("SA" in words) + 4 * ("NC" in words) + 2 * ("ND" in words) if "CC" in words else 100
+        return 1 + ("SA" in words) + 4 * ("NC" in words) + 2 * ("ND" in words) if "CC" in words else 100 + (not name)
 
     worst = max(licences, key=conditions, default="")
     return worst or "not stated for some images; take it that they may not be passed on"

@@ -31,7 +31,7 @@ class EMAQuantizer(nn.Module):
     every update with stale values. All entries start dead, so the first accepted step places them on real vectors.
     """
 
-    def __init__(self, entries: int, dim: int, batch: int, decay: float = 0.99, revive_below: float = 0.03):
+    def __init__(self, entries: int, dim: int, batch: int, decay: float = 0.99, revive_below: float = 0.1):
         """batch: global batch, which fixes how many candidate vectors each sample offers for revival."""
         super().__init__()
         self.entries, self.dim, self.decay, self.revive_below = entries, dim, decay, revive_below
@@ -41,6 +41,7 @@ class EMAQuantizer(nn.Module):
         self.register_buffer("codebook", torch.randn(entries, dim, generator=generator) * dim**-0.5)
         self.register_buffer("count", torch.zeros(entries))
         self.register_buffer("total", torch.zeros(entries, dim))
+        self.register_buffer("updates", torch.zeros(()))
 
     @property
     def statistics_size(self) -> int:
@@ -91,8 +92,11 @@ class EMAQuantizer(nn.Module):
         sizes = [self.entries, self.entries * self.dim, self.candidates * self.dim]
         counts, sums, offered = statistics.split(sizes)
         average = counts.sum() / self.entries
-        self.count.lerp_(counts, 1 - self.decay)
-        self.total.lerp_(sums.view_as(self.total), 1 - self.decay)
+        # Short averages at first: vectors still move by more than their spread, and a code left behind must be seen as dead.
+        decay = min(self.decay, (1 + float(self.updates)) / (10 + float(self.updates)))
+        self.updates += 1
+        self.count.lerp_(counts, 1 - decay)
+        self.total.lerp_(sums.view_as(self.total), 1 - decay)
         self.codebook.copy_(self.total / self.count.clamp(min=1e-6)[:, None])
         dead = self.count < self.revive_below * average
         number = int(dead.sum())

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lesiongen.models.quantize import QUANTIZERS, Quantized
@@ -27,7 +26,7 @@ class VQVAE2Config:
     entries: int = 512  # codes per level
     quantizer: Literal["ema"] = "ema"
     decay: float = 0.99
-    revive_below: float = 0.03  # a code used less than this fraction of the average is revived
+    revive_below: float = 0.1  # a code used less than this fraction of the average is revived
     commitment: float = 0.25
 
     def __post_init__(self):
@@ -119,9 +118,7 @@ class VQVAE2(nn.Module):
                 coarser = [self.up[i](q) for q in coarser]
             else:
                 stack = [features[i]]
-            # At a fixed scale: else the commitment loss shrinks a level that the decoder uses little until its codes merge.
-            z = F.rms_norm(self.project[i](torch.cat(stack, 1)).movedim(1, -1), (self.config.dim,)).movedim(-1, 1)
-            quantized = self.quantizers[i](z, slot, position)
+            quantized = self.quantizers[i](self.project[i](torch.cat(stack, 1)), slot, position)
             out[self.names[i]] = quantized
             coarser.append(quantized.x)
         return self.decoder(torch.cat(coarser, 1)), out

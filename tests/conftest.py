@@ -1,0 +1,83 @@
+"""Data shared by the tests: phantom lesions, packed once per session."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share two cores; and sums come out alike whatever the machine
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """Folder with images/ and metadata.csv: 7 classes × 12 lesions, 48 px."""
+    from lesiongen.data import phantom
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    phantom.write(folder, lesions_per_class=12, size=48, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    if not SHARED.exists():
+        pytest.skip("the real images are not on this machine")
+    return SHARED
+
+
+def tiny(phantoms: Path, runs: Path, **more) -> list[str]:
+    """Overrides that make the demo's config take seconds: 32 px, grids 8² + 4²."""
+    settings = {
+        "name": "tiny",
+        "runs": runs,
+        "data.images": phantoms / "images",
+        "data.metadata": phantoms / "metadata.csv",
+        "data.size": 32,
+        "data.val": 0.2,
+        "data.test": 0.2,
+        "data.shard_samples": 30,
+        "data.workers": 0,
+        "tokenizer.model.hidden": 16,
+        "tokenizer.model.residual_hidden": 8,
+        "tokenizer.model.residual_layers": 1,
+        "tokenizer.model.dim": 8,
+        "tokenizer.model.entries": 32,
+        "tokenizer.train.samples": 320,
+        "tokenizer.train.batch": 16,
+        "tokenizer.train.log_every": 16,
+        "tokenizer.train.eval_every": 160,
+        "tokenizer.train.save_every": 80,
+        "encode.draws": 2,
+        "sample.number": 14,
+        "sample.batch": 7,
+        "evaluate.classifier_samples": 640,
+    }
+    for level in ("top", "bottom"):
+        settings |= {
+            f"priors.{level}.model.layers": 2,
+            f"priors.{level}.model.heads": 2,
+            f"priors.{level}.model.width": 32,
+            f"priors.{level}.train.samples": 160,
+            f"priors.{level}.train.batch": 16,
+            f"priors.{level}.train.log_every": 16,
+            f"priors.{level}.train.eval_every": 80,
+            f"priors.{level}.train.save_every": 80,
+        }
+    return [f"{k}={v}" for k, v in (settings | more).items()]
+
+
+DEMO = str(Path(__file__).parent.parent / "configs" / "demo.yaml")
+
+
+@pytest.fixture(scope="session")
+def packed(phantoms, tmp_path_factory) -> Path:
+    """A run directory whose shards are packed."""
+    from launch.__main__ import main
+
+    runs = tmp_path_factory.mktemp("packed")
+    assert main(["pack", DEMO, *tiny(phantoms, runs)]) == 0
+    return runs / "tiny"
