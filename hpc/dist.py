@@ -30,7 +30,9 @@ class Topology:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        # Some clusters show each task its own GPU only.
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", self.local_rank % count) if count else torch.device("cpu")
 
 
 def detect(env: dict | None = None) -> Topology:
@@ -46,17 +48,22 @@ def detect(env: dict | None = None) -> Topology:
             port=int(env.get("MASTER_PORT", 29500)),
         )
     if "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
-        # A port of the job's own, another one after each requeue: the old one may still be closing.
-        port = 20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", 0))) % 20000
-        return Topology(
-            rank=int(env["SLURM_PROCID"]),
-            world=int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]),
-            local_rank=int(env.get("SLURM_LOCALID", 0)),
-            nodes=int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", 1)),
-            address=first_host(env["SLURM_STEP_NODELIST"]),
-            port=port,
-        )
+        return from_slurm(env)
     return Topology()
+
+
+def from_slurm(env: dict) -> Topology:
+    """A rank of a Slurm step, whatever torchrun's variables say: sbatch hands on those of the shell it is called from."""
+    # A port of the job's own, another one after each requeue: the old one may still be closing.
+    port = 20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", 0))) % 12000
+    return Topology(
+        rank=int(env["SLURM_PROCID"]),
+        world=int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]),
+        local_rank=int(env.get("SLURM_LOCALID", 0)),
+        nodes=int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", 1)),
+        address=first_host(env["SLURM_STEP_NODELIST"]),
+        port=port,
+    )
 
 
 def first_host(nodelist: str) -> str:

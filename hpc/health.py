@@ -19,11 +19,10 @@ from hpc.errors import HANG, Diverged
 class HealthConfig:
     hang_minutes: float = volatile(5.0)  # a step may take this long, or ten times the median, whichever is more
     max_skipped: int = volatile(20)  # non-finite steps in a row before giving up
-    join_seconds: float = volatile(300.0)
 
     def __post_init__(self):
-        if self.hang_minutes <= 0 or self.max_skipped < 1 or self.join_seconds <= 0:
-            raise ValueError("hang_minutes, max_skipped and join_seconds must be above 0")
+        if self.hang_minutes <= 0 or self.max_skipped < 1:
+            raise ValueError("hang_minutes and max_skipped must be above 0")
 
 
 class Watchdog:

@@ -82,6 +82,8 @@ def train(
     if universal:
         checkpoint.to_universal(start)
     state = State(**checkpoint.read(start)["state"]) if start else State()
+    # First, so that data workers start while the engine is built.
+    batches = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world))
     module, plain = task.build(), task.build().to(topology.device).eval()
     engine = Engine(module, optimizer(module, config.optim), config.engine, config.batch, universal)
     if start:
@@ -91,7 +93,6 @@ def train(
     ledger_path = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
     if ledger_path:
         journal.cut_back(ledger_path, state.samples)
-    batches = task.stream(state.samples, engine.micro_batch)
     watchdog = health.Watchdog(folder, topology.rank, config.health.hang_minutes * 60)
     progress = bar(config.samples, what, initial=state.samples, shown=topology.leader)
 

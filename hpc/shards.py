@@ -6,7 +6,6 @@ shard is never silent. The plan's reader is the source of an ordinary webdataset
 """
 
 import io
-import multiprocessing
 import os
 import tarfile
 import zlib
@@ -131,16 +130,14 @@ class Source(torch.utils.data.IterableDataset):
 
 
 def loader(source: Source, decode, collate, batch: int, workers: int) -> Iterator:
-    """The webdataset pipeline: plan's source → decode → batch; `workers` processes, none for 0. Everything handed in
-    must pickle: workers start from a clean server process, since a fork of one that runs threads may deadlock."""
+    """The webdataset pipeline: plan's source → decode → batch; `workers` processes, none for 0. They start at once.
+
+    Workers are spawned, so everything handed in must pickle: a fork of a process that runs threads may deadlock, and
+    those of a fork server outlive a trainer that is killed."""
     pipeline = wds.DataPipeline(
         source, wds.map(partial(source.decoded, decode)), wds.batched(batch, collation_fn=collate, partial=True)
     )
-    extra = {}
-    if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([decode.__class__.__module__])
-        extra = {"prefetch_factor": 4, "multiprocessing_context": context}
+    extra = {"prefetch_factor": 4, "multiprocessing_context": "spawn"} if workers else {}
     return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **extra))
 
 

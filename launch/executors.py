@@ -1,30 +1,25 @@
 """Where a stage runs: in this process, as ranks on this machine, or as a Slurm job. The only file that imports submitit."""
 
-import os
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import submitit
 
+import launch.local
 from hpc import config as hpc_config
-from hpc import errors, journal, rundir
+from hpc import journal
 from hpc.dist import Topology
 from hpc.errors import UserError
-from lesiongen.experiment import Experiment, check_ranks
-from lesiongen.stages.base import Stage
 from launch.job import StageJob
 from launch.work import rank_main
+from lesiongen.experiment import Experiment, check_ranks
+from lesiongen.stages.base import Stage
 
 SUBMITTED = "submitted.jsonl"
-
-# ---------------------------------------------------------------------------------------------------- this machine
 
 
 def inline(config: Experiment, stage: Stage) -> int:
@@ -33,78 +28,9 @@ def inline(config: Experiment, stage: Stage) -> int:
 
 
 def local(config: Experiment, stage: Stage) -> int:
-    """config.local.ranks processes on this machine. The first that fails ends the others. Returns the exit code."""
-    ranks = config.local.ranks
-    if ranks == 1 or not stage.parallel:
-        return inline(config, stage)
-    folder = config.directory / "jobs" / stage.name
-    rundir.atomic_write(folder / "config.yaml", hpc_config.to_yaml(config).encode())
-    common = {
-        "WORLD_SIZE": ranks,
-        "LOCAL_WORLD_SIZE": ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": _free_port(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // ranks)),
-    }
-    processes = []
-    for rank in range(ranks):
-        env = os.environ | {k: str(v) for k, v in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        command = [sys.executable, "-m", "launch", "rank", str(folder / "config.yaml"), stage.name]
-        # Rank 0 speaks to the terminal, the others into files. Their own session: Ctrl-C reaches us, and we pass it on.
-        out = None if rank == 0 else open(folder / f"rank-{rank}.log", "ab")  # noqa: SIM115
-        processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True))
-        if out:
-            out.close()
-    return _watch(processes, folder)
-
-
-def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
-    def forward(number, _frame):
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
-
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
-    try:
-        while True:
-            codes = [p.poll() for p in processes]
-            failed = [(rank, c) for rank, c in enumerate(codes) if c]
-            if failed:
-                time.sleep(0.5)  # ranks that end together say why themselves
-                break
-            if all(c == 0 for c in codes):
-                return errors.DONE
-            time.sleep(0.05)
-        deadline = time.monotonic() + 15  # ranks that stop together for the same reason need no killing
-        while time.monotonic() < deadline and any(p.poll() is None for p in processes) and failed[0][1] > 0:
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    rank, code = failed[0]
-    if code < 0:
-        print(
-            f"lesiongen: rank {rank} was killed by {signal.Signals(-code).name}; its log is "
-            f"{folder / f'rank-{rank}.log' if rank else 'above'}. Run the same command again to go on.",
-            file=sys.stderr,
-        )
-        return errors.FAILED
-    if rank and code == errors.FAILED:
-        print(f"lesiongen: rank {rank} failed; its log is {folder / f'rank-{rank}.log'}.", file=sys.stderr)
-    return code
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-# ----------------------------------------------------------------------------------------------------------- Slurm
+    """config.local.ranks processes on this machine. Returns the exit code."""
+    alone = config.local.ranks == 1 or not stage.parallel
+    return inline(config, stage) if alone else launch.local.run(config, stage)
 
 
 @dataclass(frozen=True)
@@ -180,7 +106,12 @@ def slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bo
             sent[stage.name] = f"<{stage.name}>"
             print(f"# {'-' * 20} {stage.name}\n" + executor._make_submission_file_text(executor._submitit_command_str, "dry"))
             continue
-        job = executor.submit(StageJob(hpc_config.to_yaml(config), stage.name))
+        try:
+            job = executor.submit(StageJob(hpc_config.to_yaml(config), stage.name, str(folder)))
+        except submitit.core.utils.FailedJobError as error:
+            subprocess.run(["scancel", *sent.values()] if sent else ["true"], timeout=60)  # no half of a pipeline
+            reason = " ".join(line for line in str(error).splitlines() if "sbatch" in line) or str(error)
+            raise UserError(f"Slurm refuses the job of {stage.name}, and none was left in the queue: {reason}") from None
         sent[stage.name] = job.job_id
         journal.append(folder / SUBMITTED, {"job": job.job_id, "after": waits, "time": time.time()})
     return sent
@@ -193,6 +124,7 @@ def _executor(config: Experiment, cluster: ClusterConfig, stage: Stage, folder: 
         extra |= {"dependency": "afterok:" + ":".join(waits), "kill-on-invalid-dep": "yes"}
     exports = [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
     executor = _Executor(folder=folder, python=cluster.python)
+    ended = f"exec {executor.python} -m launch.requeue {shlex.quote(str(folder))}"
     executor.update_parameters(
         job_name=f"{config.name}:{stage.name}",
         nodes=own.nodes,
@@ -206,9 +138,11 @@ def _executor(config: Experiment, cluster: ClusterConfig, stage: Stage, folder: 
         qos=cluster.qos,
         constraint=cluster.constraint,
         signal_delay_s=cluster.signal_seconds,
-        setup=[*cluster.setup, *exports],
-        # One dead rank ends the step: the others would wait for it in a collective.
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={own.cpus_per_task}"],
+        # The script outlives signals meant for its ranks: the last word is its.
+        setup=["trap : TERM USR2", *cluster.setup, *exports],
+        teardown=["code=$?", f"[ $code = 0 ] || {ended} $code"],
+        # A dead rank ends the step, as the others would wait for it in a collective; they have time to say why they end.
+        srun_args=["--wait=30", f"--cpus-per-task={own.cpus_per_task}"],
         additional_parameters=extra,
     )
     return executor

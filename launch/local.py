@@ -39,10 +39,14 @@ def run(config: Experiment, stage: Stage) -> int:
 
 
 def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
+    forwarded = set()
+
     def forward(number, _frame):
+        number = signal.SIGTERM if number == signal.SIGINT else number
+        forwarded.add(number)
         for process in processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+                process.send_signal(number)
 
     previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
     try:
@@ -66,6 +70,8 @@ def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     rank, code = failed[0]
+    if -code in forwarded:  # before the rank could listen
+        return errors.RESUMABLE
     if code < 0:
         print(
             f"lesiongen: rank {rank} was killed by {signal.Signals(-code).name}; its log is "

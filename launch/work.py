@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 
-from hpc import errors, track
+from hpc import errors, preempt, track
 from hpc.dist import Topology
 from lesiongen import stages
 from lesiongen.experiment import Experiment
@@ -58,7 +58,8 @@ def explain(error: BaseException) -> None:
 def rank_main(config: Experiment, name: str, topology: Topology) -> int:
     """A rank started by an executor: the exit code of its stage."""
     try:
-        work(config, name, topology)
+        with preempt.interruptible():
+            work(config, name, topology)
         return errors.DONE
     except BaseException as error:
         if topology.leader or not isinstance(error, (errors.UserError, errors.Stopped, errors.Diverged)):

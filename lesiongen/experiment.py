@@ -107,6 +107,11 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class LocalConfig:
     ranks: int = volatile(1)  # processes on this machine
+    join_seconds: float = volatile(300.0)  # for all ranks to find one another, here and on a cluster
+
+    def __post_init__(self):
+        if self.ranks < 1 or self.join_seconds <= 0:
+            raise ValueError("ranks is at least 1 and join_seconds above 0")
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def require(config: Experiment, name: str) -> Path:
 
 def execute(config: Experiment, stage: Stage, topology: Topology) -> None:
     """Runs a stage unless it is done: locked, checked against what is there, recorded. Collective."""
+    dist.init(topology, config.local.join_seconds)
     for name in stage.needs:
         dist.leader_does(require, config, name)
     place = directory(config, stage)

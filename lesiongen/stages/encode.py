@@ -28,7 +28,6 @@ def stage(config: Experiment) -> Stage:
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """Files are divided among ranks; those that exist are kept. Rank 0 commits the manifest. Returns its digest."""
-    dist.init(topology)
     net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
     shards = require(config, "shards")
     packed = manifest.read(shards)

@@ -46,7 +46,6 @@ def stage(config: Experiment) -> Stage:
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """The tokenizer's figures are taken by all ranks, the rest by rank 0. Returns the digest of all figures."""
-    dist.init(topology)
     net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
     test = ImageShards(require(config, "shards"), "test")
     if topology.leader:

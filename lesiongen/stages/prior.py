@@ -42,7 +42,6 @@ def stage(config: Experiment, level: str) -> Stage:
 
 def run(config: Experiment, topology: Topology, folder: Path, level: str) -> str:
     own = config.prior(level)
-    dist.init(topology, own.train.health.join_seconds)
     task = PriorTask(config, own, level, folder, topology)
     train(task, own.train, folder, topology, config.seed, f"prior-{level}", ledger=config.data.ledger)
     return digest_of_export(folder / "export")

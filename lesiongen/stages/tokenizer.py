@@ -32,7 +32,6 @@ def stage(config: Experiment) -> Stage:
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     own = config.tokenizer
-    dist.init(topology, own.train.health.join_seconds)
     task = TokenizerTask(config, require(config, "shards"), folder)
     train(task, own.train, folder, topology, config.seed, "tokenizer", ledger=config.data.ledger)
     return digest_of_export(folder / "export")
@@ -96,8 +95,7 @@ class TokenizerTask:
         batches = self.data.train(
             position, own.train.batch, micro_batch, own.augment, self.config.seed, self.config.data.workers
         )
-        for batch in batches:
-            yield {k: batch[k] for k in ("image", "slot", "position", "key", "bad")}
+        return ({k: batch[k] for k in ("image", "slot", "position", "key", "bad")} for batch in batches)
 
     def after_step(self, module: nn.Module, statistics: torch.Tensor) -> dict[str, float]:
         return module.net.update(statistics)

@@ -1,0 +1,101 @@
+"""The last line of a job's batch script: ranks that stopped early or failed go back into the queue, or the job ends.
+
+It runs outside the ranks, on the job's first node, so it also sees the endings that no rank can report: killed for memory,
+crashed, hung. The batch script outlives the ranks, so none of them has to wait for Slurm to end it, and the jobs that
+depend on this one wait on.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hpc import errors, journal
+
+MAX_FAILURES = 3  # of one job without a new checkpoint between them; preemptions are not counted
+FINAL = (errors.USAGE, errors.DIVERGED)  # the same again would end the same
+# srun's code for a rank that a signal ended: before it listened, or because its time was nearly up.
+STOPPED = (errors.RESUMABLE, 128 + signal.SIGUSR2, 128 + signal.SIGALRM)
+ENDINGS, FAILURES = "endings.jsonl", "failures.jsonl"
+
+
+def attempt() -> str:
+    """This start of this job; "123.0", after a requeue "123.1"."""
+    return f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+
+
+def note_ending(folder: Path, code: int) -> None:
+    """A rank leaves its code here; srun tells the batch script only the greatest of all."""
+    rank = int(os.environ.get("SLURM_PROCID", 0))
+    journal.append(folder / ENDINGS, {"attempt": attempt(), "rank": rank, "code": code, "time": time.time()})
+
+
+def verdict(codes: set[int], failures: int) -> tuple[bool, int]:
+    """Whether to run it again, and the job's exit code if not. codes: of the ranks and of srun; failures: in a row."""
+    for code in FINAL:
+        if code in codes:
+            return False, code
+    if codes & set(STOPPED):
+        return True, errors.RESUMABLE
+    return failures < MAX_FAILURES, max(codes)
+
+
+def main(folder: Path, srun: int) -> int:
+    """The job's exit code. Does not return where the job was requeued: Slurm ends it then."""
+    codes = {e["code"] for e in journal.read(folder / ENDINGS) if e["attempt"] == attempt()} | {srun}
+    stopped = not codes.isdisjoint(STOPPED)
+    failures = 0 if stopped else count_failure(folder, max(codes))
+    again, code = verdict(codes, failures)
+    what = "stopped early" if stopped else f"failed with code {code} ({failures} of {MAX_FAILURES} without a new checkpoint)"
+    if not again:
+        say(f"{what}; not started again: its log says why")
+        return code
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a job that is requeued is ended, but not before it says so
+    if refused := put_back():
+        say(f"{what}; not requeued ({refused}). Nothing that was saved is lost: submit again to go on")
+        return code
+    say(f"{what}; back in the queue, to go on where it was")
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    time.sleep(600)
+    return code
+
+
+def count_failure(folder: Path, code: int) -> int:
+    """Writes down a failure; how many there were in this job since its last checkpoint."""
+    checkpoints = (folder.parent.parent / folder.name / "checkpoints").glob("step-*/MANIFEST.json")
+    at = max((p.parent.name for p in checkpoints), default="start")
+    journal.append(folder / FAILURES, {"attempt": attempt(), "at": at, "code": code, "time": time.time()})
+    job = attempt().partition(".")[0] + "."
+    return sum(1 for e in journal.read(folder / FAILURES) if e["at"] == at and e["attempt"].startswith(job))
+
+
+def put_back() -> str | None:
+    """Requeues this job. None if it is in the queue again, else the reason it is not."""
+    job = os.environ["SLURM_JOB_ID"]
+    try:
+        shown = _scontrol("show", "job", job, "-o")
+        state = re.search(r"JobState=(\S+)", shown.stdout)
+        if state and state[1] == "CANCELLED":  # Slurm would revive it
+            return "it was cancelled"
+        if state and state[1] == "PENDING":  # Slurm itself was faster
+            return None
+        done = _scontrol("requeue", job)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if done.returncode == 0 else done.stderr.strip().replace("\n", " ")
+
+
+def _scontrol(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=60)
+
+
+def say(text: str) -> None:
+    print(f"lesiongen: job {attempt()} {text}.", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

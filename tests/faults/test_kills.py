@@ -1,0 +1,164 @@
+"""SIGKILL at any moment, then the same command: the run is the undisturbed one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc import journal, track
+from tests.conftest import DEMO, tiny
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, expected: int = 0) -> str:
+    out = process.communicate(timeout=100)[0]
+    assert process.returncode == expected, out[-3000:]
+    return out
+
+
+def curve(folder: Path) -> list[tuple]:
+    """Everything logged that training decides, by samples."""
+    kept = ("train/", "val/")
+    return [(r["samples"], {k: v for k, v in r.items() if k.startswith(kept)}) for r in track.read_metrics(folder)]
+
+
+def ledgers(run: Path, stage: str) -> list[list]:
+    return [[e["keys"] for e in journal.read(p)] for p in sorted((run / stage).glob("ledger-*.jsonl"))]
+
+
+def wait_for(path: Path, samples: int, process: subprocess.Popen) -> None:
+    """Until a stage has logged so many samples, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        rows = track.read_metrics(path)
+        if rows and rows[-1]["samples"] >= samples:
+            return
+        time.sleep(0.02)
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            child = int(status.parent.name)
+            found += [child, *descendants(child)]
+    return found
+
+
+def overrides(packed: Path, runs: Path, ranks: int, **more) -> list[str]:
+    settings = {"inputs.shards": packed, "local.ranks": ranks, "data.ledger": True, "data.workers": 1} | more
+    return [f"{k}={v}" for k, v in settings.items()] + [f"runs={runs}"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(phantoms, packed, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("undisturbed")
+    finish(start("train", "tokenizer", DEMO, *tiny(phantoms, runs), *overrides(packed, runs, 2)))
+    return runs / "tiny"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank(phantoms, packed, undisturbed, tmp_path, victim):
+    arguments = ["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path), *overrides(packed, tmp_path, 2)]
+    folder = tmp_path / "tiny" / "tokenizer"
+    first = start(*arguments)
+    wait_for(folder, 128, first)
+    ranks = [
+        pid
+        for pid in descendants(first.pid)
+        if f"RANK={victim}\0".encode() in (environ := Path(f"/proc/{pid}/environ").read_bytes())
+        and b"LOCAL_RANK" in environ
+        and b"rank" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(min(ranks), signal.SIGKILL)
+    out = finish(first, expected=1)
+    assert f"rank {victim} was killed by SIGKILL" in out
+    assert track.read_metrics(folder)[-1]["samples"] < 320, "the kill came too late to prove anything"
+    finish(start(*arguments))
+    assert curve(folder) == curve(undisturbed / "tokenizer")
+    assert ledgers(tmp_path / "tiny", "tokenizer") == ledgers(undisturbed, "tokenizer")
+
+
+def test_a_signal_stops_all_ranks_together_and_resumes(phantoms, packed, undisturbed, tmp_path):
+    arguments = ["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path), *overrides(packed, tmp_path, 2)]
+    folder = tmp_path / "tiny" / "tokenizer"
+    first = start(*arguments)
+    wait_for(folder, 64, first)
+    first.send_signal(signal.SIGTERM)
+    out = finish(first, expected=75)
+    assert "stopped by SIGTERM" in out or "stopped by another rank" in out
+    finish(start(*arguments))
+    assert curve(folder) == curve(undisturbed / "tokenizer")
+
+
+@pytest.mark.long
+def test_the_whole_run_killed_three_times(phantoms, tmp_path):
+    """At three random moments; the samples that committed steps saw are those of an undisturbed run, in order."""
+    more = {"data.ledger": True, "data.workers": 1}
+    finish(start("run", DEMO, *tiny(phantoms, tmp_path / "calm", **more)))
+    rng = random.Random(time.time_ns())
+    arguments = ["run", DEMO, *tiny(phantoms, tmp_path / "rough", **more)]
+    moments = [("tokenizer", rng.randrange(16, 320)), ("prior-top", rng.randrange(16, 160)), ("prior-bottom", rng.randrange(16, 160))]
+    print("kills at", moments)
+    for stage, samples in moments:
+        process = start(*arguments)
+        wait_for(tmp_path / "rough" / "tiny" / stage, samples, process)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finish(start(*arguments))
+    for stage in ("tokenizer", "prior-top", "prior-bottom"):
+        assert ledgers(tmp_path / "rough" / "tiny", stage) == ledgers(tmp_path / "calm" / "tiny", stage)
+        assert curve(tmp_path / "rough" / "tiny" / stage) == curve(tmp_path / "calm" / "tiny" / stage)
+    for stage in ("shards", "tokenizer", "codes", "prior-top", "prior-bottom", "samples"):
+        records = [json.loads((tmp_path / w / "tiny" / stage / "stage.json").read_text()) for w in ("rough", "calm")]
+        assert records[0]["digest"] == records[1]["digest"], stage
+
+
+def test_a_hang_ends_with_stacks_and_its_own_code(tmp_path):
+    code = (
+        "import time\nfrom pathlib import Path\nfrom hpc.health import Watchdog\n"
+        f"Watchdog(Path({str(tmp_path)!r}), 3, 0.2)\ndef stuck_here(): time.sleep(60)\nstuck_here()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 76
+    assert "stuck_here" in done.stderr
+    assert "stuck_here" not in (tmp_path / "stacks-3.txt").read_text().splitlines()[0]
+    assert "Thread" in (tmp_path / "stacks-3.txt").read_text()
+
+
+def test_too_many_non_finite_steps_end_with_their_own_code(phantoms, packed, tmp_path):
+    """A learning rate that cannot work: 77, a paragraph, and the checkpoints from before are kept."""
+    more = {"tokenizer.train.optim.lr": 1e30, "tokenizer.train.health.max_skipped": 3, "tokenizer.train.engine.clip": 0}
+    out = finish(start("train", "tokenizer", DEMO, *tiny(phantoms, tmp_path, **more), *overrides(packed, tmp_path, 1)), 77)
+    assert "non-finite" in out
+    assert "Traceback" not in out
+
+
+def test_a_stage_in_use_is_refused(phantoms, packed, tmp_path):
+    arguments = ["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path), *overrides(packed, tmp_path, 1)]
+    first = start(*arguments)
+    wait_for(tmp_path / "tiny" / "tokenizer", 16, first)
+    first.send_signal(signal.SIGSTOP)  # it holds the lock as long as we look
+    try:
+        out = finish(start(*arguments), expected=2)
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert "in use by another process" in out
+    finish(first)

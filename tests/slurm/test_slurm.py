@@ -1,0 +1,161 @@
+"""The pipeline as Slurm jobs, on a real Slurm: dependencies, two nodes, requeue, a node lost, refusals."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hpc import track
+from hpc.rundir import read_record
+from tests.conftest import DEMO, tiny
+from tests.slurm.conftest import lesiongen, wait
+
+LOCAL = str(Path(DEMO).parent / "cluster" / "local.yaml")
+ELSEWHERE = [sys.executable, "-m", "launch"]  # beside the jobs
+STAGES = ["shards", "tokenizer", "codes", "prior-top", "prior-bottom", "samples", "report"]
+
+
+def submit(*arguments) -> dict[str, str]:
+    """{stage: job}."""
+    return dict(re.findall(r"^(\S+) +job (\d+)$", lesiongen("submit", DEMO, *arguments), re.MULTILINE))
+
+
+def cluster_file(folder: Path, **more) -> Path:
+    path = folder / "cluster.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(Path(LOCAL).read_text()) | more))
+    return path
+
+
+def state(cluster, job: str) -> str:
+    return cluster.job(job).get("JobState", "")
+
+
+def completed(cluster, jobs, seconds: float) -> None:
+    def settled():
+        states = [state(cluster, j) for j in jobs]
+        assert not {"FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"} & set(states), states
+        return states == ["COMPLETED"] * len(jobs)
+
+    wait(settled, seconds, f"jobs {jobs} to complete")
+
+
+def curve(stage: Path, names=("train/loss", "val/mse")) -> dict:
+    return {(r["samples"], n): r[n] for r in track.read_metrics(stage) for n in names if n in r}
+
+
+def files(run: Path) -> set[str]:
+    """All that the stages made; logs, locks and what MLflow's follower leaves are not of them."""
+    found = {p.relative_to(run) for p in run.rglob("*") if p.is_file()}
+    return {str(p) for p in found if p.parts[0] in ("config.yaml", *STAGES) and p.name != ".lock"}
+
+
+def test_the_pipeline_as_jobs_makes_what_run_makes(cluster, phantoms, tmp_path):
+    here = subprocess.Popen(
+        [*ELSEWHERE, "run", DEMO, *tiny(phantoms, tmp_path / "here")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    jobs = submit("--cluster", LOCAL, *tiny(phantoms, tmp_path / "there"))
+    assert list(jobs) == STAGES
+    a, b = tmp_path / "here" / "tiny", tmp_path / "there" / "tiny"
+    assert f"job {jobs['report']} PENDING (Dependency)" in lesiongen("status", b)
+    output, _ = here.communicate(timeout=200)
+    assert here.returncode == 0, output
+    completed(cluster, jobs.values(), 200)
+    for stage in STAGES:
+        assert read_record(a / stage)["digest"] == read_record(b / stage)["digest"], stage
+    assert files(a) == files(b)
+    for stage in ("tokenizer", "prior-top", "prior-bottom"):
+        assert curve(a / stage) == curve(b / stage)
+    for image in (a / "samples" / "images").iterdir():
+        assert image.read_bytes() == (b / "samples" / "images" / image.name).read_bytes()
+    times = {stage: cluster.job(jobs[stage]) for stage in ("prior-top", "prior-bottom")}
+    assert max(t["StartTime"] for t in times.values()) < min(t["EndTime"] for t in times.values())
+    assert lesiongen("status", b).count(" done ") == len(STAGES)
+    assert "everything is done" in lesiongen("submit", DEMO, "--cluster", LOCAL, *tiny(phantoms, tmp_path / "there"))
+
+
+def test_two_nodes_stop_together_and_go_on_as_if_undisturbed(cluster, phantoms, packed, tmp_path):
+    """Also: the jobs that depend on the requeued one wait for it, and a stage that does not train is requeued too."""
+    own = {"inputs.shards": packed, "tokenizer.train.engine.zero": 2, "tokenizer.train.samples": 4800}
+    own |= {"tokenizer.train.log_every": 160, "tokenizer.train.eval_every": 1600, "tokenizer.train.save_every": 3200}
+    own |= {"priors.top.train.samples": 100_000, "priors.bottom.train.samples": 100_000}
+    here, there = (tiny(phantoms, tmp_path / place, **own) for place in ("here", "there"))
+    nodes = cluster_file(tmp_path, stages={"tokenizer": {"nodes": 2, "tasks_per_node": 2}})
+    undisturbed = subprocess.Popen([*ELSEWHERE, "train", "tokenizer", DEMO, *here, "local.ranks=4"], stderr=subprocess.DEVNULL)
+    jobs, run = submit("--cluster", nodes, *there), tmp_path / "there" / "tiny"
+    refused = lesiongen("submit", DEMO, "--cluster", nodes, *there, code=2)
+    assert f"tokenizer (job {jobs['tokenizer']})" in refused
+    wait(lambda: len(curve(run / "tokenizer")) >= 8, 90, "some steps")
+    assert cluster.job(jobs["tokenizer"])["NodeList"] == "n[1-2]"
+    assert re.search(rf"tokenizer +started +█* +\d+%.*job {jobs['tokenizer']} RUNNING", lesiongen("status", run))
+    cluster.run("scancel", "--signal=USR2", jobs["tokenizer"])
+    wait(lambda: state(cluster, jobs["tokenizer"]) == "PENDING", 30, "the requeue")
+    stopped = curve(run / "tokenizer")
+    assert 8 <= len(stopped) < 30, "stopped in the middle"
+    assert len(list((run / "tokenizer" / "checkpoints").glob("step-*/MANIFEST.json"))) == 1
+    completed(cluster, [jobs["tokenizer"]], 120)
+    assert undisturbed.wait(60) == 0
+    wanted, found = (curve(tmp_path / place / "tiny" / "tokenizer") for place in ("here", "there"))
+    assert stopped.items() <= found.items()
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+    started = run / "jobs" / "codes" / f"{jobs['codes']}_0_log.out"
+    wait(lambda: started.exists() and started.stat().st_size, 30, "the next stage")
+    cluster.run("scancel", "--signal=USR2", jobs["codes"])
+    completed(cluster, [jobs["codes"]], 60)
+    assert cluster.job(jobs["codes"])["Restarts"] == "1"
+    assert "back in the queue" in lesiongen("logs", run, "--stage", "codes")
+
+    wait(lambda: state(cluster, jobs["prior-top"]) == "RUNNING", 30, "the stage after it")
+    cancelled = lesiongen("cancel", run)
+    assert jobs["prior-top"] in cancelled
+    assert jobs["report"] in cancelled
+    assert jobs["codes"] not in cancelled
+    rest = [jobs[s] for s in ("prior-top", "prior-bottom", "samples", "report")]
+    wait(lambda: [state(cluster, j) for j in rest] == ["CANCELLED"] * 4, 30, "all to be cancelled")
+    assert "no jobs to cancel" in lesiongen("cancel", run)
+
+
+@pytest.mark.parametrize("which", ["first", pytest.param("other", marks=pytest.mark.long)])
+def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(cluster, phantoms, packed, tmp_path, which):
+    """first: the node with the batch script, which Slurm requeues. other: the ranks that are left fail, and requeue it."""
+    own = {"inputs.shards": packed, "tokenizer.train.samples": 4800, "tokenizer.train.log_every": 160}
+    own |= {"tokenizer.train.eval_every": 4800, "tokenizer.train.save_every": 320}
+    nodes = cluster_file(tmp_path, stages={"tokenizer": {"nodes": 2}})
+    jobs, run = submit("--cluster", nodes, *tiny(phantoms, tmp_path, **own)), tmp_path / "tiny"
+    checkpoints = run / "tokenizer" / "checkpoints"
+    wait(lambda: len(list(checkpoints.glob("step-*/MANIFEST.json"))) > 1, 90, "two checkpoints")
+    names = cluster.job(jobs["tokenizer"])["NodeList"]
+    assert names == "n[1-2]"
+    lost = "n1" if which == "first" else "n2"
+    saved = max(p.parent.name for p in checkpoints.glob("step-*/MANIFEST.json"))
+    try:
+        cluster.kill_node(lost)
+        completed(cluster, [jobs["tokenizer"]], 150)
+        assert lost not in cluster.job(jobs["tokenizer"])["NodeList"]
+        assert cluster.job(jobs["tokenizer"])["Restarts"] == "1"
+    finally:
+        cluster.start_node(lost)
+        lesiongen("cancel", run)
+    rows = track.read_metrics(run / "tokenizer")
+    assert [r["samples"] for r in rows if "train/loss" in r] == list(range(160, 4801, 160))
+    assert int(saved.removeprefix("step-")) * 16 < 4800, "killed in the middle"
+
+
+def test_where_requeueing_is_denied_the_stage_stays_resumable(cluster, phantoms, tmp_path):
+    settings = tiny(phantoms, tmp_path)
+    jobs, run = submit("--cluster", LOCAL, *settings), tmp_path / "tiny"
+    cluster.run("scontrol", "update", f"JobId={jobs['shards']}", "Requeue=0")
+    log = run / "jobs" / "shards" / f"{jobs['shards']}_0_log.out"
+    wait(lambda: log.exists() and log.stat().st_size, 30, "the job to start")
+    cluster.run("scancel", "--signal=USR2", jobs["shards"])
+    wait(lambda: state(cluster, jobs["shards"]) == "FAILED", 30, "the job to end")
+    assert cluster.job(jobs["shards"])["ExitCode"] == "75:0"
+    assert re.search(r"not requeued \(.+\)\. Nothing .* is lost: submit again", lesiongen("logs", run, "--stage", "shards"))
+    wait(lambda: state(cluster, jobs["report"]) == "CANCELLED", 30, "the dependents to be cancelled")
+    again = submit("--cluster", LOCAL, *settings)
+    assert list(again) == STAGES
+    completed(cluster, [again["shards"]], 60)
+    lesiongen("cancel", run)
