@@ -1,6 +1,7 @@
 """The `lesiongen` command. Only argparse is imported here: --help must answer at once, torch takes seconds."""
 
 import argparse
+import os
 import sys
 
 CONFIG_HELP = "YAML file"
@@ -77,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser().error(f"unrecognized: {' '.join(stray)}")
     if rest:
         options.overrides += rest
+    # Threads that spin while they wait make each other 30 times slower where ranks, workers or others share the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from launch import commands
     from launch.work import code_of, explain
 

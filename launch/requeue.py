@@ -17,8 +17,8 @@ from hpc import errors, journal
 
 MAX_FAILURES = 3  # of one job without a new checkpoint between them; preemptions are not counted
 FINAL = (errors.USAGE, errors.DIVERGED)  # the same again would end the same
-# srun's code for a rank that a signal ended: before it listened, or because its time was nearly up.
-STOPPED = (errors.RESUMABLE, 128 + signal.SIGUSR2, 128 + signal.SIGALRM)
+# srun's code for ranks that a signal from outside ended: before they listened, or because their time was nearly up.
+SIGNALLED = tuple(128 + s for s in (signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM))
 ENDINGS, FAILURES = "endings.jsonl", "failures.jsonl"
 
 
@@ -33,25 +33,17 @@ def note_ending(folder: Path, code: int) -> None:
     journal.append(folder / ENDINGS, {"attempt": attempt(), "rank": rank, "code": code, "time": time.time()})
 
 
-def verdict(codes: set[int], failures: int) -> tuple[bool, int]:
-    """Whether to run it again, and the job's exit code if not. codes: of the ranks and of srun; failures: in a row."""
-    for code in FINAL:
-        if code in codes:
-            return False, code
-    if codes & set(STOPPED):
-        return True, errors.RESUMABLE
-    return failures < MAX_FAILURES, max(codes)
-
-
 def main(folder: Path, srun: int) -> int:
     """The job's exit code. Does not return where the job was requeued: Slurm ends it then."""
-    codes = {e["code"] for e in journal.read(folder / ENDINGS) if e["attempt"] == attempt()} | {srun}
-    stopped = not codes.isdisjoint(STOPPED)
-    failures = 0 if stopped else count_failure(folder, max(codes))
-    again, code = verdict(codes, failures)
-    what = "stopped early" if stopped else f"failed with code {code} ({failures} of {MAX_FAILURES} without a new checkpoint)"
-    if not again:
-        say(f"{what}; not started again: its log says why")
+    codes = {e["code"] for e in journal.read(folder / ENDINGS) if e["attempt"] == attempt()} or {srun}
+    final = [code for code in FINAL if code in codes]
+    # Ranks that lose a stopped one fail.
+    stopped = not codes.isdisjoint((errors.RESUMABLE, *SIGNALLED)) and not final
+    code = final[0] if final else errors.RESUMABLE if stopped else max(codes)
+    failures = 0 if final or stopped else count_failure(folder, code)
+    what = "stopped early" if stopped else f"failed with code {code}"
+    if final or failures >= MAX_FAILURES:
+        say(f"{what}{f', {failures} times without a new checkpoint' if failures else ''}; its log says why")
         return code
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a job that is requeued is ended, but not before it says so
     if refused := put_back():
@@ -76,12 +68,12 @@ def put_back() -> str | None:
     """Requeues this job. None if it is in the queue again, else the reason it is not."""
     job = os.environ["SLURM_JOB_ID"]
     try:
-        shown = _scontrol("show", "job", job, "-o")
-        state = re.search(r"JobState=(\S+)", shown.stdout)
-        if state and state[1] == "CANCELLED":  # Slurm would revive it
-            return "it was cancelled"
-        if state and state[1] == "PENDING":  # Slurm itself was faster
+        shown = re.search(r"JobState=(\S+)", _scontrol("show", "job", job, "-o").stdout)
+        state = shown[1] if shown else "RUNNING"
+        if state == "PENDING":  # Slurm itself was faster
             return None
+        if state != "RUNNING":  # a requeue would revive a job that someone cancelled
+            return f"Slurm is ending it, it is {state}"
         done = _scontrol("requeue", job)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)

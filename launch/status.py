@@ -13,6 +13,8 @@ from launch.executors import SUBMITTED
 from launch.pipeline import standings
 from lesiongen.experiment import Experiment, load
 
+SILENT = "(Slurm does not answer)"
+
 
 def load_run(run: str) -> Experiment:
     """A run by its directory, or by its config's path. Raises UserError for neither."""
@@ -30,12 +32,13 @@ def show(config: Experiment) -> str:
     for one in standings(config):
         bar = "█" * round(one.progress * 20)
         job = last_job(config.directory, one.stage.name)
-        text = f"  {one.stage.name:<14} {one.state:<8} {bar:<20} {one.progress:4.0%}  {one.detail or figures(config, one.stage.name)}"
+        text = f"  {one.stage.name:<14} {one.state:<8} {bar:<20} {one.progress:4.0%}  "
+        text += one.detail or figures(config, one.stage.name)
         lines.append(text + (f"  job {job['job']} {job_state(job['job'])}" if job else ""))
         if one.state == "started" and (age := quiet_seconds(config.directory / one.stage.name)) is not None:
             lines[-1] += f"  (last line {age:.0f} s ago)"
-    uri = track.default_uri(config.directory)
-    lines.append(f"  MLflow: {track.link(config.directory, uri) or 'nothing sent yet; see it with: lesiongen ui --runs ' + str(config.directory.parent)}")
+    seen = track.link(config.directory, track.default_uri(config.directory))
+    lines.append(f"  MLflow: {seen or f'nothing sent yet; see it with: lesiongen ui --runs {config.directory.parent}'}")
     return "\n".join(lines)
 
 
@@ -64,7 +67,7 @@ def job_state(job: str) -> str:
     try:
         done = subprocess.run(["scontrol", "show", "job", job, "-o"], capture_output=True, text=True, timeout=10)
     except subprocess.TimeoutExpired:
-        return "(Slurm does not answer)"
+        return SILENT
     state = re.search(r"JobState=(\S+)", done.stdout)
     reason = re.search(r"Reason=(\S+)", done.stdout)
     if not state:
@@ -73,7 +76,8 @@ def job_state(job: str) -> str:
 
 
 def alive(job: str) -> bool:
-    return job_state(job).startswith(("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING"))
+    """Whether it may still run; a Slurm that does not answer may have it."""
+    return job_state(job).startswith(("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING", SILENT))
 
 
 def logs(config: Experiment, stage: str | None, lines: int = 40) -> str:
@@ -99,5 +103,3 @@ def cancel(config: Experiment) -> list[str]:
         if done.returncode:
             raise UserError(f"scancel failed: {done.stderr.strip()}")
     return living
-
-

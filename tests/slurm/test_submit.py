@@ -1,0 +1,217 @@
+"""What surrounds the jobs, without a Slurm: batch scripts, who requeues what, signals, topology."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hpc import dist, errors, journal
+from hpc.preempt import Preemption, interruptible
+from launch import executors, requeue
+from launch.executors import load_cluster
+from lesiongen import experiment
+from lesiongen.stages import stages
+from tests.conftest import DEMO, tiny
+from tests.slurm.conftest import lesiongen
+
+CLUSTERS = Path(DEMO).parent / "cluster"
+
+
+def scripts(text: str) -> dict[str, str]:
+    parts = text.split("# -------------------- ")[1:]
+    return {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
+
+
+def test_dry_prints_the_batch_scripts_and_leaves_nothing_behind(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    own = {
+        "partition": "gpu",
+        "account": "skin",
+        "qos": "long",
+        "constraint": "a100&nvlink",
+        "environment": {"NCCL_SOCKET_IFNAME": "ib0", "WORDS": "two words"},
+        "setup": ["module load cuda"],
+        "signal_seconds": 77,
+        "extra": {"exclude": "n7"},
+        "default": {"cpus_per_task": 6, "mem_gb": 10, "minutes": 30},
+        "stages": {"prior": {"nodes": 2, "tasks_per_node": 4, "gpus_per_node": 4}, "prior-top": {"minutes": 90}},
+    }
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(own))
+    runs = tmp_path / "runs"
+    found = scripts(lesiongen("submit", DEMO, "--cluster", path, "--dry", *tiny(phantoms, runs)))
+    assert list(found) == ["shards", "tokenizer", "codes", "prior-top", "prior-bottom", "samples", "report"]
+    assert not runs.exists()
+    common = ["--partition=gpu", "--account=skin", "--qos=long", "--constraint='a100&nvlink'", "--exclude=n7", "--requeue"]
+    common += ["--signal=USR2@77", "--cpus-per-task=6", "--mem=10240MB"]
+    for stage, script in found.items():
+        assert {f"#SBATCH {line}" for line in common} <= set(script.splitlines()), stage
+        for line in ("module load cuda", "export NCCL_SOCKET_IFNAME=ib0", "export WORDS='two words'"):
+            assert line in script.splitlines()
+        assert f"#SBATCH --job-name=tiny:{stage}\n" in script
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert "dependency" not in found["shards"]
+    assert "--dependency='afterok:<shards>'" in found["tokenizer"]
+    assert "--dependency='afterok:<codes>'" in found["prior-top"]
+    assert "--dependency='afterok:<codes>'" in found["prior-bottom"]
+    assert "<prior-top>:<prior-bottom>" in found["samples"]
+    assert "--kill-on-invalid-dep=yes" in found["samples"]
+    wanted = {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=30"}
+    assert {f"#SBATCH {line}" for line in wanted} <= set(found["prior-bottom"].splitlines())
+    assert "--time=90" in found["prior-top"]
+    assert "gpus" not in found["tokenizer"]
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_cluster_files_of_the_project_fit_its_stages(path, phantoms, tmp_path):
+    assert path.read_text().startswith("# What:")
+    assert f"--cluster configs/cluster/{path.name}" in path.read_text()
+    cluster, config = load_cluster(str(path)), experiment.load(DEMO, tiny(phantoms, tmp_path))
+    for stage in stages(config).values():
+        cluster.resources(stage)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"partion": "gpu"}, "did you mean 'partition'"),
+        ({"stages": {"prio": {}}}, "stages.prio is no stage"),
+        ({"stages": {"prior": {"node": 2}}}, "did you mean 'nodes'"),
+        ({"stages": {"tokenizer": {"nodes": 3}}}, "does not divide among 3 ranks"),
+        ({"default": {"minutes": 0}}, "must be above 0"),
+    ],
+)
+def test_mistakes_in_a_cluster_file_are_found_before_the_queue(own, said, phantoms, tmp_path):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(own))
+    assert said in lesiongen("submit", DEMO, "--cluster", path, "--dry", *tiny(phantoms, tmp_path), code=2)
+
+
+def test_a_refused_job_takes_those_before_it_out_of_the_queue(phantoms, tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    sbatch = f'echo x >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) -lt 3 ] && echo "Submitted batch job 4$(wc -l < {tmp_path}/calls)" || {{ echo "sbatch: error: no such partition" >&2; exit 1; }}'
+    for name, body in {"sbatch": sbatch, "scancel": f"echo $@ > {tmp_path}/cancelled", "scontrol": "exit 1"}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    said = lesiongen("submit", DEMO, "--cluster", CLUSTERS / "local.yaml", *tiny(phantoms, tmp_path), code=2)
+    assert "refuses the job of codes" in said
+    assert "no such partition" in said
+    assert (tmp_path / "cancelled").read_text() == "41 42\n"
+
+
+class Requeued(Exception):
+    """In place of the wait to be ended."""
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """The folder of job 7, whose first start has ended; scontrol says what the test writes to `state` and `refusal`."""
+    folder = tmp_path / "jobs" / "tokenizer"
+    folder.mkdir(parents=True)
+    (tmp_path / "state").write_text("RUNNING")
+    scontrol = f'[ $1 = show ] && echo "JobId=7 JobState=$(cat {tmp_path}/state) X=" || {{ cat {tmp_path}/refusal >&2; [ ! -e {tmp_path}/refusal ]; }}'
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{scontrol} 2> >(grep -v 'No such' >&2)\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+
+    def sleep(_):
+        raise Requeued
+
+    monkeypatch.setattr(requeue.time, "sleep", sleep)
+    return folder
+
+
+@pytest.mark.parametrize("codes", [[75, 75], [75, 1, 1], [128 + signal.SIGUSR2], [128 + signal.SIGTERM]])
+def test_a_stop_is_requeued_however_often(job, codes):
+    if codes[0] < 128:
+        for code in codes:
+            requeue.note_ending(job, code)
+    for _ in range(2 * requeue.MAX_FAILURES):
+        with pytest.raises(Requeued):
+            requeue.main(job, max(codes))
+    assert not (job / requeue.FAILURES).exists()
+
+
+@pytest.mark.parametrize("code", [errors.FAILED, errors.HANG, 128 + signal.SIGKILL, 128 + signal.SIGSEGV])
+def test_failures_are_limited_unless_a_checkpoint_lies_between(job, code, monkeypatch, capsys):
+    for start in range(requeue.MAX_FAILURES - 1):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
+        with pytest.raises(Requeued):
+            requeue.main(job, code)
+    manifest = job.parent.parent / "tokenizer" / "checkpoints" / "step-000000005" / "MANIFEST.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    for _ in range(requeue.MAX_FAILURES - 1):
+        with pytest.raises(Requeued):
+            requeue.main(job, code)
+    assert requeue.main(job, code) == code
+    assert "3 times without a new checkpoint" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted again by a person
+    with pytest.raises(Requeued):
+        requeue.main(job, code)
+
+
+@pytest.mark.parametrize("code", requeue.FINAL)
+def test_what_would_end_the_same_is_not_started_again(job, code):
+    for own in (errors.FAILED, code, errors.RESUMABLE):
+        requeue.note_ending(job, own)
+    assert requeue.main(job, 137) == code
+
+
+def test_a_job_that_slurm_is_ending_is_not_revived(job, capsys):
+    (job.parent.parent / "state").write_text("COMPLETING")
+    assert requeue.main(job, errors.RESUMABLE) == errors.RESUMABLE
+    assert "Slurm is ending it" in capsys.readouterr().err
+
+
+def test_a_refusal_is_told(job, capsys):
+    (job.parent.parent / "refusal").write_text("Requested operation is presently disabled")
+    assert requeue.main(job, errors.RESUMABLE) == errors.RESUMABLE
+    assert "not requeued (Requested operation is presently disabled)" in capsys.readouterr().err
+
+
+def test_signals_set_a_flag_in_the_loop_and_interrupt_elsewhere():
+    before = signal.getsignal(signal.SIGUSR2)
+    with interruptible():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGUSR2)
+        with Preemption() as preemption:
+            assert not preemption.requested
+            signal.raise_signal(signal.SIGUSR2)
+            assert preemption.requested
+            assert preemption.reason == "SIGUSR2"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+@pytest.mark.parametrize(("left", "requested"), [(10_000, False), (100, False), (-1, True)])
+def test_the_end_of_the_allocation_is_a_stop(left, requested, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + left))
+    preemption = Preemption()
+    assert preemption.requested == requested
+    assert preemption.margin == pytest.approx(min(120, max(0, left) / 10), abs=1)
+
+
+def test_topology_of_a_slurm_step_in_spite_of_torchrun_variables():
+    step = {"SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+    step |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_ID": "12345", "RANK": "0", "WORLD_SIZE": "1"}
+    found = dist.from_slurm(step)
+    assert (found.rank, found.world, found.local_rank, found.nodes, found.address) == (3, 4, 1, 2, "gpu07")
+    again = dist.from_slurm(step | {"SLURM_RESTART_COUNT": "1"})
+    assert found.port != again.port
+    assert 20000 <= found.port < 32000
+
+
+def test_journals_keep_every_job_of_a_stage(tmp_path):
+    journal.append(tmp_path / executors.SUBMITTED, {"job": "1"}, {"job": "2"})
+    assert [json.loads(line)["job"] for line in (tmp_path / executors.SUBMITTED).read_text().splitlines()] == ["1", "2"]

@@ -1,0 +1,74 @@
+"""Strict configs: every mistake is named, what is saved reads back, and fingerprints cover what matters."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpc import config as c
+from hpc.errors import UserError
+from lesiongen import experiment
+
+CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tokenizer.modle.hidden=3", "did you mean 'model'"),
+        ("tokenizer.model.hiden=3", "Unknown key 'tokenizer.model.hiden' in the config; did you mean 'hidden'"),
+        ("data.size=big", "'data.size' is 'big', which is not a whole number"),
+        ("data.size=4", "size is at least 16"),
+        ("data.size=68", "do not divide by the strides"),
+        ("data.val=1.5", "must leave something to train on"),
+        ("tokenizer.train.engine.zero=5", "choose one of 0, 1, 2, 3"),
+        ("tokenizer.train.batch=33 local.ranks=2", "33 does not divide among 2 ranks"),
+        ("priors.middle.train.samples=3", "this tokenizer has the levels top, bottom"),
+        ("priors.top.model.width=100", "must be a multiple of 4 × heads"),
+        ("data", "is not an override"),
+        ("data.size.deep=1", "holds a value, not a section"),
+        ("tokenizer.train.optim.lr=true", "is not a number"),
+        ("inputs.codes=other", "inputs.codes needs inputs.tokenizer"),
+        ("data.images=null", "say where the images are"),
+        ("tokenizer.model.strides=[4,3]", "powers of two"),
+        ("name=a/b", "directory's name"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(UserError, match="(?s).*") as error:
+        experiment.load(str(CONFIGS[0]), override.split())
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_load_and_read_back(path):
+    """And each begins with what it trains, the command, the hardware, and what to expect."""
+    made = experiment.load(str(path))
+    assert c.build(experiment.Experiment, c.parse_yaml(c.to_yaml(made), "")) == made
+    header = path.read_text().split("name:")[0]
+    assert all(word in header for word in ("# What:", "# Command:", "# Hardware:", "# Expect:"))
+
+
+def test_numbers_people_write(tmp_path):
+    (tmp_path / "x.yaml").write_text("data: {images: here}\ntokenizer: {train: {samples: 80_000, optim: {lr: 3e-4}}}\n")
+    made = experiment.load(str(tmp_path / "x.yaml"), ["seed=1e3"])
+    assert (made.name, made.tokenizer.train.samples, made.tokenizer.train.optim.lr, made.seed) == ("x", 80000, 3e-4, 1000)
+
+
+def test_length_and_place_leave_the_fingerprint_alone():
+    one = experiment.load(str(CONFIGS[0]))
+    longer = replace(one.tokenizer, train=replace(one.tokenizer.train, samples=10**9, log_every=7))
+    assert c.plain(longer, volatile=False) == c.plain(one.tokenizer, volatile=False)
+    wider = replace(one.tokenizer, train=replace(one.tokenizer.train, batch=64))
+    assert c.differences(c.plain(one.tokenizer), c.plain(wider)) == ["train.batch: 32 → 64"]
+
+
+def test_unreadable_configs(tmp_path):
+    for content, message in (("a: [", "not valid YAML"), ("- 1", "must hold keys"), (None, "cannot be read")):
+        path = tmp_path / "x.yaml"
+        path.unlink(missing_ok=True)
+        if content:
+            path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            experiment.load(str(path))
