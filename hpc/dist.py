@@ -80,10 +80,7 @@ def init(topology: Topology, timeout_s: float = 300.0) -> None:
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
     backend = "nccl" if topology.device.type == "cuda" else "gloo"
-    if topology.world == 1:
-        store = dist.HashStore()
-    else:
-        store = _join(topology, timedelta(seconds=timeout_s))
+    store = dist.HashStore() if topology.world == 1 else _join(topology, timedelta(seconds=timeout_s))
     # Variables that libraries read for themselves.
     os.environ |= {
         "RANK": str(topology.rank),

@@ -44,6 +44,8 @@ def some(config: Experiment, names: list[str], fresh: list[str]) -> int:
 
 
 def pack(options: argparse.Namespace) -> int:
+    if options.config and options.images and "=" in options.config:  # without a config the first override lands there
+        options.config, options.overrides = None, [options.config, *options.overrides]
     if options.config and options.images:
         raise UserError("Give either a config or --images with --out, not both.")
     if options.config:

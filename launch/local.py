@@ -71,6 +71,7 @@ def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
             signal.signal(number, handler)
     rank, code = failed[0]
     if -code in forwarded:  # before the rank could listen
+        print("lesiongen: interrupted; run the same command again to go on", file=sys.stderr)
         return errors.RESUMABLE
     if code < 0:
         print(

@@ -33,8 +33,8 @@ def note_ending(folder: Path, code: int) -> None:
     journal.append(folder / ENDINGS, {"attempt": attempt(), "rank": rank, "code": code, "time": time.time()})
 
 
-def main(folder: Path, srun: int) -> int:
-    """The job's exit code. Does not return where the job was requeued: Slurm ends it then."""
+def main(folder: Path, srun: int) -> int | None:
+    """The job's exit code; None where it is in the queue again, and Slurm will end this start of it."""
     codes = {e["code"] for e in journal.read(folder / ENDINGS) if e["attempt"] == attempt()} or {srun}
     final = [code for code in FINAL if code in codes]
     # Ranks that lose a stopped one fail.
@@ -45,14 +45,11 @@ def main(folder: Path, srun: int) -> int:
     if final or failures >= MAX_FAILURES:
         say(f"{what}{f', {failures} times without a new checkpoint' if failures else ''}; its log says why")
         return code
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a job that is requeued is ended, but not before it says so
     if refused := put_back():
         say(f"{what}; not requeued ({refused}). Nothing that was saved is lost: submit again to go on")
         return code
     say(f"{what}; back in the queue, to go on where it was")
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    time.sleep(600)
-    return code
+    return None
 
 
 def count_failure(folder: Path, code: int) -> int:
@@ -89,5 +86,10 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    # A job that is requeued is ended, but not before it says so.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
+    ended = main(Path(sys.argv[1]), int(sys.argv[2]))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    if ended is None:
+        time.sleep(600)
+    sys.exit(ended)

@@ -1,5 +1,6 @@
 """One stage on this rank: run it, follow it in MLflow, and turn every kind of ending into its exit code."""
 
+import errno
 import os
 import sys
 import traceback
@@ -28,7 +29,18 @@ def on_slurm() -> bool:
     return "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ
 
 
+def disk_full(error: BaseException) -> bool:
+    """ENOSPC or a quota, however the library that met it puts it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    cause = error.__cause__ or error.__context__
+    words = ("No space left", "os error 28", "PytorchStreamWriter", "file write failed", "unexpected pos")
+    return any(w in str(error) for w in words) or (cause is not None and disk_full(cause))
+
+
 def code_of(error: BaseException) -> int:
+    if disk_full(error):
+        return errors.USAGE
     kinds = {
         errors.UserError: errors.USAGE,
         errors.Stopped: errors.RESUMABLE,
@@ -44,13 +56,9 @@ def explain(error: BaseException) -> None:
         print(f"lesiongen: {error}", file=sys.stderr, flush=True)
     elif isinstance(error, KeyboardInterrupt):
         print("lesiongen: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
-    elif isinstance(error, OSError) and error.errno == 28:
-        print(
-            f"lesiongen: the disk is full ({error.filename or 'while writing'}). What was finished is intact; free some "
-            "space and run the same command again.",
-            file=sys.stderr,
-            flush=True,
-        )
+    elif disk_full(error):
+        text = "the disk is full. What was finished is intact; free some space and run the same command again."
+        print(f"lesiongen: {text} ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
 
@@ -64,4 +72,4 @@ def rank_main(config: Experiment, name: str, topology: Topology) -> int:
     except BaseException as error:
         if topology.leader or not isinstance(error, (errors.UserError, errors.Stopped, errors.Diverged)):
             explain(error)
-        return errors.USAGE if isinstance(error, OSError) and error.errno == 28 else code_of(error)
+        return code_of(error)

@@ -36,7 +36,7 @@ class DataConfig:
     val: float = 0.1  # share of lesions
     test: float = 0.1
     shard_samples: int = 1000
-    max_rejected: float = 0.05  # share of images and rows that may be unusable
+    max_rejected: float = volatile(0.05)  # share of images and rows that may be unusable
     processes: int = volatile(0)  # for packing; 0 = one per core
     workers: int = volatile(1)  # processes per rank that decode and augment
     ledger: bool = volatile(False)  # each rank logs the samples delivered to it

@@ -118,10 +118,7 @@ def _pack_shard(data: DataConfig, folder: Path, job) -> tuple[dict | None, list[
                 "json": json.dumps(record.facts(), sort_keys=True).encode(),
             }
 
-    try:
-        count = write_shard(path, samples())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. Free some space and run the same command again.") from None
+    count = write_shard(path, samples())
     if not count:
         path.unlink()
         return None, rejected, moments

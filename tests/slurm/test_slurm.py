@@ -158,3 +158,24 @@ def test_where_requeueing_is_denied_the_stage_stays_resumable(cluster, phantoms,
     assert list(again) == STAGES
     completed(cluster, [again["shards"]], 60)
     lesiongen("cancel", run)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cause", ["preempted", "out of time"])
+def test_slurm_itself_stops_a_job(cluster, phantoms, packed, tmp_path, cause):
+    """By a job of a higher partition that wants all nodes, or by the limit of two minutes."""
+    samples = 4800 if cause == "preempted" else 200_000
+    own = {"inputs.shards": packed, "tokenizer.train.samples": samples, "tokenizer.train.eval_every": samples}
+    own |= {"tokenizer.train.save_every": samples, "tokenizer.train.log_every": 160}
+    nodes = cluster_file(tmp_path, default={"minutes": 2, "mem_gb": 4}, signal_seconds=30)
+    jobs, run = submit("--cluster", nodes, *tiny(phantoms, tmp_path, **own)), tmp_path / "tiny"
+    job = jobs["tokenizer"]
+    wait(lambda: len(curve(run / "tokenizer")) > 2, 60, "some steps")
+    if cause == "preempted":
+        cluster.run("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    wait(lambda: cluster.job(job)["Restarts"] == "1", 150, "the requeue")
+    stopped = curve(run / "tokenizer")
+    assert len(list((run / "tokenizer" / "checkpoints").glob("step-*/MANIFEST.json"))) == 1
+    wait(lambda: len(curve(run / "tokenizer")) > len(stopped) + 2, 60, "more steps")
+    lesiongen("cancel", run)
+    assert stopped.items() <= curve(run / "tokenizer").items()

@@ -1,7 +1,5 @@
 """What surrounds the jobs, without a Slurm: batch scripts, who requeues what, signals, topology."""
 
-import json
-import os
 import signal
 import subprocess
 import time
@@ -10,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpc import dist, errors, journal
+from hpc import dist, errors
 from hpc.preempt import Preemption, interruptible
-from launch import executors, requeue
+from launch import requeue
 from launch.executors import load_cluster
 from lesiongen import experiment
 from lesiongen.stages import stages
@@ -92,41 +90,40 @@ def test_mistakes_in_a_cluster_file_are_found_before_the_queue(own, said, phanto
     assert said in lesiongen("submit", DEMO, "--cluster", path, "--dry", *tiny(phantoms, tmp_path), code=2)
 
 
-def test_a_refused_job_takes_those_before_it_out_of_the_queue(phantoms, tmp_path, monkeypatch):
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """command(name, script): a stand-in for a command of Slurm."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    sbatch = f'echo x >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) -lt 3 ] && echo "Submitted batch job 4$(wc -l < {tmp_path}/calls)" || {{ echo "sbatch: error: no such partition" >&2; exit 1; }}'
-    for name, body in {"sbatch": sbatch, "scancel": f"echo $@ > {tmp_path}/cancelled", "scontrol": "exit 1"}.items():
-        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-        (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def write(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    return write
+
+
+def test_a_refused_job_takes_those_before_it_out_of_the_queue(phantoms, tmp_path, command):
+    no_third = "[ $number -lt 3 ] || { echo 'sbatch: error: no such partition' >&2; exit 1; }"
+    command("sbatch", f"echo x >> calls; number=$(wc -l < calls); {no_third}; echo Submitted batch job 4$number")
+    command("scancel", "echo $@ > cancelled")
+    command("scontrol", "exit 1")
     said = lesiongen("submit", DEMO, "--cluster", CLUSTERS / "local.yaml", *tiny(phantoms, tmp_path), code=2)
     assert "refuses the job of codes" in said
     assert "no such partition" in said
     assert (tmp_path / "cancelled").read_text() == "41 42\n"
 
 
-class Requeued(Exception):
-    """In place of the wait to be ended."""
-
-
 @pytest.fixture
-def job(tmp_path, monkeypatch):
-    """The folder of job 7, whose first start has ended; scontrol says what the test writes to `state` and `refusal`."""
-    folder = tmp_path / "jobs" / "tokenizer"
-    folder.mkdir(parents=True)
-    (tmp_path / "state").write_text("RUNNING")
-    scontrol = f'[ $1 = show ] && echo "JobId=7 JobState=$(cat {tmp_path}/state) X=" || {{ cat {tmp_path}/refusal >&2; [ ! -e {tmp_path}/refusal ]; }}'
-    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{scontrol} 2> >(grep -v 'No such' >&2)\n")
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def job(tmp_path, monkeypatch, command):
+    """The folder of job 7, running, whose ranks have ended; a requeue is refused with what stands in `refusal`."""
+    command("scontrol", "[ $1 = show ] && exec cat state; [ ! -e refusal ] || { cat refusal >&2; exit 1; }")
+    (tmp_path / "state").write_text("JobId=7 JobState=RUNNING Reason=None")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-
-    def sleep(_):
-        raise Requeued
-
-    monkeypatch.setattr(requeue.time, "sleep", sleep)
+    folder = tmp_path / "jobs" / "tokenizer"
+    folder.mkdir(parents=True)
     return folder
 
 
@@ -136,8 +133,7 @@ def test_a_stop_is_requeued_however_often(job, codes):
         for code in codes:
             requeue.note_ending(job, code)
     for _ in range(2 * requeue.MAX_FAILURES):
-        with pytest.raises(Requeued):
-            requeue.main(job, max(codes))
+        assert requeue.main(job, max(codes)) is None
     assert not (job / requeue.FAILURES).exists()
 
 
@@ -145,19 +141,16 @@ def test_a_stop_is_requeued_however_often(job, codes):
 def test_failures_are_limited_unless_a_checkpoint_lies_between(job, code, monkeypatch, capsys):
     for start in range(requeue.MAX_FAILURES - 1):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
-        with pytest.raises(Requeued):
-            requeue.main(job, code)
+        assert requeue.main(job, code) is None
     manifest = job.parent.parent / "tokenizer" / "checkpoints" / "step-000000005" / "MANIFEST.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text("{}")
     for _ in range(requeue.MAX_FAILURES - 1):
-        with pytest.raises(Requeued):
-            requeue.main(job, code)
+        assert requeue.main(job, code) is None
     assert requeue.main(job, code) == code
     assert "3 times without a new checkpoint" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted again by a person
-    with pytest.raises(Requeued):
-        requeue.main(job, code)
+    assert requeue.main(job, code) is None
 
 
 @pytest.mark.parametrize("code", requeue.FINAL)
@@ -168,7 +161,7 @@ def test_what_would_end_the_same_is_not_started_again(job, code):
 
 
 def test_a_job_that_slurm_is_ending_is_not_revived(job, capsys):
-    (job.parent.parent / "state").write_text("COMPLETING")
+    (job.parent.parent / "state").write_text("JobState=COMPLETING")
     assert requeue.main(job, errors.RESUMABLE) == errors.RESUMABLE
     assert "Slurm is ending it" in capsys.readouterr().err
 
@@ -210,8 +203,3 @@ def test_topology_of_a_slurm_step_in_spite_of_torchrun_variables():
     again = dist.from_slurm(step | {"SLURM_RESTART_COUNT": "1"})
     assert found.port != again.port
     assert 20000 <= found.port < 32000
-
-
-def test_journals_keep_every_job_of_a_stage(tmp_path):
-    journal.append(tmp_path / executors.SUBMITTED, {"job": "1"}, {"job": "2"})
-    assert [json.loads(line)["job"] for line in (tmp_path / executors.SUBMITTED).read_text().splitlines()] == ["1", "2"]
