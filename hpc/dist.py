@@ -96,9 +96,7 @@ def init(topology: Topology, timeout_s: float = 300.0) -> None:
 
 def _join(topology: Topology, timeout: timedelta):
     try:
-        store = dist.TCPStore(
-            topology.address, topology.port, topology.world, topology.leader, timeout, wait_for_workers=False
-        )
+        store = dist.TCPStore(topology.address, topology.port, topology.world, topology.leader, timeout, wait_for_workers=False)
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
         raise TimeoutError(
             f"rank {topology.rank} on {socket.gethostname()} cannot reach rank 0 at {topology.address}:{topology.port} "
@@ -168,7 +166,6 @@ def leader_does(function, *arguments):
     if not ok:
         raise UserError(value)
     return value
-
 
 
 def rank() -> int:

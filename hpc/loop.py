@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hpc import checkpoint, dist, health, journal, track
+from hpc import checkpoint, dist, health, journal, record
 from hpc.config import volatile
 from hpc.engine import Engine, EngineConfig
 from hpc.errors import Stopped, UserError
@@ -88,7 +88,7 @@ def train(
     engine = Engine(module, optimizer(module, config.optim), config.engine, config.batch, universal)
     if start:
         engine.load(start, universal)
-    tracker = track.Tracker(folder, enabled=topology.leader)
+    tracker = record.Tracker(folder, enabled=topology.leader)
     tracker.resume(state.samples)
     ledger_path = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
     if ledger_path:
@@ -155,7 +155,7 @@ def train(
                 tracker.log(
                     state.samples // config.batch,
                     state.samples,
-                    {f"train/{k}": v / state.count for k, v in state.sums.items()} | counters | track.system_metrics(),
+                    {f"train/{k}": v / state.count for k, v in state.sums.items()} | counters | record.system_metrics(),
                 )
                 state.sums, state.count, clock, own_seconds = {}, 0, time.monotonic(), 0.0
             stop = step.flags["stop"] > 0 and state.samples < config.samples

@@ -1,7 +1,7 @@
 """JSONL is the truth, MLflow follows.
 
 A stage writes metrics.jsonl and images/ and waits for nobody. `sync` sends what is new, from whichever process has the
-time: a thread beside the training (Follower) or the page's own process (serve). A server that is away, hangs or loses
+time: a thread beside the training (Follower) or the page's own process (launch/ui.py). A server that is away, hangs or loses
 an answer costs nothing: the file stays, and what was sent is known by asking the server. A (metric, samples) pair is
 sent once, so a line that is trained again after a resume doubles no point.
 
@@ -11,15 +11,11 @@ This is the only file that imports mlflow, and only where there is something to 
 
 import contextlib
 import functools
-import http.client
 import json
 import logging
 import math
 import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -31,12 +27,10 @@ from pathlib import Path
 
 import yaml
 
-from hpc import journal
 from hpc.errors import UserError
+from hpc.record import METRICS
 from hpc.rundir import atomic_write, lock
 
-METRICS = "metrics.jsonl"
-NAME = re.compile(r"(?=.{1,250}$)[\w\-.: ]+(/[\w\-.: ]+)*")  # what MLflow takes as a metric's name
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default of 7 blocks for 247 s when the server is gone
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
@@ -59,70 +53,6 @@ class SyncResult:
     metrics: int = 0
     images: int = 0
     busy: bool = False
-
-
-class Tracker:
-    """Writes one stage's metrics.jsonl and images/. For rank 0: with enabled=False every method does nothing."""
-
-    def __init__(self, stage_dir: Path, enabled: bool = True):
-        self.stage_dir, self.enabled = Path(stage_dir), enabled
-
-    def resume(self, samples: int) -> None:
-        """Goes back to a checkpoint's `samples`: later lines, later pictures and torn lines are removed."""
-        if self.enabled:
-            journal.cut_back(self.stage_dir / METRICS, samples)
-        for picture in self.stage_dir.glob("images/*.png") if self.enabled else ():
-            count = picture.stem.rpartition("-")[2]
-            if count.isdecimal() and int(count) > samples:
-                picture.unlink()
-
-    def log(self, step: int, samples: int, metrics: dict[str, float]) -> None:
-        """Appends {"step", "samples", "time" (unix seconds), "<metric>": value}; readers see the line on return.
-
-        JSON has no NaN and no infinity: they are written as strings, "nan", "inf", "-inf" (read_metrics undoes that).
-        """
-        if not self.enabled:
-            return
-        row = {"step": int(step), "samples": int(samples), "time": round(time.time(), 3)}
-        for name, value in metrics.items():
-            assert name not in row, f"a metric may not be called {name!r}"
-            assert NAME.fullmatch(name), f"MLflow takes no metric called {name!r}"
-            row[name] = float(value) if math.isfinite(value) else str(float(value))
-        self.stage_dir.mkdir(parents=True, exist_ok=True)
-        journal.append(self.stage_dir / METRICS, row)
-
-    def image(self, name: str, samples: int, png: bytes) -> None:
-        """Writes images/<name>-<samples>.png, whole or not at all."""
-        if self.enabled:
-            atomic_write(self.stage_dir / "images" / f"{name}-{samples:09d}.png", png)
-
-    def close(self) -> None:
-        """Nothing is held open; here for whoever closes all resources alike."""
-
-
-def read_metrics(stage_dir: Path) -> list[dict]:
-    """All lines of a stage's metrics.jsonl, [] where there is none; torn ones are passed over."""
-    rows = journal.read(Path(stage_dir) / METRICS)
-    return [{name: float(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows]
-
-
-def system_metrics() -> dict[str, float]:
-    """Load of this machine and process, in percent and GB (1e9 bytes). The first call's CPU percentage is 0."""
-    import psutil
-
-    found = {
-        "system/cpu_percent": psutil.cpu_percent(),
-        "system/memory_resident_gb": psutil.Process().memory_info().rss / 1e9,
-        "system/memory_available_gb": psutil.virtual_memory().available / 1e9,
-    }
-    torch = sys.modules.get("torch")  # a process without torch holds no GPU
-    if torch is not None and torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        found["system/gpu_memory_gb"] = (total - free) / 1e9
-        found["system/gpu_memory_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of this process
-        with contextlib.suppress(Exception):  # needs nvidia-ml-py, and a driver that tells
-            found["system/gpu_percent"] = float(torch.cuda.utilization())
-    return found
 
 
 def default_uri(run_dir: Path) -> str:
@@ -375,7 +305,7 @@ class Follower:
         self._stop.set()
         self._thread.join(deadline)
         if not self._delivered:
-            _say(f"MLflow at {_public(self.uri)} did not take the last lines; they are kept for the next sync.")
+            say(f"MLflow at {_public(self.uri)} did not take the last lines; they are kept for the next sync.")
         return self._delivered
 
     def _loop(self) -> None:
@@ -386,70 +316,16 @@ class Follower:
                 while (busy := sync(self.run_dir, self.uri).busy) and last and time.monotonic() < self._deadline:
                     time.sleep(0.1)
                 if failed:
-                    _say(f"MLflow at {_public(self.uri)} is back.")
+                    say(f"MLflow at {_public(self.uri)} is back.")
                 failed, self._delivered = 0, last and not busy
             except Exception as error:
                 self.failures += 1
                 failed = min(failed + 1, 8)
                 if failed == 1:
-                    _say(f"{error}. Training goes on; the lines are sent when it is back.")
+                    say(f"{error}. Training goes on; the lines are sent when it is back.")
             if last:
                 return
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
-    """MLflow's page on the runs of a directory, kept up to date every 5 s until Ctrl-C or SIGTERM.
-
-    Raises UserError (a ValueError) if there is no run or the port is taken, TrackError if the server ends by itself.
-    """
-    runs, stop, told = Path(runs).absolute(), threading.Event(), set()
-    if not any(runs.glob("*/config.yaml")):
-        raise UserError(f"{runs} holds no run (a directory with a config.yaml). Start one, or name another directory.")
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise UserError(f"Cannot listen on {host}:{port} ({error.strerror}). Name another port.") from None
-    uri = f"sqlite:///{runs}/mlflow.db"  # not default_uri: an environment that names a server does not change this page
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--artifacts-destination", str(runs / "mlartifacts")]
-    log = runs / "mlflow-server.log"
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    with open(log, "wb") as output:
-        environment = ENVIRONMENT | os.environ
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-    try:
-        while server.poll() is None and not stop.is_set() and not _answers(host, port):
-            stop.wait(0.2)
-        if server.poll() is None and not stop.is_set():
-            print(f"MLflow shows {runs} at http://{host}:{port} (Ctrl-C ends it)", flush=True)
-        while server.poll() is None and not stop.is_set():
-            for config in sorted(runs.glob("*/config.yaml")):
-                try:
-                    sync(config.parent, uri)
-                except TrackError as error:
-                    if str(error) not in told:
-                        told.add(str(error))
-                        _say(f"{config.parent.name}: {error}")
-            stop.wait(5.0)
-        if not stop.is_set():
-            raise TrackError(f"mlflow server ended with code {server.returncode}; its last words are in {log}")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in (signal.SIGTERM, signal.SIGKILL):  # to its workers too
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(server.pid, number)
-                server.wait(10)
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        connection = http.client.HTTPConnection("127.0.0.1" if host == "0.0.0.0" else host, port, timeout=2)
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False

@@ -146,9 +146,9 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def ui(options: argparse.Namespace) -> int:
-    from hpc import track
+    from launch.ui import serve
 
-    track.serve(Path(options.runs), port=options.port)
+    serve(Path(options.runs), port=options.port)
     return errors.DONE
 
 
@@ -169,7 +169,8 @@ def rank(options: argparse.Namespace) -> int:
 def where_to_look(config: Experiment) -> str:
     here = config.directory
     return (
-        f"\nreport:   {here / 'report' / 'report.html'}\nsamples:  {here / 'samples' / 'contact.png'} and {here / 'samples' / 'images'}/"
+        f"\nreport:   {here / 'report' / 'report.html'}"
+        f"\nsamples:  {here / 'samples' / 'contact.png'} and {here / 'samples' / 'images'}/"
         f"\nMLflow:   lesiongen ui --runs {here.parent}"
     )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc import config as hpc_config
-from hpc import rundir, track
+from hpc import record, rundir
 from hpc.errors import UserError
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
@@ -46,7 +46,7 @@ def standings(config: Experiment) -> list[Standing]:
 
 
 def samples_seen(folder: Path) -> int:
-    rows = track.read_metrics(folder)
+    rows = record.read_metrics(folder)
     return rows[-1]["samples"] if rows else 0
 
 

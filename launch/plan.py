@@ -101,7 +101,9 @@ def report(config: Experiment) -> str:
     trainable = sum(v for k, v in parts.items() if "buffers" not in k)
     activations = tokenizer_activations(model, size, config.data.channels)
     grid_text = " + ".join(f"{grids[n]}² {n}" for n in reversed(model.names))
-    lines += _section(f"tokenizer   {grid_text}, K={model.entries}", parts, trainable, activations, config.tokenizer.train, ranks, None)
+    lines += _section(
+        f"tokenizer   {grid_text}, K={model.entries}", parts, trainable, activations, config.tokenizer.train, ranks, None
+    )
     upper: list[int] = []
     for level in config.levels:
         own, tokens = config.prior(level), grids[level] ** 2
@@ -115,7 +117,9 @@ def report(config: Experiment) -> str:
     return "\n".join(lines)
 
 
-def _section(title: str, parts: dict[str, int], trainable: int, activations: int, train, ranks: int, tokens: int | None) -> list[str]:
+def _section(
+    title: str, parts: dict[str, int], trainable: int, activations: int, train, ranks: int, tokens: int | None
+) -> list[str]:
     try:
         micro = train.engine.micro_batch(train.batch, ranks)
     except ValueError as error:
@@ -127,11 +131,12 @@ def _section(title: str, parts: dict[str, int], trainable: int, activations: int
     lines.append(f"  a step      {per_step}; {micro} images per rank and micro-batch × {train.engine.accumulation}")
     lines.append(f"  in all      {seen}, {steps:,} steps")
     bf16 = train.engine.precision == "bf16"
-    lines.append(f"  {'GiB per GPU':<11} {'parameters':>11}{'gradients':>11}{'optimizer':>11}{'fp32 copy':>11}{'activations':>13}{'in all':>9}")
+    columns = ("parameters", "gradients", "optimizer", "fp32 copy", "activations", "in all")
+    widths = (11, 11, 11, 11, 13, 9)
+    lines.append("  GiB per GPU" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
     for zero in range(4):
         found = memory(trainable, activations, micro, zero, ranks, bf16)
         mark = "→" if zero == train.engine.zero else " "
-        widths = (11, 11, 11, 11, 13, 9)
         cells = "".join(f"{v / GIB:>{w}.3f}" for v, w in zip(found.values(), widths, strict=True))
         lines.append(f"  {mark} ZeRO {zero}    {cells}")
     return [*lines, ""]

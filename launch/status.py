@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from hpc import journal, track
+from hpc import journal, record, track
 from hpc.errors import UserError
 from launch.executors import SUBMITTED
 from launch.pipeline import standings
@@ -44,14 +44,14 @@ def show(config: Experiment) -> str:
 
 def figures(config: Experiment, stage: str) -> str:
     latest: dict[str, float] = {}
-    for row in track.read_metrics(config.directory / stage):
+    for row in record.read_metrics(config.directory / stage):
         latest |= {k: v for k, v in row.items() if k.startswith("val/")}
     shown = [f"{k[4:]} {v:.3g}" for k, v in latest.items() if re.match(r"val/(psnr|usage|bits_per_token|bigram)", k)]
     return "  ".join(shown[:4])
 
 
 def quiet_seconds(folder: Path) -> float | None:
-    path = folder / track.METRICS
+    path = folder / record.METRICS
     return time.time() - path.stat().st_mtime if path.exists() else None
 
 

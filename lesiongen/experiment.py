@@ -142,7 +142,10 @@ class Experiment:
             raise ValueError("inputs.codes needs inputs.tokenizer, the one that made the codes")
         if self.inputs.tokenizer and not (self.inputs.shards or self.data.images):
             raise ValueError("inputs.tokenizer needs inputs.shards or data.images")
-        for what, train in {"tokenizer": self.tokenizer.train, **{f"priors.{k}": p.train for k, p in self.priors.items()}}.items():
+        for what, train in {
+            "tokenizer": self.tokenizer.train,
+            **{f"priors.{k}": p.train for k, p in self.priors.items()},
+        }.items():
             try:
                 train.engine.micro_batch(train.batch, self.local.ranks)
             except ValueError as error:
@@ -179,4 +182,3 @@ def check_ranks(train: TrainConfig, ranks: int, where: str) -> None:
         train.engine.micro_batch(train.batch, ranks)
     except ValueError as error:
         raise UserError(f"{where}: {error}, or change {where}.engine.accumulation.") from None
-

@@ -8,7 +8,6 @@ import signal
 import socket
 import time
 import traceback
-from datetime import timedelta
 
 TIMEOUT_S = 120
 

@@ -67,9 +67,7 @@ class Record:
         """What is written beside the image in its shard."""
         named = asdict(self)
         del named["path"]
-        return {
-            {"image": "image_id", "lesion": "lesion_id", "patient": "patient_id"}.get(k, k): v for k, v in named.items()
-        }
+        return {{"image": "image_id", "lesion": "lesion_id", "patient": "patient_id"}.get(k, k): v for k, v in named.items()}
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,8 @@ def _rows(metadata: Path, columns: dict[str, str]) -> tuple[list[dict], str, dic
             return rows, source, names
     raise UserError(
         f"{metadata} has no known id column (image_id and dx as in HAM10000, or isic_id as in the ISIC archive); it has: "
-        f"{', '.join(header) or 'nothing'}. Say which is which with data.columns, for example data.columns.image={header[0] if header else 'id'}."
+        f"{', '.join(header) or 'nothing'}. Say which is which with data.columns, for example "
+        f"data.columns.image={header[0] if header else 'id'}."
     )
 
 

@@ -206,10 +206,7 @@ def _bcc(rng, frame, rgb, skin):
     """Basal cell carcinoma: pearly pink translucent nodule, blue-grey ovoid nests, branching fine red vessels."""
     radius = rng.uniform(0.55, 0.68)
     d = _outline(rng, frame, radius, rng.uniform(1, 1.25), 0.06)
-    body = (
-        _ink(rng, skin, (232, 164, 172))
-        * (1.06 - 0.18 * np.clip(d, 0, 1.2) ** 3 + 0.05 * _noise(rng, frame, 3))[..., None]
-    )
+    body = _ink(rng, skin, (232, 164, 172)) * (1.06 - 0.18 * np.clip(d, 0, 1.2) ** 3 + 0.05 * _noise(rng, frame, 3))[..., None]
     rgb = _mix(rgb, body, 0.92 * _inside(d, 0.08))
     rgb = _mix(rgb, (252, 232, 232), 0.5 * np.exp(-((frame.u + 0.12) ** 2 + (frame.v + 0.16) ** 2) / radius**2 * 4))
     nests = _dots(rng, frame, int(rng.integers(4, 7)), 0.85 * radius, (0.09, 0.18), 0.2)

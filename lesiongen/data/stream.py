@@ -44,9 +44,7 @@ class ImageShards:
         except (images.BadImage, ValueError, KeyError) as error:
             raise BadSample(f"{raw.get('__key__')}: {error}") from None
 
-    def train(
-        self, position: int, batch: int, micro: int, config: AugmentConfig, seed: int, workers: int
-    ) -> Iterator[dict]:
+    def train(self, position: int, batch: int, micro: int, config: AugmentConfig, seed: int, workers: int) -> Iterator[dict]:
         """This rank's augmented micro-batches from a global position, for ever (see batch())."""
         plan = Plan(self.counts, batch, seed)
         batches = partial(training_batches, position, batch, micro, dist.rank(), dist.world())

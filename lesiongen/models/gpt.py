@@ -85,7 +85,11 @@ class GPT(nn.Module):
         self.labels = nn.Embedding(classes + 1, config.width)  # the last one is "none"
         self.upper = nn.ModuleList(nn.Embedding(k, config.width) for k, _ in upper)
         self.mix = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(config.width, config.width, 3, padding=1), nn.SiLU(), nn.Conv2d(config.width, config.width, 3, padding=1))
+            nn.Sequential(
+                nn.Conv2d(config.width, config.width, 3, padding=1),
+                nn.SiLU(),
+                nn.Conv2d(config.width, config.width, 3, padding=1),
+            )
             for _ in upper
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))

@@ -50,9 +50,7 @@ class EMAQuantizer(nn.Module):
     def nearest(self, z_ND: torch.Tensor) -> torch.Tensor:
         """Index of the nearest entry for each row, without the N×K one-hot form."""
         norms_K = self.codebook.square().sum(1)
-        return torch.cat(
-            [torch.addmm(norms_K, chunk, self.codebook.T, alpha=-2).argmin(1) for chunk in z_ND.split(CHUNK)]
-        )
+        return torch.cat([torch.addmm(norms_K, chunk, self.codebook.T, alpha=-2).argmin(1) for chunk in z_ND.split(CHUNK)])
 
     def lookup(self, codes_BHW: torch.Tensor) -> torch.Tensor:
         """[B, H, W] → [B, D, H, W]."""

@@ -46,7 +46,9 @@ class VQVAE2Config:
         """Side of each level's grid for square images. Raises ValueError where the size does not divide."""
         factors = [math.prod(self.strides[: i + 1]) for i in range(len(self.strides))]
         if size % factors[-1]:
-            raise ValueError(f"images of {size} px do not divide by the strides {self.strides}; use a multiple of {factors[-1]}")
+            raise ValueError(
+                f"images of {size} px do not divide by the strides {self.strides}; use a multiple of {factors[-1]}"
+            )
         return {name: size // factor for name, factor in zip(self.names, factors, strict=True)}
 
 

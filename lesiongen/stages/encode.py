@@ -21,6 +21,7 @@ from lesiongen.models.vqvae2 import VQVAE2
 from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.stages.tokenizer import load_tokenizer, to_float
 
+
 def stage(config: Experiment) -> Stage:
     identity = {"encode": plain(config.encode, volatile=False), "seed": config.seed}
     return Stage("codes", ("shards", "tokenizer"), identity, run)
@@ -105,7 +106,9 @@ def _encode_shard(config, net: VQVAE2, data: ImageShards, draw: int, shard: int,
         try:  # an altered shard ends the stage: a store must be complete
             image, facts = data.image(reader.read(shard, ordinal))
         except BadSample as error:
-            raise UserError(f"The shards in {data.folder} are damaged: {error}. See `lesiongen verify {data.folder}`.") from None
+            raise UserError(
+                f"The shards in {data.folder} are damaged: {error}. See `lesiongen verify {data.folder}`."
+            ) from None
         if draw == 0:
             view = centre(image, data.size)
         else:

@@ -20,9 +20,9 @@ from hpc.config import digest, plain
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.progress import bar
+from hpc.record import Tracker, read_metrics
 from hpc.rundir import atomic_write
 from hpc.shards import BadSample
-from hpc.track import Tracker, read_metrics
 from lesiongen import report
 from lesiongen.data import images
 from lesiongen.data.augment import centre
@@ -233,9 +233,7 @@ def _recognised(config, net, train: Real, held_out: Real, samples: Samples, clas
         return {"ratio": None, "reason": reason}, {"ratio": None, "reason": reason}
     length, device = config.evaluate.classifier_samples, next(net.parameters()).device
     with bar(length // classifier.BATCH * classifier.BATCH, "classifier") as progress:
-        judge = classifier.train_classifier(
-            train.images, train.labels, len(classes), length, config.seed, progress, device
-        )
+        judge = classifier.train_classifier(train.images, train.labels, len(classes), length, config.seed, progress, device)
     some = classifier.at_most(held_out.labels, PER_CLASS)
     rebuilt = _reconstructed(config, net, held_out, some)
     pictures = {"samples": samples.images, "real": held_out.images, "reconstructions": rebuilt}

@@ -40,7 +40,8 @@ def pack(data: DataConfig, folder: Path) -> str:
         if not any(r.dx == label for r in found.records):
             raise UserError(f"The class '{label}' in data.classes has no image.")
     splits = catalog.assign(found.records, data.val, data.test)
-    print(f"{len(found.records):,} images ({found.source}), {len(classes)} classes, {len({r.group for r in found.records}):,} lesions")
+    groups = {r.group for r in found.records}
+    print(f"{len(found.records):,} images ({found.source}), {len(classes)} classes, {len(groups):,} lesions")
     jobs = [
         (split, number, members[first : first + data.shard_samples])
         for split, members in splits.items()

@@ -150,7 +150,6 @@ class PriorTask:
         draws = [self.store.all("train", d, [column])[column] for d in range(self.store.draws("train"))]
         held_out = self.store.all("val", 0, [column])[column]
 
-
         return bigram_bits(np.concatenate(draws), held_out, self.shape["entries"])
 
     def _picture(self, net: GPT) -> dict[str, bytes]:
@@ -205,5 +204,3 @@ def load_prior(path: Path, device: torch.device) -> tuple[GPT, dict]:
     net = GPT(build(GPTConfig, facts["model"]), tuple(shape["grid"]), shape["entries"], shape["classes"], upper)
     net.load_state_dict(load_file(path / "export" / "model.safetensors"))
     return net.to(device).eval(), facts
-
-

@@ -32,7 +32,7 @@ def stage(config: Experiment) -> Stage:
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """Batches of a fixed size are divided among ranks; those already written are kept. Returns the table's digest."""
     own = config.sample
-    net, facts = load_tokenizer(require(config, "tokenizer"), topology.device)
+    net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
     priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
     classes = next(iter(priors.values()))[1]["classes"]
     labels = plan_labels(own, classes)

@@ -166,5 +166,3 @@ def load_tokenizer(path: Path, device: torch.device) -> tuple[VQVAE2, dict]:
     weights = load_file(path / "export" / "model.safetensors")
     net.load_state_dict(weights)
     return net.to(device).eval(), facts
-
-

@@ -40,7 +40,15 @@ def rows_of(folder: Path) -> list[list[str]]:
 
 
 def pack(folder: Path, *more: str, images: str = "images", metadata: str = "m.csv") -> int:
-    base = ["pack", "--images", str(folder / images), "--metadata", str(folder / metadata), "--out", str(folder / "out" / "shards")]
+    base = [
+        "pack",
+        "--images",
+        str(folder / images),
+        "--metadata",
+        str(folder / metadata),
+        "--out",
+        str(folder / "out" / "shards"),
+    ]
     return main([*base, "--size", "16", "data.val=0.2", "data.test=0.2", "data.processes=1", *more])
 
 
@@ -73,7 +81,10 @@ def test_packing_twice_gives_the_same_bytes(folder):
     assert {p.name: p.read_bytes() for p in (folder / "out" / "shards").glob("*[rs]*") if p.name != "stage.json"} == first
 
 
-@pytest.mark.parametrize(("images", "metadata", "words"), [("nowhere", "m.csv", ["nowhere", "does not exist"]), ("images", "no.csv", ["no.csv", "No such file"])])
+@pytest.mark.parametrize(
+    ("images", "metadata", "words"),
+    [("nowhere", "m.csv", ["nowhere", "does not exist"]), ("images", "no.csv", ["no.csv", "No such file"])],
+)
 def test_missing_paths(folder, capsys, images, metadata, words):
     assert pack(folder, images=images, metadata=metadata) == 2
     refused(capsys, *words)
@@ -217,7 +228,15 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_and_then_a_larger_one(folder, small_disk, capfd):
     disk, resize = small_disk
-    arguments = ["pack", "--images", str(folder / "images"), "--metadata", str(folder / "m.csv"), "--out", str(disk / "r" / "shards")]
+    arguments = [
+        "pack",
+        "--images",
+        str(folder / "images"),
+        "--metadata",
+        str(folder / "m.csv"),
+        "--out",
+        str(disk / "r" / "shards"),
+    ]
     arguments += ["--size", "16", "data.val=0.2", "data.test=0.2"]
     assert main(arguments) == 2
     error = capfd.readouterr().err

@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 
 from hpc import track
-from hpc.track import Follower, Tracker, default_uri, link, read_metrics, sync
+from hpc.record import Tracker, read_metrics
+from hpc.track import Follower, default_uri, link, sync
 
 pytest.importorskip("sqlalchemy", reason="the http-only mlflow-skinny has no store of its own")
-CONFIG = (
-    "name: {name}\nseed: 3\nbatch: [8, 8]\ntokenizer:\n  dim: 64\n  quantizer: {{kind: ema}}\nprior:\n  width: 128\n"
-)
+CONFIG = "name: {name}\nseed: 3\nbatch: [8, 8]\ntokenizer:\n  dim: 64\n  quantizer: {{kind: ema}}\nprior:\n  width: 128\n"
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +422,7 @@ def test_serve_shows_what_is_there_and_what_comes(tmp_path):
     runs, port = tmp_path / "runs", free_port()
     run = make_run(runs, "ham")
     Tracker(run / "tokenizer").image("recon", 10, b"a picture")
-    code = f"import sys; from hpc.track import serve; serve(sys.argv[1], port={port})"
+    code = f"import sys; from launch.ui import serve; serve(sys.argv[1], port={port})"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(runs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

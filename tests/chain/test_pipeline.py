@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from hpc import track
+from hpc import record
 from launch.__main__ import main
 from tests.conftest import DEMO, tiny
 
@@ -36,7 +36,7 @@ def test_every_stage_leaves_what_the_contract_says(run):
     for stage in ("tokenizer", "prior-top", "prior-bottom"):
         assert {p.name for p in (run / stage / "export").iterdir()} == {"model.safetensors", "config.json"}
         assert (run / stage / "config.yaml").exists()
-        rows = track.read_metrics(run / stage)
+        rows = record.read_metrics(run / stage)
         assert {"step", "samples", "time"} <= rows[0].keys()
         assert sorted(r["samples"] for r in rows) == [r["samples"] for r in rows]
         assert list((run / stage / "images").glob("*.png"))
@@ -45,11 +45,11 @@ def test_every_stage_leaves_what_the_contract_says(run):
 
 
 def test_the_log_has_each_figure_for_train_and_held_out(run):
-    found = {k for r in track.read_metrics(run / "tokenizer") for k in r}
+    found = {k for r in record.read_metrics(run / "tokenizer") for k in r}
     for level in ("top", "bottom"):
         for where in ("train", "val"):
             assert {f"{where}/usage/{level}", f"{where}/perplexity/{level}", f"{where}/psnr", f"{where}/ssim"} <= found
-    found = {k for r in track.read_metrics(run / "prior-top") for k in r}
+    found = {k for r in record.read_metrics(run / "prior-top") for k in r}
     assert {"train/bits_per_token", "val/bits_per_token", "val/bigram_bits", "lr", "system/memory_resident_gb"} <= found
 
 
@@ -100,12 +100,14 @@ def test_samples_say_where_they_come_from(run):
 def test_the_report_opens_from_disk(run):
     page = (run / "report" / "report.html").read_text()
     assert "data:image/png;base64," in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert "<script" not in page
 
 
 def test_done_is_done(phantoms, run, capsys):
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and "mlflow" not in str(p) and p != run / "config.yaml"}
+    before = {
+        p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and "mlflow" not in str(p) and p != run / "config.yaml"
+    }
     assert main(["run", *again(phantoms, run)]) == 0
     assert "everything is done" in capsys.readouterr().out
     after = {p: p.stat().st_mtime_ns for p in before}
@@ -180,7 +182,7 @@ def test_a_longer_run_continues(phantoms, run, capfd, tmp_path):
     base = [f"inputs.shards={run}", "tokenizer.train.samples=32", "tokenizer.train.save_every=32"]
     assert main(["train", "tokenizer", *again(phantoms, run), f"runs={tmp_path}", *base]) == 0
     assert main(["train", "tokenizer", *again(phantoms, run), f"runs={tmp_path}", *base, "tokenizer.train.samples=64"]) == 0
-    rows = track.read_metrics(tmp_path / "tiny" / "tokenizer")
+    rows = record.read_metrics(tmp_path / "tiny" / "tokenizer")
     assert [r["samples"] for r in rows if "lr" in r] == [16, 32, 48, 64]
 
 
@@ -198,5 +200,20 @@ def test_the_command_is_installed():
     script = Path(sys.executable).parent / "lesiongen"
     done = subprocess.run([script, "--help"], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0
-    for verb in ("demo", "pack", "train", "encode", "sample", "evaluate", "run", "submit", "status", "logs", "cancel", "plan", "verify", "ui"):
+    for verb in (
+        "demo",
+        "pack",
+        "train",
+        "encode",
+        "sample",
+        "evaluate",
+        "run",
+        "submit",
+        "status",
+        "logs",
+        "cancel",
+        "plan",
+        "verify",
+        "ui",
+    ):
         assert f"\n    {verb} " in done.stdout

@@ -15,7 +15,9 @@ def reference(pools, packed):
     return pools(1).run(cases.curve, str(packed), 0, 1)[0]
 
 
-@pytest.mark.parametrize(("world", "accumulation", "zero"), [(1, 4, 0), (2, 2, 0), (4, 1, 0), (2, 1, 1), (2, 1, 2), (2, 1, 3), (4, 1, 2)])
+@pytest.mark.parametrize(
+    ("world", "accumulation", "zero"), [(1, 4, 0), (2, 2, 0), (4, 1, 0), (2, 1, 1), (2, 1, 2), (2, 1, 3), (4, 1, 2)]
+)
 def test_same_curve_for_every_topology_and_zero_stage(pools, packed, reference, world, accumulation, zero):
     losses, weights, books, own = pools(world).run(cases.curve, str(packed), zero, accumulation)[0]
     assert losses == pytest.approx(reference[0], rel=1e-3)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc import journal, track
+from hpc import journal, record
 from tests.conftest import DEMO, tiny
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -19,7 +19,9 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def start(*arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "launch", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, start_new_session=True
+    )
 
 
 def finish(process: subprocess.Popen, expected: int = 0) -> str:
@@ -31,7 +33,7 @@ def finish(process: subprocess.Popen, expected: int = 0) -> str:
 def curve(folder: Path) -> list[tuple]:
     """Everything logged that training decides, by samples."""
     kept = ("train/", "val/")
-    return [(r["samples"], {k: v for k, v in r.items() if k.startswith(kept)}) for r in track.read_metrics(folder)]
+    return [(r["samples"], {k: v for k, v in r.items() if k.startswith(kept)}) for r in record.read_metrics(folder)]
 
 
 def ledgers(run: Path, stage: str) -> list[list]:
@@ -42,7 +44,7 @@ def wait_for(path: Path, samples: int, process: subprocess.Popen) -> None:
     """Until a stage has logged so many samples, or the process has ended."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        rows = track.read_metrics(path)
+        rows = record.read_metrics(path)
         if rows and rows[-1]["samples"] >= samples:
             return
         time.sleep(0.02)
@@ -89,7 +91,7 @@ def test_a_killed_rank(phantoms, packed, undisturbed, tmp_path, victim):
     os.kill(min(ranks), signal.SIGKILL)
     out = finish(first, expected=1)
     assert f"rank {victim} was killed by SIGKILL" in out
-    assert track.read_metrics(folder)[-1]["samples"] < 320, "the kill came too late to prove anything"
+    assert record.read_metrics(folder)[-1]["samples"] < 320, "the kill came too late to prove anything"
     finish(start(*arguments))
     assert curve(folder) == curve(undisturbed / "tokenizer")
     assert ledgers(tmp_path / "tiny", "tokenizer") == ledgers(undisturbed, "tokenizer")
@@ -114,7 +116,11 @@ def test_the_whole_run_killed_three_times(phantoms, tmp_path):
     finish(start("run", DEMO, *tiny(phantoms, tmp_path / "calm", **more)))
     rng = random.Random(time.time_ns())
     arguments = ["run", DEMO, *tiny(phantoms, tmp_path / "rough", **more)]
-    moments = [("tokenizer", rng.randrange(16, 320)), ("prior-top", rng.randrange(16, 160)), ("prior-bottom", rng.randrange(16, 160))]
+    moments = [
+        ("tokenizer", rng.randrange(16, 320)),
+        ("prior-top", rng.randrange(16, 160)),
+        ("prior-bottom", rng.randrange(16, 160)),
+    ]
     print("kills at", moments)
     for stage, samples in moments:
         process = start(*arguments)

@@ -128,7 +128,7 @@ def test_write_is_idempotent_and_completes(tmp_path):
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(ValueError, match="melanoma.*akiec, bcc"):
+    with pytest.raises(ValueError, match=r"melanoma.*akiec, bcc"):
         phantom.draw("melanoma", 0, 0)
     with pytest.raises(ValueError, match="≥ 0"):
         phantom.draw("mel", -1, 0)

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from hpc import track
-from hpc.track import Follower, Tracker, default_uri, link, read_metrics, serve, sync, system_metrics
+from hpc.record import Tracker, read_metrics, system_metrics
+from hpc.track import Follower, default_uri, link, sync
+from launch.ui import serve
 
 
 def written(tmp_path, *samples):
@@ -151,7 +153,7 @@ def test_flatten_makes_what_mlflow_takes():
 
 def test_nothing_to_send_needs_no_mlflow(tmp_path):
     code = (
-        "import sys; from hpc.track import Follower, Tracker, sync\n"
+        "import sys; from hpc.track import Follower, sync\n"
         f"assert sync({str(tmp_path)!r}, 'http://127.0.0.1:9').metrics == 0\n"
         "assert not {'mlflow', 'psutil', 'torch'} & set(sys.modules)"
     )
