@@ -224,8 +224,11 @@ def _name_hosts(names: list[str]) -> None:
     """Ranks find rank 0 by its node's name."""
     known = {word for line in HOSTS.read_text().splitlines() for word in line.partition("#")[0].split()[1:]}
     if missing := [n for n in names if n not in known]:
-        with open(HOSTS, "a") as file:
-            file.write(f"127.0.0.1 {' '.join(missing)}\n")
+        try:
+            with open(HOSTS, "a") as file:
+                file.write(f"127.0.0.1 {' '.join(missing)}\n")
+        except OSError as error:
+            raise Unavailable(f"the nodes cannot be named in {HOSTS}: {error.strerror}") from None
 
 
 def _free_ports(number: int) -> list[int]:

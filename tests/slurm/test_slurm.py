@@ -69,6 +69,8 @@ def test_the_pipeline_as_jobs_makes_what_run_makes(cluster, phantoms, tmp_path):
         assert curve(a / stage) == curve(b / stage)
     for image in (a / "samples" / "images").iterdir():
         assert image.read_bytes() == (b / "samples" / "images" / image.name).read_bytes()
+    assert (tmp_path / "here" / "mlflow.db").exists()
+    assert not (tmp_path / "there" / "mlflow.db").exists(), "sqlite from a compute node"
     times = {stage: cluster.job(jobs[stage]) for stage in ("prior-top", "prior-bottom")}
     assert max(t["StartTime"] for t in times.values()) < min(t["EndTime"] for t in times.values())
     assert lesiongen("status", b).count(" done ") == len(STAGES)
