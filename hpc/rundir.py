@@ -110,11 +110,9 @@ class StageDir:
     def begin(self, config_yaml: str | None = None) -> None:
         """Records the identity before any work, so that a killed stage is resumed only as the same thing."""
         self.check()
-        record = self.record or {"created": time.time(), "done": False, "digest": None}
-        record |= {"identity": self.identity, "inputs": self.inputs, "target": self.target}
-        if not self.done():
-            record["done"] = False
-        self._write({**record, "done": False, "environment": environment()})
+        record = self.record or {"created": time.time(), "digest": None}
+        now = {"identity": self.identity, "inputs": self.inputs, "target": self.target, "environment": environment()}
+        self._write(record | now | {"done": False})
         if config_yaml:
             atomic_write(self.path / "config.yaml", config_yaml.encode())
 

@@ -1,0 +1,37 @@
+"""What may not change between versions: it would move images between splits, or resume a run as another one."""
+
+import hashlib
+
+import pytest
+
+from hpc.config import digest
+from hpc.plan import Plan, sample_seed
+from hpc.shards import write_shard
+from lesiongen.data.catalog import split_of
+from lesiongen.sampling import uniforms
+
+
+def test_splits():
+    held_out = [i for i in range(12) if split_of(f"HAM_{i:07d}", 0.1, 0.1) != "train"]
+    assert held_out == [4, 10]
+    assert {split_of(f"HAM_{i:07d}", 0.1, 0.1) for i in held_out} == {"val"}
+
+
+def test_the_plans_sequence():
+    plan = Plan((7, 5, 9), 6, seed=3, streams=3, window=4)
+    expected = [(0, 4), (0, 6), (2, 0), (2, 0), (1, 0), (2, 8), (0, 2), (0, 1)]
+    assert [plan.sample(i) for i in range(18, 26)] == expected
+
+
+def test_seeds():
+    assert [sample_seed(0, 0), sample_seed(1, 2)] == [3119036373970289394, 9211167930615000173]
+    assert uniforms(7, [41], (1, 3))[0].tolist() == pytest.approx([0.923966109752655, 0.3991045355796814, 0.42691266536712646])
+
+
+def test_digests():
+    assert digest({"b": [1, 2.5, None], "a": "ü"}) == "703dceec79c30480"
+
+
+def test_shard_bytes(tmp_path):
+    write_shard(tmp_path / "g.tar", [{"__key__": "a", "png": b"xyz", "json": b"{}"}])
+    assert hashlib.sha256((tmp_path / "g.tar").read_bytes()).hexdigest()[:16] == "f634c5d8b23fa6e0"
