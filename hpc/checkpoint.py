@@ -20,9 +20,10 @@ from hpc.rundir import atomic_write, fsync_dir
 MANIFEST = "MANIFEST.json"
 
 
-def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2) -> Path:
-    """Writes checkpoint `step` with the loop's plain state, then removes all but the newest `keep`. Collective."""
-    final, temporary = folder / f"step-{step:09d}", folder / f"step-{step:09d}.tmp"
+def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, best: int | None = None) -> Path:
+    """Writes checkpoint `step` with the loop's plain state, then removes all but the newest `keep` and the `best`.
+    Collective."""
+    final, temporary = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
     dist.leader_does(_prepare, temporary)
     engine.save(temporary)
     for path in temporary.rglob("*"):
@@ -31,7 +32,7 @@ def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2) ->
     dist.barrier()
     facts = {"step": step, "world": engine.world, "zero": engine.config.zero, "state": state}
     dist.leader_does(_commit, temporary, final, facts)
-    dist.leader_does(_retain, folder, keep)
+    dist.leader_does(_retain, folder, keep, best)
     return final
 
 
@@ -55,14 +56,20 @@ def _commit(temporary: Path, final: Path, facts: dict) -> None:
     fsync_dir(final.parent)
 
 
-def _retain(folder: Path, keep: int) -> None:
+def _retain(folder: Path, keep: int, best: int | None) -> None:
     for old in found(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if _step(old) != best:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def found(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).exists())
+    committed = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).exists()]
+    return sorted(committed, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def read(path: Path) -> dict:
@@ -93,6 +100,8 @@ def _choose(folder: Path) -> Path | None:
 def needs_universal(path: Path, config: EngineConfig, world: int) -> bool:
     """Whether the engine's state must be converted because ranks or ZeRO stage differ from those that saved it."""
     facts = read(path)
+    if facts["zero"] > 0 and config.zero == 0:
+        raise UserError(f"{path} was saved under ZeRO {facts['zero']} and cannot be continued under ZeRO 0; use 1, 2 or 3.")
     same = facts["world"] == world and facts["zero"] == config.zero
     return not same and (facts["zero"] > 0 or config.zero > 0)
 

@@ -85,13 +85,12 @@ def init(topology: Topology, timeout_s: float = 300.0) -> None:
     os.environ |= {
         "RANK": str(topology.rank),
         "WORLD_SIZE": str(topology.world),
-        "LOCAL_RANK": str(topology.local_rank),
+        # DeepSpeed takes it for the GPU's number; where each task sees only its own GPU that is 0.
+        "LOCAL_RANK": str(topology.device.index or 0 if topology.device.type == "cuda" else topology.local_rank),
         "MASTER_ADDR": topology.address,
         "MASTER_PORT": str(topology.port or 29500),
     }
-    dist.init_process_group(
-        backend, store=store, rank=topology.rank, world_size=topology.world, timeout=timedelta(seconds=max(timeout_s, 1800))
-    )
+    dist.init_process_group(backend, store=store, rank=topology.rank, world_size=topology.world, timeout=timedelta(hours=12))
 
 
 def _join(topology: Topology, timeout: timedelta):
@@ -112,11 +111,6 @@ def _join(topology: Topology, timeout: timedelta):
             )
         time.sleep(0.05)
     return store
-
-
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def barrier() -> None:

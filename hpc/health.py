@@ -1,5 +1,6 @@
 """Guards of a long run: hang watchdog, limit on non-finite steps, report of stragglers."""
 
+import contextlib
 import faulthandler
 import os
 import socket
@@ -8,11 +9,14 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.config import volatile
 from hpc.errors import HANG, Diverged
+
+PATIENCE = 24  # two hours where a step may take five minutes
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,27 @@ class Watchdog:
 
     def __init__(self, folder: Path, rank: int, floor_s: float):
         self.path, self.floor_s = folder / f"stacks-{rank}.txt", floor_s
-        self.last, self.times, self.closed = time.monotonic(), deque(maxlen=100), threading.Event()
+        self.last, self.times, self.patience = time.monotonic(), deque(maxlen=100), 1
+        self.closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
-    def beat(self, counted: bool = True) -> None:
-        """counted=False: evaluation or a save, no typical step."""
+    def beat(self) -> None:
+        """A step has ended."""
         now = time.monotonic()
-        if counted:
-            self.times.append(now - self.last)
+        self.times.append(now - self.last)
         self.last = now
 
     def limit(self) -> float:
-        return max(self.floor_s, 10 * statistics.median(self.times) if self.times else 0.0)
+        return self.patience * max(self.floor_s, 10 * statistics.median(self.times) if self.times else 0.0)
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Around an evaluation or a save, which may take as long as many steps."""
+        self.patience = PATIENCE
+        try:
+            yield
+        finally:
+            self.last, self.patience = time.monotonic(), 1
 
     def close(self) -> None:
         self.closed.set()

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from torch import nn
 
 from hpc import checkpoint, dist, health, journal, record
 from hpc.config import volatile
-from hpc.engine import Engine, EngineConfig
-from hpc.errors import Stopped, UserError
+from hpc.engine import Engine, EngineConfig, Step
+from hpc.errors import Diverged, Stopped, UserError
 from hpc.health import HealthConfig
 from hpc.optim import OptimConfig, learning_rate, optimizer
 from hpc.plan import sample_seed
@@ -63,7 +64,9 @@ class State:
     """Everything a resumed run needs beside the engine's own state; plain numbers, exact in JSON."""
 
     samples: int = 0
+    evaluated: int = 0  # samples at the last evaluation
     best: float | None = None
+    best_at: int = 0
     skipped: int = 0  # non-finite steps in a row
     skipped_total: int = 0
     bad: int = 0  # samples replaced because they could not be read
@@ -84,7 +87,7 @@ def train(
     state = State(**checkpoint.read(start)["state"]) if start else State()
     # First, so that data workers start while the engine is built.
     batches = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world))
-    module, plain = task.build(), task.build().to(topology.device).eval()
+    module, plain = task.build(), task.build().eval()
     engine = Engine(module, optimizer(module, config.optim), config.engine, config.batch, universal)
     if start:
         engine.load(start, universal)
@@ -96,77 +99,108 @@ def train(
     watchdog = health.Watchdog(folder, topology.rank, config.health.hang_minutes * 60)
     progress = bar(config.samples, what, initial=state.samples, shown=topology.leader)
 
-    def due(every: int) -> bool:
-        return state.samples // every > (state.samples - config.batch) // every or state.samples >= config.samples
-
-    def save() -> None:
-        checkpoint.save(folder / "checkpoints", state.samples // config.batch, engine, asdict(state), config.keep)
-        watchdog.beat(counted=False)
+    def due(every: int, last: int) -> bool:
+        """Whether a multiple of `every` samples, or the end, has come since `last`."""
+        return state.samples // every > last // every or state.samples >= config.samples > last
 
     def evaluate() -> None:
-        engine.copy_to(plain)
-        metrics, pictures = task.evaluate(plain)
-        tracker.log(state.samples // config.batch, state.samples, {f"val/{k}": v for k, v in metrics.items()})
-        for name, png in pictures.items():
-            tracker.image(name, state.samples, png)
-        progress.set_postfix_str(f"val {task.metric} {metrics[task.metric]:.4g}")
-        if state.best is None or metrics[task.metric] < state.best:
-            state.best = metrics[task.metric]
-            dist.leader_does(task.export, plain, metrics)
-        watchdog.beat(counted=False)
+        with watchdog.patient(), speed.paused():
+            engine.copy_to(plain.to(engine.device))
+            metrics, pictures = task.evaluate(plain)
+            tracker.log(state.samples // config.batch, state.samples, {f"val/{k}": v for k, v in metrics.items()})
+            for name, png in pictures.items():
+                tracker.image(name, state.samples, png)
+            progress.set_postfix_str(f"val {task.metric} {metrics[task.metric]:.4g}")
+            if math.isfinite(metrics[task.metric]) and (state.best is None or metrics[task.metric] < state.best):
+                state.best, state.best_at = metrics[task.metric], state.samples
+                dist.leader_does(task.export, plain, metrics)
+            plain.to("cpu")  # a second model on the device would undo what ZeRO 3 saves
+        state.evaluated = state.samples
 
-    clock = time.monotonic()
-    own_seconds = 0.0
+    def save() -> None:
+        nonlocal saved
+        with watchdog.patient(), speed.paused():
+            step, best = state.samples // config.batch, state.best_at // config.batch
+            checkpoint.save(folder / "checkpoints", step, engine, asdict(state), config.keep, best)
+        saved = state.samples
+
+    def log(lr: float) -> None:
+        counters = {"lr": lr, "skipped_steps": state.skipped_total, "bad_samples": state.bad}
+        counters |= {"epoch": state.samples / task.size, "images_per_second": speed.rate()}
+        waits = dist.gather((speed.waited, socket.gethostname()))
+        if late := health.straggler([w for w, _ in waits], [h for _, h in waits]):
+            counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}
+        means = {f"train/{k}": v / state.count for k, v in state.sums.items()}
+        tracker.log(state.samples // config.batch, state.samples, means | counters | record.system_metrics())
+        state.sums, state.count = {}, 0
+        speed.restart()
+
+    saved, speed = state.samples, Speed()
     with Preemption() as preemption, contextlib.ExitStack() as closing:
         for resource in (tracker, progress, watchdog):
             closing.callback(resource.close)
-        while state.samples < config.samples:
-            began = time.monotonic()
-            micro_batches = list(itertools.islice(batches, config.engine.accumulation))
-            delivered = time.monotonic() - began
-            lr = learning_rate(config.optim, state.samples, config.samples)
+        while True:
+            # What is owed at these samples comes before the next step, also after a resume.
+            if due(config.eval_every, state.evaluated):
+                evaluate()
+            if due(config.save_every, saved):
+                save()
+            if state.samples >= config.samples:
+                break
+            with speed.waiting():
+                micro_batches = list(itertools.islice(batches, config.engine.accumulation))
             bad = [entry for b in micro_batches for entry in b.pop("bad", ())]
             journal.append(folder / "quarantine.jsonl", *bad)
             keys = [key for b in micro_batches for key in b.pop("key")]
             torch.manual_seed(sample_seed(seed, state.samples) + topology.rank)  # dropout is the same after a resume
+            lr = learning_rate(config.optim, state.samples, config.samples)
             flags = {"stop": preemption.requested, "bad": len(bad)}
             step = engine.step([_to(b, engine.device) for b in micro_batches], lr, flags)
             changed = task.after_step(module, step.statistics) if step.accepted else {}
-            own_seconds += delivered
             state.samples += config.batch
             if ledger_path:
                 journal.append(ledger_path, {"samples": state.samples, "keys": keys})
-            state.skipped = 0 if step.accepted else state.skipped + 1
-            state.skipped_total += not step.accepted
-            state.bad += int(step.flags["bad"])
+            _account(state, step, changed)
             health.check_skipped(state.skipped, config.health)
             _check_bad(state, task.size, config.max_bad_fraction)
-            if step.accepted:
-                _add(state, step.metrics | changed)
             watchdog.beat()
+            speed.count(config.batch)
             progress.update(config.batch)
-            if due(config.log_every):
-                speed = config.log_every / (time.monotonic() - clock)
-                counters = {"lr": lr, "skipped_steps": state.skipped_total, "bad_samples": state.bad}
-                counters |= {"epoch": state.samples / task.size, "images_per_second": speed}
-                waits = dist.gather((own_seconds, socket.gethostname()))
-                if late := health.straggler([w for w, _ in waits], [h for _, h in waits]):
-                    counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}
-                tracker.log(
-                    state.samples // config.batch,
-                    state.samples,
-                    {f"train/{k}": v / state.count for k, v in state.sums.items()} | counters | record.system_metrics(),
-                )
-                state.sums, state.count, clock, own_seconds = {}, 0, time.monotonic(), 0.0
-            stop = step.flags["stop"] > 0 and state.samples < config.samples
-            if due(config.eval_every) and not stop:
-                evaluate()
-                clock = time.monotonic()
-            if stop or due(config.save_every):
+            if due(config.log_every, state.samples - config.batch):
+                log(lr)
+            if step.flags["stop"] and state.samples < config.samples:
                 save()
-                clock = time.monotonic()
-            if stop:
                 raise Stopped(f"{what} stopped by {preemption.reason or 'another rank'} at {state.samples:,} samples")
+    if state.best is None:
+        raise Diverged(f"{what}: the held-out {task.metric} was never finite, so there is nothing to export")
+
+
+class Speed:
+    """Images per second and time spent waiting for data, since the last log line."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self.began, self.images, self.waited = time.monotonic(), 0, 0.0
+
+    def count(self, images: int) -> None:
+        self.images += images
+
+    def rate(self) -> float:
+        return self.images / max(time.monotonic() - self.began, 1e-9)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.began += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
 
 
 def _to(value, device: torch.device):
@@ -177,15 +211,19 @@ def _to(value, device: torch.device):
     return value.to(device, non_blocking=True)
 
 
-def _add(state: State, metrics: dict[str, float]) -> None:
-    state.count += 1
-    for name, value in metrics.items():
-        state.sums[name] = state.sums.get(name, 0.0) + value
+def _account(state: State, step: Step, changed: dict[str, float]) -> None:
+    state.skipped = 0 if step.accepted else state.skipped + 1
+    state.skipped_total += not step.accepted
+    state.bad += int(step.flags["bad"])
+    if step.accepted:
+        state.count += 1
+        for name, value in (step.metrics | changed).items():
+            state.sums[name] = state.sums.get(name, 0.0) + value
 
 
 def _check_bad(state: State, size: int, limit: float) -> None:
     # One in the first thousand is no verdict on a data set.
-    if limit and state.bad > limit * max(state.samples, size, 1 / limit):
+    if state.bad > limit * max(state.samples, size, 1_000):
         raise UserError(
             f"{state.bad} of {state.samples} samples could not be read, above max_bad_fraction={limit}. They are listed in "
             "quarantine.jsonl; `lesiongen verify` shows which shards are damaged."

@@ -21,6 +21,8 @@ class OptimConfig:
     def __post_init__(self):
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, not {self.lr}")
+        if not all(0 <= b < 1 for b in self.betas) or self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError("betas lie in 0 to 1; warmup and weight_decay are at least 0")
         if not (0 <= self.floor <= 1 and 0 <= self.cooldown <= 1):
             raise ValueError("floor and cooldown are fractions between 0 and 1")
 

@@ -1,6 +1,7 @@
 """Stage directories: lock, what they were made from, whether they are done; durable writes."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -123,6 +124,8 @@ class StageDir:
         """--fresh: the stage's directory goes, under its lock. A rename first, so that a kill leaves none half there."""
         if not self.path.exists():
             return
+        if self.record is None and any(p.name != ".lock" for p in self.path.iterdir()):
+            raise UserError(f"{self.path} is no stage's directory (it has no stage.json); --fresh will not delete it.")
         with lock(self.path):
             doomed = self.path.with_name(f".{self.path.name}.removed-{os.getpid()}")
             self.path.rename(doomed)
@@ -152,7 +155,9 @@ def lock(path: Path, wait_s: float = 0.0) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise UserError(f"{path} cannot be locked ({error.strerror}); mount its file system with flock.") from None
                 if time.monotonic() >= deadline:
                     file.seek(0)
                     raise UserError(

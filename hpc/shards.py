@@ -7,6 +7,7 @@ shard is never silent. The plan's reader is the source of an ordinary webdataset
 
 import io
 import os
+import signal
 import tarfile
 import zlib
 from collections import OrderedDict
@@ -40,7 +41,7 @@ def write_shard(path: Path, samples: Iterable[dict]) -> int:
     content = buffer.getvalue()
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         members = [(m.offset_data, m.size, zlib.crc32(content[m.offset_data : m.offset_data + m.size])) for m in tar]
-    table = np.array(members, dtype=np.int64).reshape(number, -1, 3)
+    table = np.array(members, dtype=np.int64).reshape(number, len(members) // max(1, number), 3)
     index = {name: np.ascontiguousarray(table[..., i]) for i, name in enumerate(("offset", "size", "crc32"))}
     atomic_write(index_path(path), save(index))
     atomic_write(path, content)
@@ -137,8 +138,16 @@ def loader(source: Source, decode, collate, batch: int, workers: int) -> Iterato
     pipeline = wds.DataPipeline(
         source, wds.map(partial(source.decoded, decode)), wds.batched(batch, collation_fn=collate, partial=True)
     )
-    extra = {"prefetch_factor": 4, "multiprocessing_context": "spawn"} if workers else {}
+    extra = {}
+    if workers:
+        extra = {"prefetch_factor": 4, "multiprocessing_context": "spawn", "worker_init_fn": _ignore_signals}
     return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **extra))
+
+
+def _ignore_signals(_worker: int) -> None:
+    """A terminal's Ctrl-C and Slurm's warnings reach workers too; they end when their trainer does, which saves first."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def training_batches(start: int, batch: int, micro: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:

@@ -13,8 +13,9 @@ from lesiongen.stages import stages
 from lesiongen.stages.base import Stage
 
 
-def take(config: Experiment, todo: list[Stage]) -> int:
+def take(config: Experiment, todo: list[Stage], fresh: list[str] = ()) -> int:
     """Runs stages one after the other on this machine, until one does not end well."""
+    pipeline.clear(config, tuple(fresh))
     pipeline.snapshot(config)
     for stage in todo:
         if code := executors.EXECUTORS["local"](config, stage):
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     todo = pipeline.to_do(config, tuple(options.fresh))
     if not todo:
         print(f"everything is done; see {config.directory / 'report' / 'report.html'}")
-    code = take(config, todo)
+    code = take(config, todo, options.fresh)
     if code == errors.DONE and todo:
         print(where_to_look(config))
     return code
@@ -37,10 +38,10 @@ def some(config: Experiment, names: list[str], fresh: list[str]) -> int:
     """Only the named stages; what lies upstream must be there."""
     if missing := [n for n in names if n not in stages(config)]:
         raise UserError(f"{missing[0]} is not made by this run; it makes: {', '.join(stages(config))}.")
-    todo = [stage for stage in pipeline.to_do(config, tuple(fresh), tuple(names)) if stage.name in names]
+    todo = pipeline.to_do(config, tuple(fresh), tuple(names))
     if not todo:
         print(f"{', '.join(names)}: done already")
-    return take(config, todo)
+    return take(config, todo, fresh)
 
 
 def pack(options: argparse.Namespace) -> int:
@@ -58,7 +59,8 @@ def pack(options: argparse.Namespace) -> int:
     data = {"name": out.parent.name or "shards", "runs": str(out.parent.parent)}
     data["data"] = {"images": options.images, "metadata": options.metadata, "size": options.size}
     config = experiment.make(override(data, options.overrides))
-    return pipeline.pack_into(config, out, options.fresh)
+    pipeline.pack_into(config, out, options.fresh)
+    return errors.DONE
 
 
 def train(options: argparse.Namespace) -> int:
@@ -86,12 +88,15 @@ def sample(options: argparse.Namespace) -> int:
     given = {k: v for k, v in given.items() if v is not None}
     if not given and not options.out:
         return some(config, ["samples"], options.fresh)
-    own = replace(config.sample, **given)
+    try:
+        own = replace(config.sample, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     name = f"samples-{'-'.join(own.labels) or 'all'}-{own.number}-seed{own.seed}"
     folder = Path(options.out) if options.out else config.directory / name
-    code = pipeline.sample_into(replace(config, sample=own), folder)
+    pipeline.sample_into(replace(config, sample=own), folder)
     print(f"{own.number} samples in {folder}; {folder / 'contact.png'} shows some")
-    return code
+    return errors.DONE
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -101,8 +106,10 @@ def submit(options: argparse.Namespace) -> int:
     if busy and not options.dry:
         jobs = ", ".join(f"{name} (job {job['job']})" for name, job in busy.items())
         raise UserError(f"Jobs of this run are still in the queue: {jobs}. Wait for them or `lesiongen cancel` the run.")
-    todo = pipeline.to_do(config, () if options.dry else tuple(options.fresh))
+    todo = pipeline.to_do(config, tuple(options.fresh))
+    executors.check(config, todo, cluster, options.dry)
     if not options.dry:
+        pipeline.clear(config, tuple(options.fresh))
         pipeline.snapshot(config)
     sent = executors.EXECUTORS["slurm"](config, todo, cluster, options.dry)
     if not options.dry:

@@ -94,9 +94,6 @@ class _Executor(submitit.SlurmExecutor):
 
 def slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> dict[str, str]:
     """Submits stages as jobs that wait for those they need. Returns {stage: job id}; a dry run prints the scripts."""
-    if not dry and not shutil.which("sbatch"):
-        raise UserError("There is no sbatch on this machine. Submit from a login node of the cluster, or look with --dry.")
-    _check_ranks(config, cluster, todo)
     sent: dict[str, str] = {}
     for stage in todo:
         folder = (config.directory / "jobs" / stage.name).absolute()
@@ -153,8 +150,10 @@ def resubmission(job: StageJob):
     return submitit.helpers.DelayedSubmission(job)
 
 
-def _check_ranks(config: Experiment, cluster: ClusterConfig, todo: list[Stage]) -> None:
-    """A batch that does not divide is found before the queue, not after it."""
+def check(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> None:
+    """Raises UserError for what would fail after the queue: no Slurm here, a batch that does not divide among the ranks."""
+    if not dry and not shutil.which("sbatch"):
+        raise UserError("There is no sbatch on this machine. Submit from a login node of the cluster, or look with --dry.")
     for stage in todo:
         ranks = cluster.resources(stage).ranks
         if stage.name == "tokenizer":

@@ -54,7 +54,9 @@ def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
             codes = [p.poll() for p in processes]
             failed = [(rank, c) for rank, c in enumerate(codes) if c]
             if failed:
-                time.sleep(0.5)  # ranks that end together say why themselves
+                time.sleep(0.5)  # one that fails takes others with it: see which knows why
+                failed = [(rank, c) for rank, p in enumerate(processes) if (c := p.poll())]
+                failed.sort(key=lambda one: one[1] in (errors.FAILED, -signal.SIGABRT))
                 break
             if all(c == 0 for c in codes):
                 return errors.DONE
@@ -80,8 +82,10 @@ def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
             file=sys.stderr,
         )
         return errors.FAILED
-    if rank and code == errors.FAILED:
-        print(f"lesiongen: rank {rank} failed; its log is {folder / f'rank-{rank}.log'}.", file=sys.stderr)
+    if rank:
+        log = folder / f"rank-{rank}.log"
+        words = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+        print(f"lesiongen: rank {rank} ended with {code}; the last it said in {log}: {words}", file=sys.stderr)
     return code
 
 

@@ -1,13 +1,14 @@
 """The stages as a graph: what is done, what is stale, what is still to do."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpc import config as hpc_config
 from hpc import record, rundir
+from hpc.dist import Topology
 from hpc.errors import UserError
 from lesiongen.experiment import Experiment
-from lesiongen.stages import stages
+from lesiongen.stages import pack, sample, stages
 from lesiongen.stages.base import Stage, digest_of, directory
 
 
@@ -21,11 +22,12 @@ class Standing:
     progress: float = 0.0
 
 
-def standings(config: Experiment) -> list[Standing]:
+def standings(config: Experiment, fresh: tuple[str, ...] = ()) -> list[Standing]:
+    """How each stage stands; those named in `fresh` as if nothing were there."""
     found, remade = [], set()
     for stage in stages(config).values():
         place = directory(config, stage)
-        record = place.record
+        record = None if stage.name in fresh else place.record
         seen = samples_seen(place.path)
         progress = 1.0 if record and place.done() else min(1.0, seen / stage.target) if stage.trains else 0.0
         if record is None:
@@ -51,52 +53,51 @@ def samples_seen(folder: Path) -> int:
 
 
 def to_do(config: Experiment, fresh: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> list[Stage]:
-    """Stages that are not done, upstream first. Stages named in `fresh` are cleared. Raises UserError for a stale one
-    among `only` (all by default)."""
-    known = stages(config)
+    """Stages of `only` (all by default) that are not done or are to be made anew, upstream first. Changes nothing.
+    Raises UserError for a stale one, or a name in `fresh` that is no stage of these."""
+    known = only or tuple(stages(config))
     for name in fresh:
         if name not in known:
-            raise UserError(f"--fresh {name}: this run's stages are {', '.join(known)}.")
-        directory(config, known[name]).clear()
-    standing = standings(config)
+            raise UserError(f"--fresh {name}: the stages here are {', '.join(known)}.")
+    standing = [one for one in standings(config, fresh) if one.stage.name in known]
     for one in standing:
-        if one.state == "stale" and (not only or one.stage.name in only):
+        if one.state == "stale":
             directory(config, one.stage).check()
     return [one.stage for one in standing if one.state != "done"]
 
 
-def sample_into(config: Experiment, folder: Path) -> int:
+def clear(config: Experiment, fresh: tuple[str, ...]) -> None:
+    """--fresh, once everything else has been checked."""
+    for name in fresh:
+        directory(config, stages(config)[name]).clear()
+
+
+def sample_into(config: Experiment, folder: Path) -> None:
     """Samples with other settings than the run's own, into a directory of their own."""
-    from hpc import errors
-    from hpc.dist import Topology
-    from lesiongen.stages import sample
-
-    if missing := [name for name in sample.stage(config).needs if digest_of(config, name) is None]:
+    stage = sample.stage(config)
+    if missing := [name for name in stage.needs if digest_of(config, name) is None]:
         raise UserError(f"{config.directory / missing[0]} is not finished; train it first.")
+    place = replace(directory(config, stage), path=folder)
     with rundir.lock(folder):
-        sample.run(config, Topology(), folder)
-    return errors.DONE
+        place.begin()
+        place.finish(sample.run(config, Topology(), folder))
 
 
-def pack_into(config: Experiment, out: Path, fresh: list[str]) -> int:
+def pack_into(config: Experiment, out: Path, fresh: list[str]) -> None:
     """Packs without a run around it: `out` is the shards' directory itself."""
-    from dataclasses import replace
-
-    from hpc import errors
-    from lesiongen.stages import pack
-
     place = replace(directory(config, pack.stage(config)), path=out)
+    if unknown := [name for name in fresh if name != "shards"]:
+        raise UserError(f"--fresh {unknown[0]}: the only stage here is shards.")
     if fresh:
         place.clear()
     place.check()
     if place.done():
         print(f"{out} is packed already")
-        return errors.DONE
+        return
     with rundir.lock(out):
         place.begin()
         place.finish(pack.pack(config.data, out))
     print(f"packed into {out}; train on it with inputs.shards={out}")
-    return errors.DONE
 
 
 def snapshot(config: Experiment) -> None:

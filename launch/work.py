@@ -70,6 +70,5 @@ def rank_main(config: Experiment, name: str, topology: Topology) -> int:
             work(config, name, topology)
         return errors.DONE
     except BaseException as error:
-        if topology.leader or not isinstance(error, (errors.UserError, errors.Stopped, errors.Diverged)):
-            explain(error)
+        explain(error)  # on every rank: each has its own log
         return code_of(error)

@@ -103,6 +103,10 @@ class EvaluateConfig:
     classifier_samples: int = 60_000  # training length of the classifier behind fidelity and diversity
     batch: int = 64
 
+    def __post_init__(self):
+        if self.classifier_samples < 1 or self.batch < 1:
+            raise ValueError("classifier_samples and batch must be at least 1")
+
 
 @dataclass(frozen=True)
 class LocalConfig:
@@ -142,10 +146,9 @@ class Experiment:
             raise ValueError("inputs.codes needs inputs.tokenizer, the one that made the codes")
         if self.inputs.tokenizer and not (self.inputs.shards or self.data.images):
             raise ValueError("inputs.tokenizer needs inputs.shards or data.images")
-        for what, train in {
-            "tokenizer": self.tokenizer.train,
-            **{f"priors.{k}": p.train for k, p in self.priors.items()},
-        }.items():
+        trainings = {"tokenizer": self.tokenizer} | {f"priors.{level}": self.prior(level) for level in self.levels}
+        for what, part in trainings.items():
+            train = part.train
             try:
                 train.engine.micro_batch(train.batch, self.local.ranks)
             except ValueError as error:

@@ -147,7 +147,9 @@ def _rows(metadata: Path, columns: dict[str, str]) -> tuple[list[dict], str, dic
         return rows, "columns", {f: columns.get(f, "\0") for f in FIELDS}
     for source, names in SOURCES.items():
         if all(column in header for column in NEEDED[source]):
-            return rows, source, names
+            # The ISIC archive now gives diagnoses in levels, coarse to fine.
+            fallback = next((d for d in ("diagnosis_3", "diagnosis_2", "diagnosis_1") if d in header), names["dx"])
+            return rows, source, names if names["dx"] in header else names | {"dx": fallback}
     raise UserError(
         f"{metadata} has no known id column (image_id and dx as in HAM10000, or isic_id as in the ISIC archive); it has: "
         f"{', '.join(header) or 'nothing'}. Say which is which with data.columns, for example "
@@ -156,10 +158,12 @@ def _rows(metadata: Path, columns: dict[str, str]) -> tuple[list[dict], str, dic
 
 
 def _number(text: str) -> float | None:
+    """An age in years; None for what is none."""
     try:
-        return float(text)
+        age = float(text)
     except ValueError:
         return None
+    return age if 0 <= age < 150 else None
 
 
 def assign(records: list[Record], val: float, test: float) -> dict[str, list[Record]]:

@@ -23,10 +23,12 @@ class GPTConfig:
     checkpoint: bool = False  # recompute activations in the backward pass
 
     def __post_init__(self):
+        if min(self.layers, self.heads, self.width) < 1:
+            raise ValueError("layers, heads and width must be at least 1")
         if self.width % (4 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of 4 × heads ({4 * self.heads}): 2-D rotary needs it")
-        if not all(0 <= p < 1 for p in (self.dropout, self.label_dropout, self.token_dropout)) or self.layers < 1:
-            raise ValueError("dropouts lie between 0 and 1, and layers is at least 1")
+        if not all(0 <= p < 1 for p in (self.dropout, self.label_dropout, self.token_dropout)):
+            raise ValueError("dropouts are at least 0 and below 1")
 
 
 def rotary_table(grid: tuple[int, int], head_dim: int) -> torch.Tensor:

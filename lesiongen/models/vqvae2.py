@@ -34,8 +34,8 @@ class VQVAE2Config:
             raise ValueError(f"strides must be 1 to 3 powers of two above 1, not {self.strides}")
         if min(self.hidden, self.residual_hidden, self.dim) < 1 or self.hidden % 2 or self.entries < 2:
             raise ValueError("hidden (even), residual_hidden, dim must be positive and entries at least 2")
-        if not 0 < self.decay < 1:
-            raise ValueError(f"decay must lie between 0 and 1, not {self.decay}")
+        if not 0 < self.decay < 1 or self.residual_layers < 0 or self.commitment < 0 or not 0 <= self.revive_below < 1:
+            raise ValueError("decay lies between 0 and 1, revive_below below 1, residual_layers and commitment at least 0")
 
     @property
     def names(self) -> tuple[str, ...]:

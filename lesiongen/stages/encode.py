@@ -40,14 +40,17 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
         for draw in range(config.encode.draws if split == "train" else 1)
         for shard, entry in enumerate(data.entries)
     ]
+    entries: list[dict] = []
     mine = jobs[topology.rank :: topology.world]
     with bar(sum(j[-1] for j in mine), "encode", shown=topology.leader) as progress:
         for split, draw, shard, count in mine:
             if not (folder / file_name(split, draw, shard)).exists():
                 arrays = _encode_shard(config, net, splits[split], draw, shard, vocabularies)
                 write_codes(folder, split, draw, shard, arrays)
+            path = folder / file_name(split, draw, shard)
+            entries.append(manifest.describe(path, split=split, draw=draw, shard=shard, count=count))
             progress.update(count)
-    dist.barrier()
+    entries = sorted((e for part in dist.gather(entries) for e in part), key=lambda e: e["name"])
     grids = net.config.grids(packed["size"])
     facts = {
         "schema": 1,
@@ -68,15 +71,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
         "draws": config.encode.draws,
         "counts": {name: len(data) for name, data in splits.items()},
     }
-    return dist.leader_does(_commit, folder, facts, jobs)
-
-
-def _commit(folder: Path, facts: dict, jobs: list[tuple]) -> str:
-    shards = [
-        manifest.describe(folder / file_name(split, draw, shard), split=split, draw=draw, shard=shard, count=count)
-        for split, draw, shard, count in jobs
-    ]
-    return manifest.write(folder, facts | {"shards": shards})
+    return dist.leader_does(manifest.write, folder, facts | {"shards": entries})
 
 
 def columns_of(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, int]:

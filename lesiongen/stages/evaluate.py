@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from hpc import dist, manifest
-from hpc.config import digest, plain
+from hpc.config import digest, plain, read_yaml
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.progress import bar
@@ -41,7 +41,7 @@ TILES = 8  # pictures of a class in a sheet
 def stage(config: Experiment) -> Stage:
     needs = ("shards", "tokenizer", "codes", *(f"prior-{level}" for level in config.levels), "samples")
     identity = {"evaluate": plain(config.evaluate, volatile=False), "seed": config.seed}
-    return Stage("report", needs, identity, run)
+    return Stage("report", needs, identity, run, parallel=False)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
@@ -168,9 +168,9 @@ def _evaluate(config: Experiment, folder: Path, net, tokenizer: dict, shown: dic
 
     # The tokenizer's floor is what it would reach with one colour for every image.
     tokenizer |= {"floor_psnr": -10 * math.log10(max(packed["data_variance"], 1e-10)), "entries": net.config.entries}
-    exports = {level: require(config, f"prior-{level}") / "export" / "config.json" for level in config.levels}
+    exports = {level: require(config, f"prior-{level}") / "export" / "config.yaml" for level in config.levels}
     uniform = {"uniform_bits": math.log2(net.config.entries)}
-    priors = {level: json.loads(path.read_text())["held_out"] | uniform for level, path in exports.items()}
+    priors = {level: read_yaml(path)["held_out"] | uniform for level, path in exports.items()}
     metrics = {"tokenizer": tokenizer, "priors": priors}
     metrics["fidelity"], metrics["diversity"] = _recognised(config, net, train, held_out, samples, classes)
 

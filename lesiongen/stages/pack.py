@@ -14,7 +14,7 @@ from hpc.config import plain
 from hpc.dist import Topology, leader_does
 from hpc.errors import UserError
 from hpc.progress import bar
-from hpc.shards import write_shard
+from hpc.shards import index_path, write_shard
 from lesiongen.data import catalog, images
 from lesiongen.data.augment import centre
 from lesiongen.experiment import DataConfig, Experiment
@@ -48,16 +48,16 @@ def pack(data: DataConfig, folder: Path) -> str:
         for number, first in enumerate(range(0, len(members), data.shard_samples))
     ]
     entries, rejected, sums = [], list(found.rejected), np.zeros((3, data.channels))
-    cores = data.processes or os.cpu_count() or 1
+    cores = data.processes or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(min(cores, len(jobs))) as pool, bar(len(found.records), "pack") as progress:
-        for entry, refused, moments in pool.map(partial(_pack_shard, data, folder), jobs):
+        for entry, unusable, moments in pool.map(partial(_pack_shard, data, folder), jobs):
             entries += [entry] if entry else []
-            rejected += refused
+            rejected += unusable
             sums += moments
-            progress.update(sum(entry["classes"].values()) + len(refused) if entry else len(refused))
+            progress.update(sum(entry["classes"].values()) + len(unusable) if entry else len(unusable))
     _check_rejected(rejected, found.listed, data, folder)
-    kept = {r["image"] for r in rejected}
-    splits = {name: [r for r in members if r.image not in kept] for name, members in splits.items()}
+    refused = {r["image"] for r in rejected[len(found.rejected) :]}
+    splits = {name: [r for r in members if r.image not in refused] for name, members in splits.items()}
     for warning in catalog.thin_classes(splits, classes):
         print(f"warning: {warning}")
     pixels, total, squares = sums
@@ -122,5 +122,6 @@ def _pack_shard(data: DataConfig, folder: Path, job) -> tuple[dict | None, list[
     count = write_shard(path, samples())
     if not count:
         path.unlink()
+        index_path(path).unlink()
         return None, rejected, moments
     return manifest.describe(path, split=split, count=count, classes=counts), rejected, moments

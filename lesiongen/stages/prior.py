@@ -1,6 +1,5 @@
 """prior: code store → trained GPT per level, p(level | label, coarser levels), exported at its best held-out bits."""
 
-import json
 import math
 from collections.abc import Iterator
 from itertools import islice
@@ -13,7 +12,7 @@ from torch import nn
 
 from hpc import dist
 from hpc.codestore import CodeStore
-from hpc.config import build, plain
+from hpc.config import build, plain, read_yaml
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.loop import train
@@ -83,7 +82,7 @@ class PriorTask:
     def __init__(self, config: Experiment, own: PriorConfig, level: str, folder: Path, topology: Topology):
         self.config, self.own, self.level, self.folder, self.device = config, own, level, folder, topology.device
         self.store = CodeStore(require(config, "codes"))
-        dist.leader_does(check_tokenizer, config, self.store)
+        dist.leader_does(check_codes, config, self.store)
         self.shape = model_shape(self.store, level)
         self.upper = [entry["name"] for entry in self.store.levels][: len(self.shape["upper"])]
         self.shards = self.store.shards("train")
@@ -147,10 +146,13 @@ class PriorTask:
 
     def _bigram(self) -> float:
         column = f"codes.{self.level}"
-        draws = [self.store.all("train", d, [column])[column] for d in range(self.store.draws("train"))]
-        held_out = self.store.all("val", 0, [column])[column]
 
-        return bigram_bits(np.concatenate(draws), held_out, self.shape["entries"])
+        def files(name: str) -> Iterator[np.ndarray]:
+            for draw in range(self.store.draws(name)):
+                for entry in self.store.shards(name):
+                    yield self.store.arrays(name, draw, entry["shard"])[column]
+
+        return bigram_bits(files("train"), files("val"), self.shape["entries"])
 
     def _picture(self, net: GPT) -> dict[str, bytes]:
         """Samples of this level, one class after the other; the other levels are real held-out codes. Every rank draws
@@ -158,11 +160,13 @@ class PriorTask:
         number = GRID_SAMPLES
         rows = [self.rows("val")[i % len(self.rows("val"))] for i in range(number)]
         mine = split(number, dist.rank(), dist.world())
-        batch = self.batch("val", [rows[i] for i in mine])
-        label = torch.tensor([i * max(1, len(self.classes)) // number for i in mine], device=self.device)
-        label = label if self.classes else label - 1
-        numbers = uniforms(self.config.seed, mine, self.shape["grid"])
-        codes = sample_codes(net, label, batch["upper"], numbers.to(self.device), Choice()) if len(mine) else None
+        codes = None
+        if len(mine):  # there may be more ranks than samples
+            batch = self.batch("val", [rows[i] for i in mine])
+            classes = len(self.classes)
+            label = torch.tensor([i * classes // number if classes else -1 for i in mine], device=self.device)
+            numbers = uniforms(self.config.seed, mine, self.shape["grid"])
+            codes = sample_codes(net, label, batch["upper"], numbers.to(self.device), Choice())
         parts = [p for p in dist.gather(None if codes is None else codes.cpu()) if p is not None]
         return dist.leader_does(self._paint, torch.cat(parts), rows) or {}
 
@@ -186,19 +190,20 @@ class PriorTask:
         write_export(self.folder / "export", module.net, facts)
 
 
-def check_tokenizer(config: Experiment, store: CodeStore) -> None:
-    """Codes mean something only to the tokenizer that wrote them."""
-    present = digest_of(config, "tokenizer")
-    if store.manifest["tokenizer"] != present:
-        raise UserError(
-            f"The codes in {store.folder} were made by tokenizer {store.manifest['tokenizer']}, this run's tokenizer is "
-            f"{present}. Encode again (--fresh codes), or set inputs.tokenizer to the one that made them."
-        )
+def check_codes(config: Experiment, store: CodeStore) -> None:
+    """Codes mean something only to the tokenizer that wrote them, and only their own shards know which are held out."""
+    for name, made in (("tokenizer", store.manifest["tokenizer"]), ("shards", store.manifest["image_shards"])):
+        present = digest_of(config, name)
+        if present not in (made, None):
+            raise UserError(
+                f"The codes in {store.folder} were made from {name} {made}, this run's {name} are {present}. Encode again "
+                f"(--fresh codes), or set inputs.{name} to what they were made from."
+            )
 
 
 def load_prior(path: Path, device: torch.device) -> tuple[GPT, dict]:
     """The exported prior, in evaluation mode, and its facts."""
-    facts = json.loads((path / "export" / "config.json").read_text())
+    facts = read_yaml(path / "export" / "config.yaml")
     shape = facts["shape"]
     upper = tuple((k, tuple(grid)) for k, grid in shape["upper"])
     net = GPT(build(GPTConfig, facts["model"]), tuple(shape["grid"]), shape["entries"], shape["classes"], upper)

@@ -1,16 +1,17 @@
 """tokenizer: shards → trained VQ-VAE-2, exported with the weights that were best on held-out images."""
 
-import json
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file, save
 from torch import nn
 
 from hpc import dist
-from hpc.config import build, digest, plain
+from hpc.config import build, digest, plain, read_yaml
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.loop import train
@@ -59,7 +60,7 @@ class Objective(nn.Module):
         y, levels = self.net(x, batch["slot"], batch["position"])
         mse = F.mse_loss(y.float(), x)
         commitment = sum(q.loss for q in levels.values())
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # variances vanish in bf16
             metrics = {"reconstruction": mse, "commitment": commitment.detach()}
             metrics |= {f"commitment/{name}": q.loss.detach() for name, q in levels.items()}
             metrics |= {"psnr": psnr(to_unit(y), to_unit(x)).mean(), "ssim": ssim(to_unit(y[:4]), to_unit(x[:4])).mean()}
@@ -148,20 +149,18 @@ def write_export(folder: Path, net: nn.Module, facts: dict) -> None:
     weights = {k: v.detach().float().cpu().contiguous() for k, v in net.state_dict().items()}
     content = save(weights)
     atomic_write(folder / "model.safetensors", content)
-    atomic_write(folder / "config.json", json.dumps(facts, indent=1).encode() + b"\n")
+    atomic_write(folder / "config.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).encode())
 
 
 def digest_of_export(folder: Path) -> str:
-    facts = json.loads((folder / "config.json").read_text())
-    import hashlib
-
+    facts = read_yaml(folder / "config.yaml")
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     return digest({"weights": weights, "model": facts["model"]})
 
 
 def load_tokenizer(path: Path, device: torch.device) -> tuple[VQVAE2, dict]:
     """The exported net, in evaluation mode, and its facts."""
-    facts = json.loads((path / "export" / "config.json").read_text())
+    facts = read_yaml(path / "export" / "config.yaml")
     net = VQVAE2(build(VQVAE2Config, facts["model"]), facts["channels"], batch=1)
     weights = load_file(path / "export" / "model.safetensors")
     net.load_state_dict(weights)

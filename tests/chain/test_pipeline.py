@@ -34,7 +34,7 @@ def test_every_stage_leaves_what_the_contract_says(run):
     for stage in STAGES:
         assert json.loads((run / stage / "stage.json").read_text())["done"], stage
     for stage in ("tokenizer", "prior-top", "prior-bottom"):
-        assert {p.name for p in (run / stage / "export").iterdir()} == {"model.safetensors", "config.json"}
+        assert {p.name for p in (run / stage / "export").iterdir()} == {"model.safetensors", "config.yaml"}
         assert (run / stage / "config.yaml").exists()
         rows = record.read_metrics(run / stage)
         assert {"step", "samples", "time"} <= rows[0].keys()

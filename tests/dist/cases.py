@@ -101,7 +101,7 @@ def damaged(topology, run: str, folder: str):
         advance(task, engine, module, 16 * (step - 1), 1)
         checkpoint.save(Path(folder), step, engine, {"samples": 16 * step})
     if topology.leader:
-        victim = next(iter(sorted((Path(folder) / "step-000000002").rglob("*optim*"))))
+        victim = next(iter(sorted((Path(folder) / "step-000002").rglob("*optim*"))))
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
