@@ -55,7 +55,7 @@ def main(folder: Path, srun: int) -> int | None:
 def count_failure(folder: Path, code: int) -> int:
     """Writes down a failure; how many there were in this job since its last checkpoint."""
     checkpoints = (folder.parent.parent / folder.name / "checkpoints").glob("step-*/MANIFEST.json")
-    at = max((p.parent.name for p in checkpoints), default="start")
+    at = max((p.parent.name for p in checkpoints), key=lambda name: (len(name), name), default="start")
     journal.append(folder / FAILURES, {"attempt": attempt(), "at": at, "code": code, "time": time.time()})
     job = attempt().partition(".")[0] + "."
     return sum(1 for e in journal.read(folder / FAILURES) if e["at"] == at and e["attempt"].startswith(job))

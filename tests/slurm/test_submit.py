@@ -142,7 +142,7 @@ def test_failures_are_limited_unless_a_checkpoint_lies_between(job, code, monkey
     for start in range(requeue.MAX_FAILURES - 1):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
         assert requeue.main(job, code) is None
-    manifest = job.parent.parent / "tokenizer" / "checkpoints" / "step-000000005" / "MANIFEST.json"
+    manifest = job.parent.parent / "tokenizer" / "checkpoints" / "step-000005" / "MANIFEST.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text("{}")
     for _ in range(requeue.MAX_FAILURES - 1):
