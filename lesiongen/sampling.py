@@ -35,8 +35,3 @@ def uniforms(seed: int, samples: Sequence[int], grid: tuple[int, int]) -> torch.
     """Random numbers [B, T] in [0, 1), one stream per global sample index."""
     rows = [torch.rand(grid[0] * grid[1], generator=torch.Generator().manual_seed(sample_seed(seed, s))) for s in samples]
     return torch.stack(rows) if rows else torch.empty(0, grid[0] * grid[1])
-
-
-def sample_codes(net, label_B, upper, uniform_BT, choice: Choice, guidance: float = 1.0) -> torch.Tensor:
-    """Codes [B, h, w] of one level."""
-    return net.sample(label_B, upper, uniform_BT, choice, guidance)

@@ -22,7 +22,7 @@ from lesiongen.data import images
 from lesiongen.experiment import Experiment, PriorConfig
 from lesiongen.metrics.codes import bigram_bits
 from lesiongen.models.gpt import GPT, GPTConfig
-from lesiongen.sampling import Choice, sample_codes, uniforms
+from lesiongen.sampling import Choice, uniforms
 from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.stages.tokenizer import digest_of_export, load_tokenizer, to_uint8, write_export
 
@@ -166,7 +166,7 @@ class PriorTask:
             classes = len(self.classes)
             label = torch.tensor([i * classes // number if classes else -1 for i in mine], device=self.device)
             numbers = uniforms(self.config.seed, mine, self.shape["grid"])
-            codes = sample_codes(net, label, batch["upper"], numbers.to(self.device), Choice())
+            codes = net.sample(label, batch["upper"], numbers.to(self.device), Choice())
         parts = [p for p in dist.gather(None if codes is None else codes.cpu()) if p is not None]
         return dist.leader_does(self._paint, torch.cat(parts), rows) or {}
 

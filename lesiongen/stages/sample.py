@@ -18,7 +18,7 @@ from hpc.progress import bar
 from hpc.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.experiment import Experiment, SampleConfig
-from lesiongen.sampling import Choice, sample_codes, uniforms
+from lesiongen.sampling import Choice, uniforms
 from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.stages.prior import load_prior
 from lesiongen.stages.tokenizer import load_tokenizer, to_uint8
@@ -82,7 +82,7 @@ def draw(net, priors: dict, own: SampleConfig, classes, labels, members: range, 
     for place, (level, (prior, _)) in enumerate(priors.items()):
         # Another stream per level, so that levels do not share their luck.
         numbers = uniforms(own.seed * 1009 + place, members, prior.grid).to(device)
-        codes[level] = sample_codes(prior, label_B, list(codes.values()), numbers, choice, own.guidance)
+        codes[level] = prior.sample(label_B, list(codes.values()), numbers, choice, own.guidance)
     return to_uint8(net.decode_codes(codes)).cpu()
 
 
