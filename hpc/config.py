@@ -111,6 +111,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"'{where}' is {value!r}; choose one of {', '.join(map(str, arguments))}.")
         return value
     if origin is tuple:
+        if isinstance(value, str) and arguments == (str, ...):
+            value = [value]  # a list of one is what people write as one
         if not isinstance(value, (list, tuple)):
             raise wrong
         if arguments[-1] is Ellipsis:

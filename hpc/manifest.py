@@ -1,6 +1,7 @@
 """Manifests of sharded artefacts: written last, so that a directory without one does not exist."""
 
 import json
+import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,11 +35,25 @@ def write(folder: Path, manifest: dict) -> str:
 def read(folder: Path) -> dict:
     """The manifest of a finished directory. Raises UserError where there is none."""
     try:
-        return json.loads((folder / NAME).read_text())
+        return parse((folder / NAME).read_bytes(), str(folder))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no finished data (no {NAME}). Run the stage that makes it first.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{folder / NAME} cannot be read ({error}). Restore it, or make the stage again.") from None
+
+
+def parse(content: bytes, where: str) -> dict:
+    """A manifest from its bytes. Raises UserError for what is none, or names files that lie elsewhere."""
+    try:
+        found = json.loads(content)
+        names = [entry["name"] for entry in found["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}/{NAME} is damaged ({error}). Restore it, or make the stage again.") from None
+    for name in names:
+        # Manifests are as untrusted as shards: no path out of the folder, no URL, no command.
+        if not re.fullmatch(r"[\w][\w.-]*", name):
+            raise UserError(f"{where}/{NAME} names the shard '{name}', which is no plain file name; it is not to be trusted.")
+    return found
 
 
 def verify(folder: Path, entries: Iterable[dict]) -> list[str]:

@@ -2,7 +2,8 @@
 
 A shard is a plain tar. Beside it `<shard>.index.safetensors` holds offset, size and crc32 of each member as [S, M]
 (S samples, M members of a sample in the order they lie), so that a sample is one positioned read and a cut or altered
-shard is never silent. The plan's reader is the source of an ordinary webdataset pipeline.
+shard is never silent, and the label of each sample as [S]. The plan's reader is the source of an ordinary webdataset
+pipeline.
 """
 
 import io
@@ -11,7 +12,7 @@ import signal
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -19,14 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch.utils.data
 import webdataset as wds
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from hpc.plan import Plan, sample_seed, share, split
 from hpc.rundir import atomic_write
+from hpc.storage import StorageError, Store
 
 os.environ.setdefault("WDS_SECURE", "1")  # no pickles, no shell: shards are untrusted
 SUFFIXES = {"jpg", "png", "json"}
 BLOCK = 512
+INDEX = ".index.safetensors"
 
 
 class BadSample(Exception):
@@ -34,35 +37,48 @@ class BadSample(Exception):
 
 
 def write_shard(path: Path, samples: Iterable[dict]) -> int:
-    """Writes {"__key__": str, "<suffix>": bytes, …} as a tar and its index; same samples, same bytes. Returns the count."""
-    buffer = io.BytesIO()
+    """Writes {"__key__": str, "<suffix>": bytes, …} as a tar and its index; same samples, same bytes. Returns the count.
+
+    "__label__", a number, goes into the index only: streams that are balanced over labels find their samples by it."""
+    buffer, labels = io.BytesIO(), []
     with wds.TarWriter(buffer, user="lesiongen", group="lesiongen", mtime=0.0, encoder=False) as writer:
-        number = sum(1 for sample in samples if writer.write(sample))
+        for sample in samples:
+            writer.write(sample)
+            labels.append(sample.get("__label__", -1))
+    number = len(labels)
     content = buffer.getvalue()
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         members = [(m.offset_data, m.size, zlib.crc32(content[m.offset_data : m.offset_data + m.size])) for m in tar]
     table = np.array(members, dtype=np.int64).reshape(number, len(members) // max(1, number), 3)
     index = {name: np.ascontiguousarray(table[..., i]) for i, name in enumerate(("offset", "size", "crc32"))}
+    index["label"] = np.array(labels, dtype=np.int32)
     atomic_write(index_path(path), save(index))
     atomic_write(path, content)
     return number
 
 
 def index_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".index.safetensors")
+    return shard.with_name(shard.name + INDEX)
 
 
 class ShardReader:
-    """Random access to the samples of finished shards. Not shared between processes; keeps at most 32 shards open."""
+    """Random access to the samples of finished shards. Not shared between processes; keeps at most 32 shards open.
 
-    def __init__(self, folder: Path, names: list[str]):
-        self.paths = [folder / name for name in names]
+    shards: the store that holds each, and its entry in the manifest"""
+
+    def __init__(self, shards: Sequence[tuple[Store, dict]]):
+        self.shards = list(shards)
         self.open: OrderedDict[int, tuple[int, dict]] = OrderedDict()
+        self.members: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @classmethod
+    def local(cls, folder: Path, names: list[str]) -> "ShardReader":
+        return cls([(Store(folder), {"name": name}) for name in names])
 
     def read(self, shard: int, ordinal: int) -> dict:
         """{"__key__", "<suffix>": bytes, …}. Raises BadSample for missing, cut, altered or foreign members."""
         fd, index = self._shard(shard)
-        where = f"{self.paths[shard].name}[{ordinal}]"
+        where = f"{self.shards[shard][1]['name']}[{ordinal}]"
         sample = {}
         for offset, size, crc in zip(index["offset"][ordinal], index["size"][ordinal], index["crc32"][ordinal], strict=True):
             data = os.pread(fd, BLOCK + int(size), int(offset) - BLOCK)
@@ -75,21 +91,34 @@ class ShardReader:
             sample[suffix] = content
         return sample
 
+    def member(self, shard: int, label: int, number: int) -> int:
+        """Ordinal of a label's member `number` in a shard."""
+        if shard not in self.members:
+            labels = self._shard(shard)[1]["label"]
+            order = np.argsort(labels, kind="stable").astype(np.int32)
+            self.members[shard] = (order, labels[order])
+        order, labels = self.members[shard]
+        return int(order[int(labels.searchsorted(label)) + number])
+
     def _shard(self, shard: int) -> tuple[int, dict]:
         if shard not in self.open:
-            path = self.paths[shard]
+            store, entry = self.shards[shard]
             try:
-                entry = (os.open(path, os.O_RDONLY), load_file(index_path(path)))
+                with open(store.open(entry.get("index") or {"name": entry["name"] + INDEX}), "rb") as file:
+                    index = load(file.read())
+                found = (store.open(entry), index)
+            except StorageError:
+                raise  # of the network, not of this sample
             except Exception as error:
-                raise BadSample(f"{path.name} cannot be opened: {error}") from None
-            self.open[shard] = entry
+                raise BadSample(f"{entry['name']} cannot be opened: {error}") from None
+            self.open[shard] = found
             if len(self.open) > 32:
                 os.close(self.open.popitem(last=False)[1][0])
         self.open.move_to_end(shard)
         return self.open[shard]
 
     def __getstate__(self):  # file descriptors stay behind when a worker starts
-        return {"paths": self.paths, "open": OrderedDict()}
+        return {"shards": self.shards, "open": OrderedDict(), "members": {}}
 
 
 class Source(torch.utils.data.IterableDataset):

@@ -16,11 +16,12 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, text: str, config: bool = False) -> argparse.ArgumentParser:
+    def verb(name: str, text: str, config: bool = False, fresh: bool = True) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
         if config:
             sub.add_argument("config", help=CONFIG_HELP)
             sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the config")
+        if config and fresh:
             sub.add_argument("--fresh", action="append", default=[], metavar="STAGE", help="make this stage anew")
         return sub
 
@@ -29,14 +30,21 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--images", help="folder of real images in place of the drawn ones")
     demo.add_argument("--metadata", help="their CSV")
     demo.add_argument("overrides", nargs="*", metavar="section.key=value")
+    download = verb("download", "a public data set, resumable, with its licence")
+    download.add_argument("name", choices=["isic-2016", "isic-2018", "ham10000"])
+    download.add_argument("--out", required=True, metavar="DIR")
     pack = verbs.add_parser("pack", help="images + CSV → WebDataset shards", description="images + CSV → WebDataset shards")
     pack.add_argument("config", nargs="?", help=CONFIG_HELP)
     pack.add_argument("overrides", nargs="*", metavar="section.key=value")
     pack.add_argument("--fresh", action="append", default=[], metavar="STAGE", help="make this stage anew")
     pack.add_argument("--images", help="folder, searched recursively")
-    pack.add_argument("--metadata", help="CSV; none = one class, every image its own group")
+    pack.add_argument("--metadata", help="CSV, or a folder of them; none = labelled by folder, every image its own group")
     pack.add_argument("--out", help="directory for the shards")
-    pack.add_argument("--size", type=int, default=256, help="short side in pixels (default: 256)")
+    pack.add_argument("--size", type=int, help="short side in pixels (default: 256)")
+    pack.add_argument("--append", action="store_true", help="add images that are new to packed ones; none of those moves")
+    pack.add_argument("--near-duplicates", action="store_true", help="find lesions taken again, and keep them in one split")
+    preview = verb("preview", "originals beside augmented ones, one picture", config=True, fresh=False)
+    preview.add_argument("--out", metavar="PNG", help="where to (default: preview.png in the run)")
     train = verbs.add_parser("train", help="train a tokenizer or a prior", description="train a tokenizer or a prior")
     train.add_argument("what", choices=["tokenizer", "prior"])
     train.add_argument("config", help=CONFIG_HELP)

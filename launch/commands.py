@@ -50,16 +50,37 @@ def pack(options: argparse.Namespace) -> int:
     if options.config and options.images:
         raise UserError("Give either a config or --images with --out, not both.")
     if options.config:
-        return some(experiment.load(options.config, options.overrides), ["shards"], options.fresh)
+        config = experiment.load(options.config, options.overrides)
+        if not options.append:
+            return some(config, ["shards"], options.fresh)
+        pipeline.add_to(config, config.directory / "shards")
+        return errors.DONE
     if not (options.images and options.out):
         raise UserError("Say what to pack: lesiongen pack CONFIG, or --images DIR --metadata CSV --out SHARDS.")
     from hpc.config import override
 
     out = Path(options.out).absolute()
-    data = {"name": out.parent.name or "shards", "runs": str(out.parent.parent)}
-    data["data"] = {"images": options.images, "metadata": options.metadata, "size": options.size}
-    config = experiment.make(override(data, options.overrides))
-    pipeline.pack_into(config, out, options.fresh)
+    data = pipeline.packed_settings(out) if options.append else {}
+    data |= {"images": options.images, "metadata": options.metadata}
+    data |= {"size": options.size} if options.size else {}
+    data |= {"near_duplicates": True} if options.near_duplicates else {}
+    own = {"name": out.parent.name or "shards", "runs": str(out.parent.parent), "data": data}
+    config = experiment.make(override(own, options.overrides))
+    pipeline.pack_into(config, out, options.fresh, options.append)
+    return errors.DONE
+
+
+def download(options: argparse.Namespace) -> int:
+    from lesiongen.data.download import download as fetch
+
+    fetch(options.name, Path(options.out))
+    return errors.DONE
+
+
+def preview(options: argparse.Namespace) -> int:
+    from lesiongen.data.preview import preview as show
+
+    print(show(experiment.load(options.config, options.overrides), options.out and Path(options.out)))
     return errors.DONE
 
 
@@ -184,7 +205,9 @@ def where_to_look(config: Experiment) -> str:
 
 COMMANDS = {
     "demo": demo,
+    "download": download,
     "pack": pack,
+    "preview": preview,
     "train": train,
     "encode": encode,
     "sample": sample,

@@ -83,21 +83,46 @@ def sample_into(config: Experiment, folder: Path) -> None:
         place.finish(sample.run(config, Topology(), folder))
 
 
-def pack_into(config: Experiment, out: Path, fresh: list[str]) -> None:
+def pack_into(config: Experiment, out: Path, fresh: list[str], append: bool = False) -> None:
     """Packs without a run around it: `out` is the shards' directory itself."""
     place = replace(directory(config, pack.stage(config)), path=out)
     if unknown := [name for name in fresh if name != "shards"]:
         raise UserError(f"--fresh {unknown[0]}: the only stage here is shards.")
+    if append:
+        add_to(config, out)
+        return
     if fresh:
         place.clear()
     place.check()
     if place.done():
-        print(f"{out} is packed already")
+        print(f"{out} is packed already; --append adds what is new")
         return
     with rundir.lock(out):
         place.begin()
         place.finish(pack.pack(config.data, out))
     print(f"packed into {out}; train on it with inputs.shards={out}")
+
+
+def packed_settings(out: Path) -> dict:
+    """What a finished set was packed with. Raises UserError where there is none."""
+    record = rundir.read_record(out)
+    if record is None or record["digest"] is None:
+        raise UserError(f"{out} holds no finished shards to append to; pack without --append first.")
+    return record["identity"]
+
+
+def add_to(config: Experiment, out: Path) -> None:
+    """Adds the images that are new to a packed set; what is there stays where it is, so most settings must stay too."""
+    there = packed_settings(out)
+    free = ("images", "metadata", "columns", "splits", "licences", "classes", "rename")
+    before, now = ({k: v for k, v in of.items() if k not in free} for of in (there, hpc_config.plain(config.data, False)))
+    if changed := hpc_config.differences(before, now):
+        raise UserError(f"{out} was packed with other settings: {'; '.join(changed)}. Append with the same.")
+    with rundir.lock(out):
+        record = rundir.read_record(out)
+        digest = pack.pack(config.data, out, append=True)
+        rundir.StageDir(out, there, record["inputs"], record["target"]).finish(digest)
+    print(f"appended to {out}; what was made from it before is stale now")
 
 
 def snapshot(config: Experiment) -> None:

@@ -29,22 +29,22 @@ def _kind(path: Path) -> str | None:
 
 
 def _manifest(folder: Path) -> tuple[int, list[str]]:
-    entries = manifest.read(folder)["shards"]
-    problems = []
+    facts = manifest.read(folder)
+    entries, problems = facts["shards"], manifest.verify(folder, facts.get("catalogs", []))
     with bar(sum(e["bytes"] for e in entries), str(folder), unit="B") as progress:
         for entry in entries:
             problems += manifest.verify(folder, [entry])
             if entry["name"].endswith(".tar"):
-                problems += _members(folder, entry)
+                problems += manifest.verify(folder, [entry["index"]]) + _members(folder, entry)
             progress.update(entry["bytes"])
     return len(entries), problems
 
 
 def _members(folder: Path, entry: dict) -> list[str]:
-    """Every member against the index, which the manifest does not cover."""
+    """Every member against the index."""
     if not index_path(folder / entry["name"]).exists():
-        return [f"{index_path(folder / entry['name'])}: missing"]
-    reader, problems = ShardReader(folder, [entry["name"]]), []
+        return []
+    reader, problems = ShardReader.local(folder, [entry["name"]]), []
     for ordinal in range(entry["count"]):
         try:
             reader.read(0, ordinal)

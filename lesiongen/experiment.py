@@ -9,16 +9,18 @@ from hpc.config import volatile
 from hpc.errors import UserError
 from hpc.loop import TrainConfig
 from hpc.optim import OptimConfig
+from hpc.storage import CacheConfig
 from lesiongen.data.augment import AugmentConfig
+from lesiongen.data.balance import StreamConfig
 from lesiongen.models.gpt import GPTConfig
 from lesiongen.models.vqvae2 import VQVAE2Config
 
 
 @dataclass(frozen=True)
 class InputsConfig:
-    """Artefacts of another run, by its directory, in place of making them here."""
+    """Artefacts of another run, by its directory or URL, in place of making them here."""
 
-    shards: str | None = None
+    shards: tuple[str, ...] = ()  # several packed sets are read as one
     tokenizer: str | None = None
     codes: str | None = None
 
@@ -26,19 +28,24 @@ class InputsConfig:
 @dataclass(frozen=True)
 class DataConfig:
     images: str | None = None  # folder, searched recursively
-    metadata: str | None = None  # CSV; none = one class, one group per image
+    metadata: str | None = None  # CSV, or a folder of a challenge's; none = labelled by folder, one group per image
     columns: dict[str, str] = field(default_factory=dict)  # our field: column, for an unknown CSV
     classes: tuple[str, ...] = ()  # allowed labels; empty = those found
+    rename: dict[str, str] = field(default_factory=dict)  # label as found: label to use, as in {nevus: nv}
+    licences: tuple[str, ...] = ()  # allowed ones, such as CC-0 and CC-BY; empty = all
+    splits: str | None = None  # CSV of image and split; none = folders train, val, test where the data come so, else by hash
+    near_duplicates: bool = False  # find lesions photographed or scanned again, and join their groups
     size: int = 256  # short side in pixels
     channels: Literal[1, 3] = 3
     format: Literal["jpg", "png"] = "jpg"
-    quality: int = 95  # of JPEG
+    quality: int = 95  # of JPEG; format png is lossless
     val: float = 0.1  # share of lesions
     test: float = 0.1
     shard_samples: int = 1000
     max_rejected: float = volatile(0.05)  # share of images and rows that may be unusable
     processes: int = volatile(0)  # for packing; 0 = one per core
     workers: int = volatile(1)  # processes per rank that decode and augment
+    cache: CacheConfig = volatile(default_factory=CacheConfig)  # of shards that lie far away
     ledger: bool = volatile(False)  # each rank logs the samples delivered to it
 
     def __post_init__(self):
@@ -62,6 +69,7 @@ def _prior_training() -> TrainConfig:
 class TokenizerConfig:
     model: VQVAE2Config = field(default_factory=VQVAE2Config)
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(brightness=0.1, contrast=0.1, saturation=0.1))
+    stream: StreamConfig = field(default_factory=StreamConfig)
     train: TrainConfig = field(default_factory=_tokenizer_training)
 
 
@@ -79,6 +87,7 @@ class EncodeConfig:
 @dataclass(frozen=True)
 class PriorConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     train: TrainConfig = field(default_factory=_prior_training)
 
 

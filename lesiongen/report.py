@@ -6,13 +6,13 @@ Pictures are PNG bytes; everything is embedded. What stands on the page comes fr
 import base64
 import html
 import io
-import re
 import time
 
 import torch
 from PIL import Image
 
 from lesiongen.data import images
+from lesiongen.data.licences import strictest
 
 PLOTS = (  # picture, title, what to look for
     ("distances", "Distance to the training data", "Samples should lie where held-out images lie, not left of them."),
@@ -149,19 +149,6 @@ def holds(fidelity: dict) -> str:
         return "none"
     skill = (fidelity["samples"] - fidelity["chance"]) / (fidelity["real"] - fidelity["chance"])
     return "good" if skill >= 0.9 else "fair" if skill >= 0.6 else "poor"
-
-
-def strictest(licences: list[str]) -> str:
-    """The licence with the most conditions. One that is unknown or not stated counts as the strictest."""
-
-    def conditions(name: str) -> int:
-        words = set(re.split(r"[^A-Z0-9]+", name.upper()))
-        if re.match(r"CC[- ]?0|PDM|PUBLIC DOMAIN", name.upper()):
-            return 0
-        return 1 + ("SA" in words) + 4 * ("NC" in words) + 2 * ("ND" in words) if "CC" in words else 100 + (not name)
-
-    worst = max(licences, key=conditions, default="")
-    return worst or "not stated for some images; take it that they may not be passed on"
 
 
 def _table(metrics: dict) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import Ranks
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -68,6 +70,21 @@ def tiny(phantoms: Path, runs: Path, **more) -> list[str]:
             f"priors.{level}.train.save_every": 80,
         }
     return [f"{k}={v}" for k, v in (settings | more).items()]
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """pools(world) → Ranks, started once and again after a failure."""
+    started: dict[int, Ranks] = {}
+
+    def get(world: int) -> Ranks:
+        if world not in started or not all(p.is_alive() for p in started[world].processes):
+            started[world] = Ranks(world)
+        return started[world]
+
+    yield get
+    for ranks in started.values():
+        ranks.close()
 
 
 DEMO = str(Path(__file__).parent.parent / "configs" / "demo.yaml")

@@ -1,50 +1,26 @@
-"""From a folder of images and a metadata CSV to records, groups and splits."""
+"""From a folder of images and their metadata to records: one image each, and what is known of it."""
 
-import csv
-import hashlib
-from collections import Counter
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpc.errors import UserError
+from lesiongen.data import licences, sources
+from lesiongen.data.sources import SUFFIXES, stem
 
 SPLITS = ("train", "val", "test")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-
 AGE_BANDS = ("0-19", "20-39", "40-59", "60-79", "80+")
-
-# Columns of known sources: our field → theirs. Recognised by their id column.
-SOURCES = {
-    "ham10000": {
-        "image": "image_id",
-        "lesion": "lesion_id",
-        "patient": "patient_id",
-        "dx": "dx",
-        "age": "age",
-        "sex": "sex",
-        "site": "localization",
-        "licence": "copyright_license",
-        "attribution": "attribution",
-    },
-    "isic": {
-        "image": "isic_id",
-        "lesion": "lesion_id",
-        "patient": "patient_id",
-        "dx": "diagnosis",
-        "age": "age_approx",
-        "sex": "sex",
-        "site": "anatom_site_general",
-        "licence": "copyright_license",
-        "attribution": "attribution",
-    },
-}
-NEEDED = {"ham10000": ("image_id", "dx"), "isic": ("isic_id",)}
-FIELDS = tuple(SOURCES["ham10000"])
+# Pictures that come with challenge data and are no photographs: masks of lesions, superpixels, dermoscopic attributes.
+MASKS = re.compile(r"_(segmentation|superpixels|attribute_[a-z_]+)$", re.IGNORECASE)
+FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
-    """One image and what is known of it; "" for what is not. dx "" means unlabelled."""
+    """One image and what is known of it; "" for what is not. dx "" means unlabelled.
+
+    split: the one that the data come with, if any; group: images of one group never part"""
 
     image: str
     path: str
@@ -57,58 +33,84 @@ class Record:
     licence: str = ""
     attribution: str = ""
     source: str = ""
+    split: str = ""
+    group: str = ""
 
     @property
-    def group(self) -> str:
-        """Images of one group never part: the lesion, else the patient, else the image itself."""
+    def own_group(self) -> str:
+        """The lesion, else the patient, else the image itself."""
         return self.lesion or self.patient or self.image
 
     def facts(self) -> dict:
         """What is written beside the image in its shard."""
         named = asdict(self)
-        del named["path"]
+        del named["path"], named["split"]
         return {{"image": "image_id", "lesion": "lesion_id", "patient": "patient_id"}.get(k, k): v for k, v in named.items()}
 
 
 @dataclass(frozen=True)
 class Catalog:
+    """pairs: images that the source says show one lesion; left_out: by the licences asked for, no fault of theirs."""
+
     records: list[Record]
     rejected: list[dict]  # {"image", "reason"}
-    source: str
+    left_out: list[dict]
+    pairs: list[tuple[str, str]]
+    recognised: list[str]
     listed: int  # images or rows looked at
 
 
-def split_of(group: str, val: float, test: float) -> str:
-    """Split by a hash of the group's id against thresholds: adding images never moves one that is there."""
-    u = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
-    return "test" if u < test else "val" if u < test + val else "train"
+def read(
+    images: Path,
+    metadata: Path | None,
+    columns: dict[str, str] | None = None,
+    classes: Iterable[str] = (),
+    allowed: Iterable[str] = (),
+    splits: Path | None = None,
+    rename: dict[str, str] | None = None,
+) -> Catalog:
+    """Matches rows and image files. Raises UserError for an unusable folder or table; single mismatches are rejections.
 
-
-def read(images: Path, metadata: Path | None, columns: dict[str, str], classes: tuple[str, ...]) -> Catalog:
-    """Matches rows and image files. Raises UserError for an unusable folder or CSV; single mismatches are rejections."""
+    allowed: licences, all by default; splits: a CSV of image and split, else folders train, val, test are obeyed;
+    rename: label as found → label to use"""
     files = _image_files(images)
+    given = _splits(splits) if splits else _folder_splits(images, files)
     if metadata is None:
-        records = [Record(image=stem, path=str(path), dx="lesion", source=images.name) for stem, path in files.items()]
-        return Catalog(records, [], "folder", len(files))
-    rows, source, names = _rows(metadata, columns)
-    records, rejected, seen = [], [], set()
-    for number, row in enumerate(rows, start=2):
-        value = {ours: (row.get(theirs) or "").strip() for ours, theirs in names.items()}
-        image = Path(value["image"]).stem if Path(value["image"]).suffix.lower() in SUFFIXES else value["image"]
-        if not image:
-            rejected.append({"image": f"line {number}", "reason": "no image id"})
-        elif image in seen:
-            rejected.append({"image": image, "reason": f"listed again on line {number}"})
-        elif image not in files:
+        table = sources.Table(recognised=[f"{len(files):,} images without metadata"])
+        dx = _folder_classes(images, files, bool(given) and not splits)
+        table.rows = {image: {"image": image, "dx": dx[image], "source": images.name} for image in files}
+    else:
+        table = sources.read(metadata, columns or {})
+    if splits and not given.keys() & table.rows.keys():
+        raise UserError(f"{splits} names none of the images. Its first column must hold their ids, and 'split' their split.")
+    classes = set(classes)
+    records, rejected = [], [{"image": image, "reason": reason} for image, reason in table.odd]
+    for image, row in table.rows.items():
+        row["dx"] = (rename or {}).get(row["dx"], row["dx"])
+        if image not in files:
             rejected.append({"image": image, "reason": "no image file for this row"})
-        elif classes and value["dx"] and value["dx"] not in classes:
-            rejected.append({"image": image, "reason": f"unknown label '{value['dx']}'"})
+        elif classes and row["dx"] and row["dx"] not in classes:
+            rejected.append({"image": image, "reason": f"unknown label '{row['dx']}'"})
         else:
-            rest = {k: v for k, v in value.items() if k not in ("image", "age")}
-            records.append(Record(image, str(files[image]), **rest, age=_number(value["age"]), source=source))
-        seen.add(image)
-    rejected += [{"image": stem, "reason": "no row in the metadata"} for stem in files if stem not in seen]
-    return Catalog(records, rejected, source, len(files.keys() | seen))
+            known = {k: v for k, v in row.items() if k not in ("image", "age")}
+            age = _age(row.get("age", ""))
+            records.append(Record(image, str(files[image]), **known, age=age, split=given.get(image, "")))
+    seen = table.rows.keys() | {image for image, _ in table.odd}
+    rejected += [{"image": image, "reason": "no row in the metadata"} for image in files if image not in seen]
+    listed = len(files.keys() | seen)
+    left_out = []
+    if wanted := {licences.canonical(name) for name in allowed}:
+        fits = [licences.canonical(r.licence) in wanted for r in records]
+        left_out = [
+            {"image": r.image, "reason": f"licence '{r.licence or 'not stated'}' is not among data.licences"}
+            for r, fit in zip(records, fits, strict=True)
+            if not fit
+        ]
+        records = [r for r, fit in zip(records, fits, strict=True) if fit]
+        if not records:
+            there = sorted({entry["reason"].split("'")[1] for entry in left_out})
+            raise UserError(f"No image has a licence among data.licences; those here: {', '.join(there)}.")
+    return Catalog(records, rejected, left_out, table.pairs, table.recognised, listed)
 
 
 def _image_files(images: Path) -> dict[str, Path]:
@@ -118,47 +120,56 @@ def _image_files(images: Path) -> dict[str, Path]:
         found = sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     except OSError as error:
         raise UserError(f"The images folder {images} cannot be read: {error.strerror}.") from None
-    if not found:
-        raise UserError(f"The images folder {images} holds no images ({', '.join(SUFFIXES)}).")
     files: dict[str, Path] = {}
     for path in found:
+        if MASKS.search(path.stem):
+            continue
         if path.stem in files:
             raise UserError(f"Two images share the id '{path.stem}': {files[path.stem]} and {path}. Rename one.")
         files[path.stem] = path
+    if not files:
+        raise UserError(f"The images folder {images} holds no images ({', '.join(SUFFIXES)}).")
     return files
 
 
-def _rows(metadata: Path, columns: dict[str, str]) -> tuple[list[dict], str, dict[str, str]]:
-    try:
-        with open(metadata, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows, header = list(reader), reader.fieldnames or []
-    except OSError as error:
-        raise UserError(f"The metadata {metadata} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"The metadata {metadata} is not a CSV file in UTF-8: {error}.") from None
-    if columns:
-        unknown = [k for k in columns if k not in FIELDS]
-        if unknown or "image" not in columns:
-            raise UserError(f"data.columns maps our fields ({', '.join(FIELDS)}) to yours and must name 'image'.")
-        missing = [v for v in columns.values() if v not in header]
-        if missing:
-            raise UserError(f"{metadata} has no column '{missing[0]}'; it has: {', '.join(header)}. Mend data.columns.")
-        return rows, "columns", {f: columns.get(f, "\0") for f in FIELDS}
-    for source, names in SOURCES.items():
-        if all(column in header for column in NEEDED[source]):
-            # The ISIC archive now gives diagnoses in levels, coarse to fine.
-            fallback = next((d for d in ("diagnosis_3", "diagnosis_2", "diagnosis_1") if d in header), names["dx"])
-            return rows, source, names if names["dx"] in header else names | {"dx": fallback}
-    raise UserError(
-        f"{metadata} has no known id column (image_id and dx as in HAM10000, or isic_id as in the ISIC archive); it has: "
-        f"{', '.join(header) or 'nothing'}. Say which is which with data.columns, for example "
-        f"data.columns.image={header[0] if header else 'id'}."
-    )
+def _folder_splits(images: Path, files: dict[str, Path]) -> dict[str, str]:
+    """Splits of data that come in folders train, val, test, or as the ISIC challenges name theirs; none if not all do."""
+
+    def split(path: Path) -> str:
+        top = path.relative_to(images).parts[0].lower()
+        named = re.search(r"_(training|validation|test)_(v\d+_)?(input|data)", top)
+        return FOLDERS.get(named.group(1) if named else top, "")
+
+    found = {image: split(path) for image, path in files.items()}
+    return found if all(found.values()) and len(set(found.values())) > 1 else {}
 
 
-def _number(text: str) -> float | None:
-    """An age in years; None for what is none."""
+def _folder_classes(images: Path, files: dict[str, Path], below_split: bool) -> dict[str, str]:
+    """Without metadata, images sorted into folders are labelled by them."""
+    depth = 1 if below_split else 0
+    parts = {image: path.relative_to(images).parts[depth:-1] for image, path in files.items()}
+    if len(set(parts.values())) > 1 and all(len(p) == 1 for p in parts.values()):
+        return {image: p[0] for image, p in parts.items()}
+    return dict.fromkeys(files, "lesion")
+
+
+def _splits(path: Path) -> dict[str, str]:
+    rows, header = sources.read_csv(path)
+    if "split" not in header or len(header) < 2:
+        raise UserError(f"{path} must have a column of image ids and one named 'split'; it has: {', '.join(header)}.")
+    column = next((c for c in sources.IDS if c in header), next(c for c in header if c != "split"))
+    found: dict[str, str] = {}
+    for row in rows:
+        name, split = stem(row.get(column) or ""), FOLDERS.get((row.get("split") or "").strip().lower(), "")
+        if not split:
+            raise UserError(f"{path}, line {row['line']}: the split is '{row.get('split')}', not train, val or test.")
+        if found.setdefault(name, split) != split:
+            raise UserError(f"{path} lists {name} twice, in {found[name]} and in {split}.")
+    return found
+
+
+def _age(text: str) -> float | None:
+    """In years; None for what is none."""
     try:
         age = float(text)
     except ValueError:
@@ -166,42 +177,11 @@ def _number(text: str) -> float | None:
     return age if 0 <= age < 150 else None
 
 
-def assign(records: list[Record], val: float, test: float) -> dict[str, list[Record]]:
-    """Records of each split in hash order, so that any run of them is a fair draw. Raises UserError for an empty split."""
-    splits: dict[str, list[Record]] = {name: [] for name in SPLITS}
-    for record in records:
-        splits[split_of(record.group, val, test)].append(record)
-    wanted = {"train": 1.0, "val": val, "test": test}
-    for name, members in splits.items():
-        if wanted[name] > 0 and not members:
-            raise UserError(
-                f"The {name} split would be empty: {len({r.group for r in records})} lesions are too few for "
-                f"data.val={val} and data.test={test}. Add images or raise the fraction."
-            )
-    return {
-        name: sorted(members, key=lambda r: hashlib.sha256(r.image.encode()).digest())
-        for name, members in splits.items()
-        if members
-    }
-
-
-def class_counts(splits: dict[str, list[Record]], classes: list[str]) -> dict[str, dict[str, int]]:
-    counts = {name: Counter(r.dx for r in members) for name, members in splits.items()}
-    return {name: {c: count.get(c, 0) for c in [*classes, ""] if c or count.get("")} for name, count in counts.items()}
-
-
-def vocabularies(records: list[Record], classes: list[str]) -> dict[str, list[str]]:
-    """Values of each column that a prior may be conditioned on, in the order of their numbers."""
-    found = {c: sorted({getattr(r, c) for r in records} - {""}) for c in ("site", "sex", "licence")}
-    return {"label": classes, "age_band": list(AGE_BANDS), **found}
-
-
-def thin_classes(splits: dict[str, list[Record]], classes: list[str], least: int = 5) -> list[str]:
-    """Warnings for classes with fewer than `least` held-out groups: figures for them mean little."""
-    warnings = []
-    for name in ("val", "test"):
-        for label in classes:
-            groups = {r.group for r in splits.get(name, []) if r.dx == label}
-            if name in splits and len(groups) < least:
-                warnings.append(f"class '{label}' has only {len(groups)} lesions in {name}")
-    return warnings
+def vocabularies(records: list[Record], classes: list[str], before: dict[str, list[str]] | None = None) -> dict[str, list[str]]:
+    """Values of each column that a prior may be conditioned on, in the order of their numbers, which never change."""
+    before = before or {}
+    found = {"label": classes, "age_band": list(AGE_BANDS)}
+    for column in ("site", "sex", "licence"):
+        old = before.get(column, [])
+        found[column] = old + sorted({getattr(r, column) for r in records} - {"", *old})
+    return found

@@ -4,37 +4,33 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from hpc import dist, manifest
-from hpc.errors import UserError
+from hpc import dist
 from hpc.plan import Plan, sample_seed
 from hpc.shards import BadSample, ShardReader, Source, evaluation_batches, loader, training_batches
 from lesiongen.data import images
 from lesiongen.data.augment import AugmentConfig, augment, centre
+from lesiongen.data.balance import StreamConfig, plan_for
+from lesiongen.data.packed import Packed
 
 
 class ImageShards:
-    """One split of a packed data set."""
+    """One split of packed sets."""
 
-    def __init__(self, folder: Path, split: str):
-        self.folder, self.split = folder, split
-        self.manifest = manifest.read(folder)
-        self.size, self.channels = self.manifest["size"], self.manifest["channels"]
-        self.classes: list[str] = self.manifest["classes"]
+    def __init__(self, packed: Packed, split: str):
+        self.packed, self.split = packed, split
+        self.size, self.channels, self.classes = packed.size, packed.channels, packed.classes
         self.label_of = {name: i for i, name in enumerate(self.classes)}
-        self.entries = [s for s in self.manifest["shards"] if s["split"] == split]
-        if not self.entries:
-            raise UserError(f"The shards in {folder} have no split '{split}'.")
+        self.sets, self.entries = zip(*packed.entries(split), strict=True)
         self.counts = tuple(s["count"] for s in self.entries)
 
     def __len__(self) -> int:
         return sum(self.counts)
 
     def reader(self) -> ShardReader:
-        return ShardReader(self.folder, [s["name"] for s in self.entries])
+        return ShardReader([(self.packed.stores[i], s) for i, s in zip(self.sets, self.entries, strict=True)])
 
     def image(self, raw: dict) -> tuple[torch.Tensor, dict]:
         """Pixels as packed, uint8 [C, H, W], and the facts beside them. Raises BadSample."""
@@ -44,11 +40,30 @@ class ImageShards:
         except (images.BadImage, ValueError, KeyError) as error:
             raise BadSample(f"{raw.get('__key__')}: {error}") from None
 
-    def train(self, position: int, batch: int, micro: int, config: AugmentConfig, seed: int, workers: int) -> Iterator[dict]:
-        """This rank's augmented micro-batches from a global position, for ever (see batch())."""
-        plan = Plan(self.counts, batch, seed)
+    def train(
+        self,
+        position: int,
+        batch: int,
+        micro: int,
+        config: AugmentConfig,
+        seed: int,
+        workers: int,
+        stream: StreamConfig | None = None,
+    ) -> Iterator[dict]:
+        """This rank's augmented micro-batches from a global position, for ever (see batch_of())."""
+        reader, stream = self.reader(), stream or StreamConfig()
+        plan = plan_for(self.tallies(), self.sets, batch, seed, stream, partial(self.member, reader))
         batches = partial(training_batches, position, batch, micro, dist.rank(), dist.world())
-        return loader(Source(self.reader(), plan, batches), Decoder(self, config, seed), batch_of, micro, workers)
+        return loader(Source(reader, plan, batches), Decoder(self, config, seed), batch_of, micro, workers)
+
+    def tallies(self) -> list[dict[int, int]]:
+        """Images of each label, -1 for none, in each shard."""
+        return [{self.label_of.get(c, -1): n for c, n in s["classes"].items()} for s in self.entries]
+
+    def member(self, reader: ShardReader, shard: int, label: int, number: int) -> int:
+        """Ordinal of the label's member `number` in a shard, whose own set may number its labels otherwise."""
+        own = self.packed.manifests[self.sets[shard]]["classes"]
+        return reader.member(shard, own.index(self.classes[label]) if label >= 0 else -1, number)
 
     def held_out(self, micro: int) -> Iterator[dict]:
         """This rank's share of the split, unaugmented, once, in shard order."""

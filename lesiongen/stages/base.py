@@ -10,6 +10,8 @@ from hpc import dist, rundir
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.rundir import StageDir
+from hpc.storage import is_remote
+from lesiongen.data.packed import Packed
 from lesiongen.experiment import Experiment
 
 
@@ -28,12 +30,24 @@ class Stage:
 
 
 def artefact(config: Experiment, name: str) -> Path:
-    """Where a stage's result lies: in this run, or in the one that inputs names."""
+    """Where a stage's result lies: in this run, or in the one that inputs names. Packed sets: see packed()."""
     given = getattr(config.inputs, name, None)
     if not given:
         return config.directory / name
     path = Path(given)
     return path / name if (path / name).is_dir() else path
+
+
+def packed_places(config: Experiment) -> list[str | Path]:
+    """Where the shards lie: this run's, or each of the runs, folders and URLs that inputs names."""
+    if not config.inputs.shards:
+        return [config.directory / "shards"]
+    return [p if is_remote(p) or not (Path(p) / "shards").is_dir() else Path(p) / "shards" for p in config.inputs.shards]
+
+
+def packed(config: Experiment) -> Packed:
+    """The finished shards, as one. Raises UserError for sets that are not finished or do not go together."""
+    return Packed(packed_places(config), config.data.cache)
 
 
 def directory(config: Experiment, stage: Stage) -> StageDir:
@@ -43,6 +57,8 @@ def directory(config: Experiment, stage: Stage) -> StageDir:
 
 
 def digest_of(config: Experiment, name: str) -> str | None:
+    if name == "shards" and config.inputs.shards:
+        return packed(config).digest()
     record = rundir.read_record(artefact(config, name))
     return record["digest"] if record and record["done"] else None
 
@@ -59,7 +75,10 @@ def execute(config: Experiment, stage: Stage, topology: Topology) -> None:
     """Runs a stage unless it is done: locked, checked against what is there, recorded. Collective."""
     dist.init(topology, config.local.join_seconds)
     for name in stage.needs:
-        dist.leader_does(require, config, name)
+        if name == "shards" and config.inputs.shards:
+            dist.leader_does(packed(config).refuse_leaks)
+        else:
+            dist.leader_does(require, config, name)
     place = directory(config, stage)
     dist.leader_does(place.check)
     if dist.leader_does(place.done):

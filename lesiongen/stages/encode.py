@@ -14,11 +14,11 @@ from hpc.plan import sample_seed
 from hpc.progress import bar
 from hpc.shards import BadSample
 from lesiongen.data.augment import augment, centre
-from lesiongen.data.catalog import AGE_BANDS, SPLITS
+from lesiongen.data.catalog import AGE_BANDS
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
 from lesiongen.models.vqvae2 import VQVAE2
-from lesiongen.stages.base import Stage, digest_of, require
+from lesiongen.stages.base import Stage, digest_of, packed, require
 from lesiongen.stages.tokenizer import load_tokenizer, to_float
 
 
@@ -30,10 +30,9 @@ def stage(config: Experiment) -> Stage:
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """Files are divided among ranks; those that exist are kept. Rank 0 commits the manifest. Returns its digest."""
     net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
-    shards = require(config, "shards")
-    packed = manifest.read(shards)
-    splits = {name: ImageShards(shards, name) for name in SPLITS if name in packed["counts"]}
-    vocabularies = packed["vocabularies"]
+    shards = packed(config)
+    splits = {name: ImageShards(shards, name) for name in shards.splits}
+    vocabularies = shards.vocabularies
     jobs = [
         (split, draw, shard, entry["count"])
         for split, data in splits.items()
@@ -48,10 +47,11 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
                 arrays = _encode_shard(config, net, splits[split], draw, shard, vocabularies)
                 write_codes(folder, split, draw, shard, arrays)
             path = folder / file_name(split, draw, shard)
-            entries.append(manifest.describe(path, split=split, draw=draw, shard=shard, count=count))
+            place = {"split": split, "draw": draw, "shard": shard, "set": splits[split].sets[shard]}
+            entries.append(manifest.describe(path, **place, count=count))
             progress.update(count)
     entries = sorted((e for part in dist.gather(entries) for e in part), key=lambda e: e["name"])
-    grids = net.config.grids(packed["size"])
+    grids = net.config.grids(shards.size)
     facts = {
         "schema": 1,
         "tokenizer": digest_of(config, "tokenizer"),
@@ -70,6 +70,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
         "vocabularies": vocabularies,
         "draws": config.encode.draws,
         "counts": {name: len(data) for name, data in splits.items()},
+        **shards.about,
     }
     return dist.leader_does(manifest.write, folder, facts | {"shards": entries})
 
@@ -101,9 +102,7 @@ def _encode_shard(config, net: VQVAE2, data: ImageShards, draw: int, shard: int,
         try:  # an altered shard ends the stage: a store must be complete
             image, facts = data.image(reader.read(shard, ordinal))
         except BadSample as error:
-            raise UserError(
-                f"The shards in {data.folder} are damaged: {error}. See `lesiongen verify {data.folder}`."
-            ) from None
+            raise UserError(f"The shards in {data.packed.name} are damaged: {error}. See `lesiongen verify`.") from None
         if draw == 0:
             view = centre(image, data.size)
         else:

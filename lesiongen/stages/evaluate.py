@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from hpc import dist, manifest
+from hpc import dist
 from hpc.config import digest, plain, read_yaml
 from hpc.dist import Topology
 from hpc.errors import UserError
@@ -26,11 +26,11 @@ from hpc.shards import BadSample
 from lesiongen import report
 from lesiongen.data import images
 from lesiongen.data.augment import centre
-from lesiongen.data.catalog import SPLITS
+from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
 from lesiongen.metrics import classifier, copies
-from lesiongen.stages.base import Stage, require
+from lesiongen.stages.base import Stage, packed, require
 from lesiongen.stages.tokenizer import held_out_figures, load_tokenizer, to_float, to_uint8
 
 PER_CLASS = 200  # held-out images that are reconstructed, and whose features are compared
@@ -47,7 +47,7 @@ def stage(config: Experiment) -> Stage:
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """The tokenizer's figures are taken by all ranks, the rest by rank 0. Returns the digest of all figures."""
     net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
-    test = ImageShards(require(config, "shards"), "test")
+    test = ImageShards(packed(config), "test")
     if topology.leader:
         print(f"reconstructing {len(test):,} test images")
     figures, shown = held_out_figures(net, test, config.evaluate.batch)
@@ -82,16 +82,16 @@ class Pictures:
 
 
 class Real(Pictures):
-    """Splits of the shards, unaugmented, in their order, whole on this rank; with counts of what is said of them."""
+    """Splits of the shards, unaugmented, in their order, whole on this rank; """
 
-    def __init__(self, shards: Path, names: list[str]):
+    def __init__(self, shards: Packed, names: list[str]):
         self.sets = [ImageShards(shards, name) for name in names]
         self.readers = [s.reader() for s in self.sets]
         self.numbers = {c: i for i, c in enumerate(self.sets[0].classes)}
-        shards = [(k, shard, n) for k, s in enumerate(self.sets) for shard, n in enumerate(s.counts)]
-        self.places = [(k, shard, i) for k, shard, n in shards for i in range(n)]
-        self.groups: dict[str, str] = {}  # lesion, else patient, else image: split
-        self.counts = {what: Counter() for what in ("licence", "attribution", "source")}
+        self.places = [
+            (k, shard, i) for k, s in enumerate(self.sets) for shard, n in enumerate(s.counts) for i in range(n)
+        ]
+        self.groups: dict[str, str] = {}  # group: split
         super().__init__(self.sets[0].size, self.sets[0].channels, len(self.places), f"read {' + '.join(names)}")
 
     def raw(self, i: int) -> tuple[int, dict]:
@@ -110,16 +110,14 @@ class Real(Pictures):
         try:
             yield
         except BadSample as error:
-            folder = self.sets[k].folder
-            raise UserError(f"The shards in {folder} are damaged: {error}. See `lesiongen verify {folder}`.") from None
+            where = self.sets[k].packed.name
+            raise UserError(f"The shards in {where} are damaged: {error}. See `lesiongen verify`.") from None
 
     def note(self, i: int, facts: dict) -> int:
-        group = facts.get("lesion_id") or facts.get("patient_id") or facts["image_id"]
+        group = facts["group"]
         split = self.sets[self.places[i][0]].split
         refuse_shared({group: split}, self.groups)
         self.groups[group] = split
-        for what, count in self.counts.items():
-            count[facts.get(what) or ""] += 1
         return self.numbers.get(facts.get("dx", ""), -1)
 
 
@@ -158,16 +156,15 @@ class Samples(Pictures):
 
 
 def _evaluate(config: Experiment, folder: Path, net, tokenizer: dict, shown: dict[str, bytes]) -> str:
-    shards, device = require(config, "shards"), next(net.parameters()).device
-    packed = manifest.read(shards)
-    classes = packed["classes"]
+    shards, device = packed(config), next(net.parameters()).device
+    classes = shards.classes
     train = Real(shards, ["train"])
-    held_out = Real(shards, [s for s in SPLITS[1:] if packed["counts"].get(s)])
+    held_out = Real(shards, [s for s in shards.splits if s != "train"])
     refuse_shared(train.groups, held_out.groups)
-    samples = Samples(require(config, "samples"), classes, packed["size"], packed["channels"])
+    samples = Samples(require(config, "samples"), classes, shards.size, shards.channels)
 
     # The tokenizer's floor is what it would reach with one colour for every image.
-    tokenizer |= {"floor_psnr": -10 * math.log10(max(packed["data_variance"], 1e-10)), "entries": net.config.entries}
+    tokenizer |= {"floor_psnr": -10 * math.log10(max(shards.moments["data_variance"], 1e-10)), "entries": net.config.entries}
     exports = {level: require(config, f"prior-{level}") / "export" / "config.yaml" for level in config.levels}
     uniform = {"uniform_bits": math.log2(net.config.entries)}
     priors = {level: read_yaml(path)["held_out"] | uniform for level, path in exports.items()}
@@ -187,7 +184,7 @@ def _evaluate(config: Experiment, folder: Path, net, tokenizer: dict, shown: dic
         "held_out": copies.copy_rate(theirs, below)
         | {"median_distance": float(theirs.median()), "least_distance": float(theirs.min())},
     }
-    metrics["data"] = _data(packed, train, held_out, samples)
+    metrics["data"] = _data(shards, samples)
     metrics = _clean(metrics)
 
     closest = ours.argsort()[:TILES].tolist()
@@ -262,18 +259,15 @@ def _strip(pictures: Pictures, label: int | None) -> torch.Tensor | None:
     return images.grid(torch.cat([tiles, blank]), TILES)
 
 
-def _data(packed: dict, train: Real, held_out: Real, samples: Samples) -> dict:
-    both = {what: dict((train.counts[what] + held_out.counts[what]).most_common()) for what in train.counts}
+def _data(shards: Packed, samples: Samples) -> dict:
     return {
-        "size": packed["size"],
-        "channels": packed["channels"],
-        "counts": packed["counts"],
-        "lesions": packed["groups"],
+        "size": shards.size,
+        "channels": shards.channels,
+        "counts": shards.counts,
+        "lesions": shards.groups,
         "lesions_in_two_splits": 0,  # refused above
-        "rejected": packed["rejected"],
-        "licences": both["licence"],
-        "attributions": both["attribution"],
-        "sources": both["source"],
+        "rejected": shards.rejected,
+        **shards.about,
         "generated": dict(Counter(row["label"] for row in samples.rows)),
     }
 

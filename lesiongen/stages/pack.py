@@ -1,127 +1,231 @@
-"""pack: a folder of images with a metadata CSV → WebDataset shards per split, the manifest last."""
+"""pack: a folder of images with its metadata → WebDataset shards per split, the manifest last.
 
+Rank 0 reads the metadata, assigns splits and writes an order for each shard; all ranks fulfil orders with a pool of
+processes each; rank 0 merges the results. Killed and run again, it goes on with the orders that are not done.
+"""
+
+import csv
+import io
 import json
+import multiprocessing
 import os
-from collections.abc import Iterator
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
-from hpc import journal, manifest
+from hpc import dist, health, manifest
 from hpc.config import plain
-from hpc.dist import Topology, leader_does
+from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.progress import bar
-from hpc.shards import index_path, write_shard
-from lesiongen.data import catalog, images
-from lesiongen.data.augment import centre
+from hpc.rundir import atomic_write
+from hpc.shards import index_path
+from lesiongen.data import catalog, packing, splits
+from lesiongen.data.catalog import SPLITS
+from lesiongen.data.packed import CATALOG, moments
 from lesiongen.experiment import DataConfig, Experiment
 from lesiongen.stages.base import Stage
 
 
 def stage(config: Experiment) -> Stage:
-    return Stage("shards", (), plain(config.data, volatile=False), run, parallel=False)
+    return Stage("shards", (), plain(config.data, volatile=False), run)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
-    """Rank 0 packs with a pool of processes; the others wait. Returns the manifest's digest."""
-    return leader_does(pack, config.data, folder)
+    return pack(config.data, folder, topology)
 
 
-def pack(data: DataConfig, folder: Path) -> str:
-    """Packs into `folder`. Raises UserError for unusable input; nothing already finished there is touched then."""
-    metadata = Path(data.metadata) if data.metadata else None
-    found = catalog.read(Path(data.images), metadata, data.columns, data.classes)
-    _check_rejected(found.rejected, found.listed, data, folder)
-    classes = sorted(data.classes) or sorted({r.dx for r in found.records if r.dx})
-    for label in classes:
-        if not any(r.dx == label for r in found.records):
-            raise UserError(f"The class '{label}' in data.classes has no image.")
-    splits = catalog.assign(found.records, data.val, data.test)
-    groups = {r.group for r in found.records}
-    print(f"{len(found.records):,} images ({found.source}), {len(classes)} classes, {len(groups):,} lesions")
-    jobs = [
-        (split, number, members[first : first + data.shard_samples])
-        for split, members in splits.items()
-        for number, first in enumerate(range(0, len(members), data.shard_samples))
-    ]
-    entries, rejected, sums = [], list(found.rejected), np.zeros((3, data.channels))
-    cores = data.processes or len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(min(cores, len(jobs))) as pool, bar(len(found.records), "pack") as progress:
-        for entry, unusable, moments in pool.map(partial(_pack_shard, data, folder), jobs):
-            entries += [entry] if entry else []
-            rejected += unusable
-            sums += moments
-            progress.update(sum(entry["classes"].values()) + len(unusable) if entry else len(unusable))
-    _check_rejected(rejected, found.listed, data, folder)
-    refused = {r["image"] for r in rejected[len(found.rejected) :]}
-    splits = {name: [r for r in members if r.image not in refused] for name, members in splits.items()}
-    for warning in catalog.thin_classes(splits, classes):
-        print(f"warning: {warning}")
-    pixels, total, squares = sums
-    mean = total / pixels
-    variance = squares / pixels - mean**2
-    return manifest.write(
-        folder,
-        {
-            "schema": 1,
-            "size": data.size,
-            "channels": data.channels,
-            "classes": classes,
-            "counts": catalog.class_counts(splits, classes),
-            "groups": {name: len({r.group for r in members}) for name, members in splits.items()},
-            "vocabularies": catalog.vocabularies(found.records, classes),
-            "mean": [round(v, 6) for v in (mean / 255).tolist()],
-            "std": [round(v, 6) for v in (np.sqrt(variance) / 255).tolist()],
-            "data_variance": round(float((squares.sum() / pixels.sum() - (total.sum() / pixels.sum()) ** 2) / 255**2), 6),
-            "rejected": len(rejected),
-            "shards": entries,
-        },
+def pack(data: DataConfig, folder: Path, topology: Topology | None = None, append: bool = False) -> str:
+    """Packs into `folder`; with `append`, what is new beside what is there. Collective. Returns the manifest's digest.
+
+    Raises UserError for unusable input; nothing already finished there is touched then."""
+    topology = topology or Topology()
+    began = time.monotonic()
+    orders = dist.leader_does(_prepare, data, folder, append)
+    mine = orders[topology.rank :: topology.world]
+    total = sum(n for _, n in mine)
+    cores = data.processes or processes(total, topology)
+    with pool(min(cores, len(mine))) as each, bar(total, "pack", shown=topology.leader) as progress:
+        for done in each(packing.fulfil, [folder / "work" / name for name, _ in mine]):
+            progress.update(done)
+    dist.barrier()
+    digest = dist.leader_does(_commit, data, folder, [name for name, _ in orders], append)
+    if topology.leader and orders:
+        number, seconds = sum(n for _, n in orders), time.monotonic() - began
+        print(f"{number:,} images in {seconds:.0f} s, {number / seconds:,.0f} images/s")
+    return digest
+
+
+def processes(number: int, topology: Topology) -> int:
+    """For `number` images: this rank's share of the cores; one where starting them would take longer than the work."""
+    ranks_here = max(1, topology.world // topology.nodes)
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here) if number > 2_000 else 1
+
+
+@contextmanager
+def pool(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
+    """A map over processes, in order; one is this process. Spawned: ranks run threads, and a fork of them may deadlock."""
+    if processes < 2:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=health.exit_with_parent) as workers:
+        yield workers.map
+
+
+def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, int]]:
+    """Orders to fulfil and the number of images of each."""
+    before, packed = _packed(folder) if append else ({}, {})
+    if append and (before["size"], before["channels"]) != (data.size, data.channels):
+        raise UserError(
+            f"{folder} holds images of {before['size']} px and {before['channels']} channels; append as many, not "
+            f"{data.size} px and {data.channels}."
+        )
+    found = catalog.read(
+        Path(data.images),
+        Path(data.metadata) if data.metadata else None,
+        data.columns,
+        data.classes,
+        data.licences,
+        Path(data.splits) if data.splits else None,
+        data.rename,
     )
+    for line in found.recognised:
+        print(line)
+    records = [r for r in found.records if r.image not in packed]
+    rejected = [entry for entry in found.rejected if entry["image"] not in packed]
+    if append:
+        print(f"{len(found.records) - len(records):,} images are packed already, {len(records):,} are new")
+    classes = list(before.get("classes", []))
+    classes += sorted({*data.classes, *(r.dx for r in records if r.dx)} - set(classes))
+    for label in classes:
+        if not append and not any(r.dx == label for r in records):
+            raise UserError(f"The class '{label}' in data.classes has no image.")
+    pairs = list(found.pairs)
+    if data.near_duplicates and records:
+        with pool(data.processes or processes(len(records), Topology())) as each:
+            pairs += _near_duplicates(records, data.channels, folder, packed, each)
+    members, unjoined = splits.assign(records, data.val, data.test, pairs, {k: v[:3] for k, v in packed.items()})
+    _refuse_many(rejected + unjoined, found.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
+    if not append:
+        splits.refuse_empty({name: len({r.group for r in m}) for name, m in members.items()}, data.val, data.test)
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    listed = {"rejected": rejected + unjoined, "left_out": found.left_out, "listed": found.listed, "classes": classes}
+    listed["vocabularies"] = catalog.vocabularies(records, classes, before.get("vocabularies"))
+    atomic_write(folder / "work" / "listed.json", json.dumps(listed).encode())
+    settings = {k: getattr(data, k) for k in ("size", "channels", "format", "quality")} | {"classes": classes}
+    orders = []
+    for split, chosen in members.items():
+        taken = sum(s["split"] == split for s in before.get("shards", []))
+        for number, first in enumerate(range(0, len(chosen), data.shard_samples), taken):
+            part = chosen[first : first + data.shard_samples]
+            orders.append((packing.order(folder, split, number, part, settings).name, len(part)))
+    return orders
 
 
-def _check_rejected(rejected: list[dict], listed: int, data: DataConfig, folder: Path) -> None:
-    (folder / "rejected.jsonl").unlink(missing_ok=True)
-    journal.append(folder / "rejected.jsonl", *rejected)
+def _packed(folder: Path) -> tuple[dict, dict[str, tuple[str, str, str, str, int]]]:
+    """The manifest, and (own group, group, split, shard, ordinal) of each image, of what is packed already."""
+    before = manifest.read(folder)
+    if problems := manifest.verify(folder, before["catalogs"]):
+        raise UserError(f"{problems[0]}. Nothing can be appended without it: restore it, or pack again.")
+    columns = ("own_group", "group", "split", "shard", "ordinal")
+    return before, {row["image_id"]: tuple(row[c] for c in columns) for row in read_catalogs(folder, before)}
+
+
+def read_catalogs(folder: Path, facts: dict) -> Iterator[dict[str, str]]:
+    """A row for each packed image, of the columns in CATALOG."""
+    for entry in facts["catalogs"]:
+        with open(folder / entry["name"], newline="", encoding="utf-8") as file:
+            yield from csv.DictReader(file)
+
+
+def _near_duplicates(records, channels: int, folder: Path, packed: dict, each: Callable) -> list[tuple[str, str]]:
+    """Pairs of images that show one lesion, among the new ones and between them and those packed; listed, with pictures."""
+    from lesiongen.data import duplicates
+
+    paths = [Path(r.path) for r in records]
+    new = [r.image for r in records]
+    with bar(len(records), "thumbnails") as progress:
+        thumbnails = {}
+        for image, found in zip(new, each(partial(duplicates.thumbnail_of, channels), paths), strict=True):
+            progress.update()
+            if found is not None:
+                thumbnails[image] = found
+    raise NotImplementedError
+
+
+def _suffix(before: dict) -> str:
+    """Of files that each packing adds, so that what is there stays as it is: "" for the first, "-1" …"""
+    generation = len(before.get("catalogs", []))
+    return f"-{generation}" if generation else ""
+
+
+def _refuse_many(rejected: list[dict], listed: int, data: DataConfig, path: Path) -> None:
+    """Writes the list; raises UserError where it is too long."""
+    atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in rejected).encode())
     if len(rejected) > data.max_rejected * listed:
         raise UserError(
             f"{len(rejected)} of {listed} images and rows cannot be used, above data.max_rejected={data.max_rejected}; the "
-            f"first: {rejected[0]['image']}: {rejected[0]['reason']}. All are listed in {folder / 'rejected.jsonl'}."
+            f"first: {rejected[0]['image']}: {rejected[0]['reason']}. All are listed in {path}."
         )
+
+
+def _commit(data: DataConfig, folder: Path, orders: list[str], append: bool) -> str:
+    """Merges the results of all orders into the manifest, which is written last."""
+    before = manifest.read(folder) if append else {}
+    listed = json.loads((folder / "work" / "listed.json").read_text())
+    results = [json.loads(packing.result_path(folder / "work" / name).read_text()) for name in orders]
+    rejected = listed["rejected"] + [entry for result in results for entry in result["rejected"]]
+    suffix = _suffix(before)
+    _refuse_many(rejected, listed["listed"], data, folder / f"rejected{suffix}.jsonl")
+    entries = before.get("shards", []) + [result["entry"] for result in results if result["entry"]]
+    rows = [row for result in results for row in result["catalog"]]
+    about = {}
+    for what in packing.ABOUT:
+        total = Counter(before.get(f"{what}s", {}))
+        for result in results:
+            total.update(result["about"][what])
+        about[f"{what}s"] = dict(sorted(total.items()))
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([CATALOG, *rows])
+    atomic_write(folder / f"catalog{suffix}.csv", table.getvalue().encode())
+    catalogs = [*before.get("catalogs", []), manifest.describe(folder / f"catalog{suffix}.csv", count=len(rows))]
     if rejected:
-        print(f"{len(rejected)} images or rows rejected, listed in {folder / 'rejected.jsonl'}")
+        print(f"{len(rejected):,} images or rows rejected, listed in {folder / f'rejected{suffix}.jsonl'}")
+    if left_out := listed["left_out"]:
+        print(f"{len(left_out):,} images left out by their licence, listed in {folder / f'left_out{suffix}.jsonl'}")
+        atomic_write(folder / f"left_out{suffix}.jsonl", "".join(json.dumps(entry) + "\n" for entry in left_out).encode())
+    every = list(read_catalogs(folder, {"catalogs": catalogs}))
+    counts = splits.class_counts(((row["split"], row["dx"]) for row in every), listed["classes"])
+    groups = {name: len({row["group"] for row in every if row["split"] == name}) for name in counts}
+    splits.refuse_empty(groups, data.val, data.test)
+    print(_table(counts, groups))
+    for warning in splits.thin_classes(((r["split"], r["dx"], r["group"]) for r in every), listed["classes"]):
+        print(f"warning: {warning}")
+    listed_now = {entry["name"] for entry in entries}
+    for orphan in folder.glob("*.tar"):  # of an attempt with other orders
+        if orphan.name not in listed_now:
+            orphan.unlink()
+            index_path(orphan).unlink(missing_ok=True)
+    facts = {"schema": 1, "size": data.size, "channels": data.channels, "classes": listed["classes"], "counts": counts}
+    facts |= {"groups": groups, "vocabularies": listed["vocabularies"], **about, **moments(entries)}
+    facts |= {"rejected": before.get("rejected", 0) + len(rejected), "catalogs": catalogs, "shards": entries}
+    digest = manifest.write(folder, facts)
+    shutil.rmtree(folder / "work")
+    return digest
 
 
-def _pack_shard(data: DataConfig, folder: Path, job) -> tuple[dict | None, list[dict], np.ndarray]:
-    split, number, records = job
-    path = folder / f"{split}-{number:06d}.tar"
-    rejected: list[dict] = []
-    counts: dict[str, int] = {}
-    moments = np.zeros((3, data.channels))  # pixels, sum, sum of squares over the training split
-
-    def samples() -> Iterator[dict]:
-        for record in records:
-            try:
-                content = Path(record.path).read_bytes()
-                image = images.shrink(images.decode(content, data.channels), data.size)
-            except (images.BadImage, OSError) as error:
-                rejected.append({"image": record.image, "reason": str(error)})
-                continue
-            if split == "train":
-                pixels = centre(images.to_tensor(image), data.size).double().flatten(1)
-                moments[:] += [[pixels.shape[1]] * data.channels, pixels.sum(1).tolist(), pixels.square().sum(1).tolist()]
-            counts[record.dx] = counts.get(record.dx, 0) + 1
-            yield {
-                "__key__": "".join(c if c.isalnum() or c in "_-" else "_" for c in record.image)[:80],
-                data.format: images.encode(image, data.format, data.quality),
-                "json": json.dumps(record.facts(), sort_keys=True).encode(),
-            }
-
-    count = write_shard(path, samples())
-    if not count:
-        path.unlink()
-        index_path(path).unlink()
-        return None, rejected, moments
-    return manifest.describe(path, split=split, count=count, classes=counts), rejected, moments
+def _table(counts: dict[str, dict[str, int]], groups: dict[str, int]) -> str:
+    """Images of each class in each split, for people."""
+    names = [name for name in SPLITS if name in counts]
+    classes = list(dict.fromkeys(c for n in counts.values() for c in n))
+    rows = [("", *names)] + [(c or "(unlabelled)", *(f"{counts[n].get(c, 0):,}" for n in names)) for c in classes]
+    rows += [("images", *(f"{sum(counts[n].values()):,}" for n in names)), ("groups", *(f"{groups[n]:,}" for n in names))]
+    wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(wide[0]), *(c.rjust(w) for c, w in zip(row[1:], wide[1:], strict=True))]) for row in rows
+    )

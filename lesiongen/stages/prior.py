@@ -16,9 +16,10 @@ from hpc.config import build, plain, read_yaml
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.loop import train
-from hpc.plan import Plan, split
+from hpc.plan import split
 from hpc.shards import training_batches
 from lesiongen.data import images
+from lesiongen.data.balance import plan_for
 from lesiongen.experiment import Experiment, PriorConfig
 from lesiongen.metrics.codes import bigram_bits
 from lesiongen.models.gpt import GPT, GPTConfig
@@ -86,8 +87,7 @@ class PriorTask:
         self.shape = model_shape(self.store, level)
         self.upper = [entry["name"] for entry in self.store.levels][: len(self.shape["upper"])]
         self.shards = self.store.shards("train")
-        self.counts = tuple(s["count"] for s in self.shards)
-        self.size = sum(self.counts)
+        self.size = sum(s["count"] for s in self.shards)
         self.classes = self.store.manifest["vocabularies"]["label"]
         self.bigram: float | None = None
 
@@ -96,14 +96,27 @@ class PriorTask:
 
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
         """Batches of codes from the plan; the epoch's number picks the augmentation draw."""
-        plan = Plan(self.counts, self.own.train.batch, self.config.seed)
+        sets = [s["set"] for s in self.shards]
+        plan = plan_for(self.tallies(), sets, self.own.train.batch, self.config.seed, self.own.stream, self.member)
         draws = self.store.draws("train")
-        for batch in training_batches(position, plan.batch, micro_batch, dist.rank(), dist.world()):
+        for batch in training_batches(position, self.own.train.batch, micro_batch, dist.rank(), dist.world()):
             where = []
             for place, _ in batch:
                 shard, ordinal = plan.sample(place)
                 where.append((plan.epoch(place) % draws, self.shards[shard]["shard"], ordinal))
             yield self.batch("train", where) | {"key": ["-".join(map(str, w)) for w in where]}
+
+    def tallies(self) -> list[dict[int, int]]:
+        """Codes of each label, -1 for none, in each shard."""
+        found = [np.unique(self.labels(i), return_counts=True) for i in range(len(self.shards))]
+        return [dict(zip(labels.tolist(), counts.tolist(), strict=True)) for labels, counts in found]
+
+    def labels(self, shard: int) -> np.ndarray:
+        return self.store.arrays("train", 0, self.shards[shard]["shard"])["label"]
+
+    def member(self, shard: int, label: int, number: int) -> int:
+        """Row of a label's member `number` in a shard."""
+        return int(np.flatnonzero(self.labels(shard) == label)[number])
 
     def batch(self, name: str, where: list[tuple[int, int, int]]) -> dict:
         """codes [B, h, w], label [B], upper: list of coarser codes; rows (draw, shard, ordinal) of a split."""

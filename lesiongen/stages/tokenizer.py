@@ -17,12 +17,13 @@ from hpc.errors import UserError
 from hpc.loop import train
 from hpc.rundir import atomic_write
 from lesiongen.data import images
+from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
 from lesiongen.metrics.codes import usage_and_perplexity
 from lesiongen.metrics.image import psnr, ssim
 from lesiongen.models.vqvae2 import VQVAE2, VQVAE2Config
-from lesiongen.stages.base import Stage, require
+from lesiongen.stages.base import Stage, packed
 
 
 def stage(config: Experiment) -> Stage:
@@ -33,7 +34,7 @@ def stage(config: Experiment) -> Stage:
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     own = config.tokenizer
-    task = TokenizerTask(config, require(config, "shards"), folder)
+    task = TokenizerTask(config, packed(config), folder)
     train(task, own.train, folder, topology, config.seed, "tokenizer", ledger=config.data.ledger)
     return digest_of_export(folder / "export")
 
@@ -77,7 +78,7 @@ class TokenizerTask:
 
     metric = "mse"
 
-    def __init__(self, config: Experiment, shards: Path, folder: Path):
+    def __init__(self, config: Experiment, shards: Packed, folder: Path):
         self.config, self.folder = config, folder
         self.data = ImageShards(shards, "train")
         self.held_out = ImageShards(shards, "val")
@@ -93,9 +94,8 @@ class TokenizerTask:
 
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
         own = self.config.tokenizer
-        batches = self.data.train(
-            position, own.train.batch, micro_batch, own.augment, self.config.seed, self.config.data.workers
-        )
+        seed, workers = self.config.seed, self.config.data.workers
+        batches = self.data.train(position, own.train.batch, micro_batch, own.augment, seed, workers, own.stream)
         return ({k: batch[k] for k in ("image", "slot", "position", "key", "bad")} for batch in batches)
 
     def after_step(self, module: nn.Module, statistics: torch.Tensor) -> dict[str, float]:
@@ -137,7 +137,7 @@ def held_out_figures(net: VQVAE2, data: ImageShards, micro: int) -> tuple[dict[s
     packed = dist.sum_(torch.cat([sums, *counts.values()]).to(device)).cpu()
     total_psnr, total_ssim, total_mse, number = packed[:4].tolist()
     metrics = {"psnr": total_psnr / number, "ssim": total_ssim / number, "mse": total_mse / number}
-    metrics["nmse"] = metrics["mse"] / 4 / data.manifest["data_variance"]
+    metrics["nmse"] = metrics["mse"] / 4 / data.packed.moments["data_variance"]
     for name, count in zip(counts, packed[4:].split(net.config.entries), strict=True):
         metrics[f"usage/{name}"], metrics[f"perplexity/{name}"] = usage_and_perplexity(count)
     picture = images.png(images.grid(torch.cat(shown), len(shown[0]))) if shown else None

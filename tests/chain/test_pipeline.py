@@ -54,11 +54,12 @@ def test_the_log_has_each_figure_for_train_and_held_out(run):
 
 
 def test_no_lesion_is_in_two_splits(run):
+    from lesiongen.data.packed import Packed
     from lesiongen.data.stream import ImageShards
 
     groups = {}
     for split in ("train", "val", "test"):
-        data = ImageShards(run / "shards", split)
+        data = ImageShards(Packed([run / "shards"]), split)
         reader = data.reader()
         for shard, count in enumerate(data.counts):
             for i in range(count):

@@ -12,6 +12,7 @@ from hpc.optim import OptimConfig, optimizer
 from hpc.rundir import StageDir
 from lesiongen import experiment
 from lesiongen.stages import base, stages
+from lesiongen.data.packed import Packed
 from lesiongen.stages.tokenizer import TokenizerTask
 
 
@@ -20,7 +21,7 @@ def tokenizer_engine(topology, run: str, zero: int, accumulation: int, precision
     torch.manual_seed(0)
     config = experiment.load(f"{run}/config.yaml")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
-    task = TokenizerTask(config, Path(run) / "shards", Path(run) / "unused")
+    task = TokenizerTask(config, Packed([Path(run) / "shards"]), Path(run) / "unused")
     module = task.build()
     settings = EngineConfig(zero=zero, accumulation=accumulation, precision=precision)
     engine = Engine(module, optimizer(module, OptimConfig(lr=1e-3)), settings, batch=16)
@@ -86,7 +87,7 @@ def resume(topology, run: str, zero: int, accumulation: int, folder: str):
     if universal:
         checkpoint.to_universal(path)
     config = experiment.load(f"{run}/config.yaml")
-    task = TokenizerTask(config, Path(run) / "shards", Path(run) / "unused")
+    task = TokenizerTask(config, Packed([Path(run) / "shards"]), Path(run) / "unused")
     torch.manual_seed(1)  # other weights than the saved ones, so that loading is what makes them equal
     module = task.build()
     engine = Engine(module, optimizer(module, OptimConfig(lr=1e-3)), settings, 16, universal)

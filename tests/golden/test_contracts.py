@@ -7,14 +7,14 @@ import pytest
 from hpc.config import digest
 from hpc.plan import Plan, sample_seed
 from hpc.shards import write_shard
-from lesiongen.data.catalog import split_of
+from lesiongen.data.splits import split_of
 from lesiongen.sampling import uniforms
 
 
 def test_splits():
-    held_out = [i for i in range(12) if split_of(f"HAM_{i:07d}", 0.1, 0.1) != "train"]
-    assert held_out == [4, 10]
-    assert {split_of(f"HAM_{i:07d}", 0.1, 0.1) for i in held_out} == {"val"}
+    found = {i: split_of(f"HAM_{i:07d}", 0.1, 0.1) for i in range(28)}
+    held_out = {5: "val", 13: "test", 23: "test", 25: "val", 27: "test"}
+    assert {i: split for i, split in found.items() if split != "train"} == held_out
 
 
 def test_the_plans_sequence():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lesiongen import report
+from lesiongen.data.licences import strictest
 from lesiongen.metrics import classifier, copies
 from lesiongen.metrics.codes import bigram_bits, usage_and_perplexity
 from lesiongen.metrics.image import psnr, ssim
@@ -146,7 +147,7 @@ def test_usage_and_perplexity():
 
 
 @pytest.mark.parametrize(
-    ("licences", "strictest"),
+    ("licences", "worst"),
     [
         (["CC-0", "CC-BY"], "CC-BY"),
         (["CC-BY-NC", "CC-BY-SA", "CC-0"], "CC-BY-NC"),
@@ -157,9 +158,9 @@ def test_usage_and_perplexity():
         (["CC-0", "GPL 2.0"], "GPL 2.0"),
     ],
 )
-def test_strictest_licence(licences: list[str], strictest: str):
-    assert report.strictest(licences) == strictest
-    assert "not stated" in report.strictest([*licences, ""])
+def test_strictest_licence(licences: list[str], worst: str):
+    assert strictest(licences) == worst
+    assert "not stated" in strictest([*licences, ""])
 
 
 def test_verdict_does_not_praise_what_was_not_shown():

@@ -1,5 +1,7 @@
 """The plan: an epoch is the data set, each sample once, whatever the topology, the streams and the place of a kill."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -35,6 +37,37 @@ def test_kills_and_changes_of_world_lose_nothing(counts, worlds, seed):
     assert seen == [fresh.sample(p) for p in range(position)]
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    counts,
+    st.lists(st.tuples(st.sampled_from([1, 2, 3, 6, 12]), st.integers(1, 5)), min_size=1, max_size=6),
+    st.integers(0, 9),
+)
+def test_a_killed_epoch_is_the_data_set(counts, lives, seed):
+    """Any worlds, each killed after some steps: what they saw, cut at the epochs' ends, is the data set each time."""
+    batch, position, seen = 12, 0, []
+    while position < 2 * sum(counts):
+        for world, steps in lives:
+            plan = Plan(tuple(counts), batch, seed)  # a new process, which knows its position alone
+            ranks = [training_batches(position, batch, batch // world, rank, world) for rank in range(world)]
+            for _ in range(steps):
+                seen += [plan.sample(p) for rank in ranks for p, _ in next(rank)]
+            position += batch * steps
+    everything = [(shard, i) for shard, n in enumerate(counts) for i in range(n)]
+    for epoch in range(2):
+        assert sorted(seen[epoch * len(everything) : (epoch + 1) * len(everything)]) == everything
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 7])
+def test_order_knows_no_workers(world, workers):
+    """Workers take whole micro-batches in turn and the loader asks them in turn: the rank's own order comes back."""
+    for rank in range(world):
+        alone = list(islice(training_batches(16, 16, 2, rank, world), 42))
+        parts = [islice(training_batches(16, 16, 2, rank, world), w, None, workers) for w in range(workers)]
+        assert workers == 0 or [next(parts[i % workers]) for i in range(42)] == alone
+
+
 def test_epochs_differ_and_seeds_differ():
     def order(seed, epoch):
         plan = Plan((50, 50, 50), 10, seed)
@@ -51,6 +84,18 @@ def test_a_rank_reads_few_shards():
         assert len(shards) <= 64 / 8 + 8 + 1
 
 
+def test_shards_of_a_rank_and_of_a_node():
+    """64 ranks, 1000 shards: a share of the shards and at most two cut ones, of which a node of 8 ranks has no more."""
+    plan, batch = Plan((20,) * 1000, batch=512, streams=64), 512
+    for epoch in range(2):
+        shards = [set() for _ in range(64)]
+        for position in range(epoch * plan.size, (epoch + 1) * plan.size):
+            shards[position % batch // 8].add(plan.sample(position)[0])
+        # An epoch does not divide by the batch: 8 samples more or fewer than the share of a rank, so one shard more.
+        assert max(map(len, shards)) <= 1000 / 64 + 2 + 1
+        assert max(len(set().union(*shards[first : first + 8])) for first in range(0, 64, 8)) <= 1000 / 8 + 2 + 4
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 30))
 def test_evaluation_covers_a_split_once(size, world, micro):
@@ -64,7 +109,16 @@ def test_far_positions_cost_what_near_ones_do():
     shard, ordinal = plan.sample(10**15)
     assert 0 <= shard < 1000
     assert 0 <= ordinal < 5000
-    assert len(plan._cache) <= 2 * plan.streams + 2
+    for position in range(10**15, 10**15 + 40_000):
+        plan.sample(position)
+    assert len(plan._cache) <= 2 * plan.streams + 2  # a range and a window for each stream, two epochs
+
+
+def test_a_million_shards():
+    plan = Plan(np.full(1_000_000, 1000), 65536)
+    shard, ordinal = plan.sample(12 * 10**9 + 345)
+    assert plan.size == 10**9 and 0 <= shard < 1_000_000 and 0 <= ordinal < 1000
+    assert sum(array.nbytes for array in plan._cache["shards", 0][1]) == 12 * 1_000_000
 
 
 def test_seeds_do_not_collide():
@@ -78,3 +132,5 @@ def test_refusals():
         share(10, 0, 3)
     with pytest.raises(ValueError, match="empty"):
         Plan((3, 0), 1)
+    with pytest.raises(ValueError, match="streams do not divide"):
+        Plan((3,), 10, streams=4)

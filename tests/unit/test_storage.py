@@ -39,7 +39,7 @@ def test_same_samples_same_bytes(shard, tmp_path):
 
 
 def test_random_access(shard):
-    reader = ShardReader(shard.parent, [shard.name])
+    reader = ShardReader.local(shard.parent, [shard.name])
     for i in (8, 0, 4):
         assert reader.read(0, i) == samples(9)[i]
 
@@ -49,7 +49,7 @@ def test_a_cut_shard_is_never_silent(shard):
     whole = len(content)
     for end in range(0, whole - 10240, 512):  # the last 10 kB are padding
         shard.write_bytes(content[:end])
-        reader = ShardReader(shard.parent, [shard.name])
+        reader = ShardReader.local(shard.parent, [shard.name])
         read = 0
         for i in range(9):
             try:
@@ -69,7 +69,7 @@ def test_every_flipped_bit_of_content_is_found(shard):
             content[place] ^= 1
             shard.write_bytes(content)
             with pytest.raises(BadSample, match="differ"):
-                ShardReader(shard.parent, [shard.name]).read(0, i)
+                ShardReader.local(shard.parent, [shard.name]).read(0, i)
             content[place] ^= 1
 
 
@@ -83,7 +83,7 @@ def test_foreign_members_are_refused(tmp_path):
     write_shard(tmp_path / "x.tar", [{"__key__": "k0", "jpg": b"abc", "json": b"abc"}])
     (tmp_path / "x.tar").write_bytes((tmp_path / "y.tar").read_bytes())
     with pytest.raises(BadSample):
-        ShardReader(tmp_path, ["x.tar"]).read(0, 0)
+        ShardReader.local(tmp_path, ["x.tar"]).read(0, 0)
 
 
 def test_codes_read_back_and_damage_is_named(tmp_path):

@@ -1,0 +1,100 @@
+"""One shard's worth of packing: a work order on disk in, a shard and what there is to say of it out.
+
+Orders lie on disk, so that any process on any node can take any of them, and one that is done is not done again. The same
+order always makes the same bytes.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from hpc import manifest
+from hpc.rundir import atomic_write
+from hpc.shards import index_path, write_shard
+from lesiongen.data import images
+from lesiongen.data.augment import centre
+from lesiongen.data.catalog import Record
+
+ABOUT = ("licence", "attribution", "source")
+
+
+def order(folder: Path, split: str, number: int, records: list[Record], settings: dict) -> Path:
+    """Writes the order for shard `number` of a split. One that is there already, with its result, is kept."""
+    path = folder / "work" / f"{split}-{number:06d}.json"
+    content = json.dumps({"split": split, "settings": settings, "records": [asdict(r) for r in records]}).encode()
+    if not path.exists() or path.read_bytes() != content:
+        result_path(path).unlink(missing_ok=True)
+        atomic_write(path, content)
+    return path
+
+
+def result_path(order: Path) -> Path:
+    return order.with_suffix(".done")
+
+
+def size(order: Path) -> int:
+    return len(json.loads(order.read_text())["records"])
+
+
+def fulfil(order: Path) -> int:
+    """Packs one shard, unless it is there, and records the result. Returns the number of images looked at."""
+    work = json.loads(order.read_text())
+    shard = order.parent.parent / f"{order.stem}.tar"
+    if not _kept(result_path(order), shard):
+        atomic_write(result_path(order), json.dumps(_pack(work, shard)).encode())
+    return len(work["records"])
+
+
+def _kept(result: Path, shard: Path) -> bool:
+    try:
+        entry = json.loads(result.read_text())["entry"]
+    except (OSError, ValueError):
+        return False
+    return entry is None or (shard.exists() and shard.stat().st_size == entry["bytes"] and index_path(shard).exists())
+
+
+def _pack(work: dict, shard: Path) -> dict:
+    """{"entry" for the manifest, None for an empty shard; "rejected"; "catalog" rows; "about": counts of licences …}."""
+    settings, channels = work["settings"], work["settings"]["channels"]
+    rejected, rows, about = [], [], {what: Counter() for what in ABOUT}
+    # Whole numbers: sums come out the same in whatever order shards are merged.
+    moments = np.zeros((3, channels), dtype=np.int64)  # pixels, sum, sum of squares
+    number_of = {name: i for i, name in enumerate(settings["classes"])}
+
+    def samples() -> Iterator[dict]:
+        for record in (Record(**r) for r in work["records"]):
+            try:
+                image = images.shrink(images.decode(Path(record.path).read_bytes(), channels), settings["size"])
+            except (images.BadImage, OSError) as error:
+                rejected.append({"image": record.image, "reason": str(error)})
+                continue
+            if work["split"] == "train":
+                pixels = centre(images.to_tensor(image), settings["size"]).flatten(1).numpy().astype(np.int64)
+                moments[:] += [[pixels.shape[1]] * channels, pixels.sum(1), (pixels**2).sum(1)]
+            for what, count in about.items():
+                count[getattr(record, what)] += 1
+            place = [work["split"], shard.name, len(rows)]
+            rows.append([record.image, record.own_group, record.group, *place, record.dx, record.licence])
+            yield {
+                "__key__": "".join(c if c.isalnum() or c in "_-" else "_" for c in record.image)[:80],
+                "__label__": number_of.get(record.dx, -1),
+                settings["format"]: images.encode(image, settings["format"], settings["quality"]),
+                "json": json.dumps(record.facts(), sort_keys=True).encode(),
+            }
+
+    count = write_shard(shard, samples())
+    entry = None
+    if count:
+        classes = dict(sorted(Counter(row[6] for row in rows).items()))
+        index = manifest.describe(index_path(shard))
+        entry = manifest.describe(shard, split=work["split"], count=count, classes=classes, index=index)
+        if work["split"] == "train":
+            entry["moments"] = dict(zip(("pixels", "sum", "squares"), moments.tolist(), strict=True))
+    else:
+        shard.unlink()
+        index_path(shard).unlink()
+    return {"entry": entry, "rejected": rejected, "catalog": rows, "about": about}
