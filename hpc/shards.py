@@ -22,6 +22,7 @@ import torch.utils.data
 import webdataset as wds
 from safetensors.numpy import load, save
 
+from hpc.errors import UserError
 from hpc.plan import Plan, sample_seed, share, split
 from hpc.rundir import atomic_write
 from hpc.storage import StorageError, Store
@@ -62,7 +63,7 @@ def index_path(shard: Path) -> Path:
 
 
 class ShardReader:
-    """Random access to the samples of finished shards. Not shared between processes; keeps at most 32 shards open.
+    """Random access to the samples of finished shards. Not shared between processes; keeps a few shards open.
 
     shards: the store that holds each, and its entry in the manifest"""
 
@@ -107,12 +108,12 @@ class ShardReader:
                 with open(store.open(entry.get("index") or {"name": entry["name"] + INDEX}), "rb") as file:
                     index = load(file.read())
                 found = (store.open(entry), index)
-            except StorageError:
-                raise  # of the network, not of this sample
+            except (StorageError, UserError):
+                raise  # of the network or the cache, not of this sample
             except Exception as error:
                 raise BadSample(f"{entry['name']} cannot be opened: {error}") from None
             self.open[shard] = found
-            if len(self.open) > 32:
+            if len(self.open) > (4 if store.cache else 32):  # a file that the cache gave up holds its room until closed
                 os.close(self.open.popitem(last=False)[1][0])
         self.open.move_to_end(shard)
         return self.open[shard]

@@ -53,9 +53,13 @@ def main(folder: Path, srun: int) -> int | None:
 
 
 def count_failure(folder: Path, code: int) -> int:
-    """Writes down a failure; how many there were in this job since its last checkpoint."""
-    checkpoints = (folder.parent.parent / folder.name / "checkpoints").glob("step-*/MANIFEST.json")
+    """Writes down a failure; how many there were in this job since it last got on: a checkpoint, or a file it keeps."""
+    stage = folder.parent.parent / folder.name
+    checkpoints = (stage / "checkpoints").glob("step-*/MANIFEST.json")
     at = max((p.parent.name for p in checkpoints), key=lambda name: (len(name), name), default="start")
+    if at == "start":
+        kept = ("work/*.done", "*.safetensors", "images/*.png")  # of pack, encode and sample
+        at = f"{sum(1 for pattern in kept for _ in stage.glob(pattern))} files"
     journal.append(folder / FAILURES, {"attempt": attempt(), "at": at, "code": code, "time": time.time()})
     job = attempt().partition(".")[0] + "."
     return sum(1 for e in journal.read(folder / FAILURES) if e["at"] == at and e["attempt"].startswith(job))

@@ -11,8 +11,8 @@ import time
 import torch
 from PIL import Image
 
+from lesiongen.card import statement
 from lesiongen.data import images
-from lesiongen.data.licences import strictest
 
 PLOTS = (  # picture, title, what to look for
     ("distances", "Distance to the training data", "Samples should lie where held-out images lie, not left of them."),
@@ -67,7 +67,7 @@ def page(
     facts = [
         f"{time.strftime('%d %B %Y')} · {sum(data['generated'].values()):,} samples of {data['size']} px",
         f"Real data: {sources}; {listed} images of {sum(data['lesions'].values()):,} lesions",
-        f"Strictest licence of the data: {strictest(list(data['licences']))}. This page shows real training images: "
+        f"Strictest licence of the data: {statement(data)}. This page shows real training images: "
         "pass it on only as far as that allows.",
     ]
     out = [f"<h1>{esc(name)} <span class='tag'>SYNTHETIC IMAGES</span></h1>"]

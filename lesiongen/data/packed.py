@@ -130,4 +130,3 @@ def moments(entries: list[dict]) -> dict:
         "std": [round(v, 6) for v in (np.sqrt(variance) / 255).tolist()],
         "data_variance": round(float(overall / 255**2), 6),
     }
-

@@ -82,15 +82,13 @@ class Pictures:
 
 
 class Real(Pictures):
-    """Splits of the shards, unaugmented, in their order, whole on this rank; """
+    """Splits of the shards, unaugmented, in their order, whole on this rank;"""
 
     def __init__(self, shards: Packed, names: list[str]):
         self.sets = [ImageShards(shards, name) for name in names]
         self.readers = [s.reader() for s in self.sets]
         self.numbers = {c: i for i, c in enumerate(self.sets[0].classes)}
-        self.places = [
-            (k, shard, i) for k, s in enumerate(self.sets) for shard, n in enumerate(s.counts) for i in range(n)
-        ]
+        self.places = [(k, shard, i) for k, s in enumerate(self.sets) for shard, n in enumerate(s.counts) for i in range(n)]
         self.groups: dict[str, str] = {}  # group: split
         super().__init__(self.sets[0].size, self.sets[0].channels, len(self.places), f"read {' + '.join(names)}")
 

@@ -18,6 +18,7 @@ from hpc.errors import UserError
 from hpc.loop import train
 from hpc.plan import split
 from hpc.shards import training_batches
+from lesiongen.card import card
 from lesiongen.data import images
 from lesiongen.data.balance import plan_for
 from lesiongen.experiment import Experiment, PriorConfig
@@ -198,9 +199,17 @@ class PriorTask:
             "level": self.level,
             "classes": self.classes,
             "tokenizer": self.store.manifest["tokenizer"],
+            "data": {key: self.store.manifest[key] for key in ("licences", "attributions", "sources")},
             "held_out": metrics,
         }
-        write_export(self.folder / "export", module.net, facts)
+        about = {
+            "level": self.level,
+            "grid": "×".join(map(str, self.shape["grid"])),
+            "labels": ", ".join(self.classes) or "none",
+        }
+        about |= {"codes of tokenizer": facts["tokenizer"]}
+        name = f"{self.config.name}: prior of level {self.level}"
+        write_export(self.folder / "export", module.net, facts, card("prior", name, about, facts["data"], metrics))
 
 
 def check_codes(config: Experiment, store: CodeStore) -> None:

@@ -16,7 +16,9 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.progress import bar
 from hpc.rundir import atomic_write
+from lesiongen.card import card
 from lesiongen.data import images
+from lesiongen.data.licences import strictest
 from lesiongen.experiment import Experiment, SampleConfig
 from lesiongen.sampling import Choice, uniforms
 from lesiongen.stages.base import Stage, digest_of, require
@@ -44,6 +46,8 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
                 f"prior-{level} was trained on codes of tokenizer {prior['tokenizer']}, this run's tokenizer is "
                 f"{provenance['tokenizer']}. Train the prior on this tokenizer's codes, or set inputs.tokenizer."
             )
+    data = next(iter(priors.values()))[1]["data"]
+    provenance["licence_of_training_images"] = strictest(data["licences"])
     batches = range(0, own.number, own.batch)[topology.rank :: topology.world]
     with bar(own.number, "sample", initial=0, shown=topology.leader) as progress:
         for first in batches:
@@ -56,7 +60,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
                     atomic_write(path, png_with(image, about))
             progress.update(len(members) * (topology.world if topology.leader else 1))
     dist.barrier()
-    return dist.leader_does(_finish, folder, own, labels, provenance)
+    return dist.leader_does(_finish, folder, own, labels, provenance, card("samples", config.name, provenance, data, {}))
 
 
 def plan_labels(own: SampleConfig, classes: list[str]) -> list[str]:
@@ -96,7 +100,7 @@ def png_with(image_CHW: torch.Tensor, about: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _finish(folder: Path, own: SampleConfig, labels: list[str], provenance: dict[str, str]) -> str:
+def _finish(folder: Path, own: SampleConfig, labels: list[str], provenance: dict[str, str], readme: str) -> str:
     names = [file_name(i, label) for i, label in enumerate(labels)]
     settings = {k: v for k, v in plain(own).items() if k in ("temperature", "top_k", "top_p", "guidance", "seed")}
     table = io.StringIO()
@@ -109,6 +113,7 @@ def _finish(folder: Path, own: SampleConfig, labels: list[str], provenance: dict
     tiles = [np.array(Image.open(folder / "images" / name)) for name in shown]
     stacked = torch.from_numpy(np.stack([t[None] if t.ndim == 2 else t.transpose(2, 0, 1) for t in tiles]))
     atomic_write(folder / "contact.png", images.png(images.grid(stacked, 8)))
+    atomic_write(folder / "README.md", readme.encode())
     atomic_write(folder / "metadata.csv", table.getvalue().encode())
     sums = "".join(hashlib.sha256((folder / "images" / n).read_bytes()).hexdigest() for n in names)
     return hashlib.sha256((table.getvalue() + sums).encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.loop import train
 from hpc.rundir import atomic_write
+from lesiongen.card import card
 from lesiongen.data import images
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
@@ -79,7 +80,7 @@ class TokenizerTask:
     metric = "mse"
 
     def __init__(self, config: Experiment, shards: Packed, folder: Path):
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.name = config, folder, f"{config.name}: tokenizer"
         self.data = ImageShards(shards, "train")
         self.held_out = ImageShards(shards, "val")
         self.size = len(self.data)
@@ -107,7 +108,9 @@ class TokenizerTask:
 
     def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
         facts = {"model": plain(self.config.tokenizer.model), "channels": self.data.channels, "size": self.data.size}
-        write_export(self.folder / "export", module.net, facts | {"held_out": metrics})
+        facts |= {"data": self.data.packed.about, "held_out": metrics}
+        about = {"levels": " + ".join(f"{g}² {n}" for n, g in self.grids.items()), "image size": f"{self.data.size} px"}
+        write_export(self.folder / "export", module.net, facts, card("tokenizer", self.name, about, facts["data"], metrics))
 
 
 def check_codebooks(net: VQVAE2) -> None:
@@ -144,11 +147,12 @@ def held_out_figures(net: VQVAE2, data: ImageShards, micro: int) -> tuple[dict[s
     return metrics, {"reconstructions": picture} if picture else {}
 
 
-def write_export(folder: Path, net: nn.Module, facts: dict) -> None:
-    """Release weights: safetensors and what is needed to build the model again."""
+def write_export(folder: Path, net: nn.Module, facts: dict, readme: str) -> None:
+    """Release weights: safetensors, what is needed to build the model again, and a card for people."""
     weights = {k: v.detach().float().cpu().contiguous() for k, v in net.state_dict().items()}
     content = save(weights)
     atomic_write(folder / "model.safetensors", content)
+    atomic_write(folder / "README.md", readme.encode())
     atomic_write(folder / "config.yaml", yaml.safe_dump(facts, sort_keys=False, allow_unicode=True).encode())
 
 

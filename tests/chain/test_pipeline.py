@@ -34,7 +34,7 @@ def test_every_stage_leaves_what_the_contract_says(run):
     for stage in STAGES:
         assert json.loads((run / stage / "stage.json").read_text())["done"], stage
     for stage in ("tokenizer", "prior-top", "prior-bottom"):
-        assert {p.name for p in (run / stage / "export").iterdir()} == {"model.safetensors", "config.yaml"}
+        assert {p.name for p in (run / stage / "export").iterdir()} == {"model.safetensors", "config.yaml", "README.md"}
         assert (run / stage / "config.yaml").exists()
         rows = record.read_metrics(run / stage)
         assert {"step", "samples", "time"} <= rows[0].keys()
@@ -51,6 +51,16 @@ def test_the_log_has_each_figure_for_train_and_held_out(run):
             assert {f"{where}/usage/{level}", f"{where}/perplexity/{level}", f"{where}/psnr", f"{where}/ssim"} <= found
     found = {k for r in record.read_metrics(run / "prior-top") for k in r}
     assert {"train/bits_per_token", "val/bits_per_token", "val/bigram_bits", "lr", "system/memory_resident_gb"} <= found
+
+
+def test_licences_are_stated_wherever_something_leaves(run):
+    for place in ("tokenizer/export", "prior-top/export", "prior-bottom/export", "samples"):
+        text = (run / place / "README.md").read_text()
+        assert "Strictest licence among the training images: **CC-0**" in text, place
+        assert "lesiongen phantom" in text
+    assert "CC-0" in (run / "report" / "report.html").read_text()
+    assert json.loads((run / "codes" / "manifest.json").read_text())["licences"]["CC-0"] > 0
+    assert "licence_of_training_images" in (run / "samples" / "metadata.csv").read_text().splitlines()[0]
 
 
 def test_no_lesion_is_in_two_splits(run):

@@ -53,9 +53,11 @@ def files(run: Path) -> set[str]:
 
 
 def test_the_pipeline_as_jobs_makes_what_run_makes(cluster, phantoms, tmp_path):
+    """Packing divided over the tasks of two nodes makes the same shards, too."""
     command = [*ELSEWHERE, "run", DEMO, *tiny(phantoms, tmp_path / "here")]
     here = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    jobs = submit("--cluster", LOCAL, *tiny(phantoms, tmp_path / "there"))
+    nodes = cluster_file(tmp_path, stages={"shards": {"nodes": 2, "tasks_per_node": 2}})
+    jobs = submit("--cluster", nodes, *tiny(phantoms, tmp_path / "there"))
     assert list(jobs) == STAGES
     a, b = tmp_path / "here" / "tiny", tmp_path / "there" / "tiny"
     assert f"job {jobs['report']} PENDING (Dependency)" in lesiongen("status", b)
