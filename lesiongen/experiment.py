@@ -10,7 +10,7 @@ from hpc.errors import UserError
 from hpc.loop import TrainConfig
 from hpc.optim import OptimConfig
 from hpc.storage import CacheConfig
-from lesiongen.data.augment import AugmentConfig
+from lesiongen.data.augment import AugmentConfig, PreprocessConfig
 from lesiongen.data.balance import StreamConfig
 from lesiongen.models.gpt import GPTConfig
 from lesiongen.models.vqvae2 import VQVAE2Config
@@ -37,6 +37,7 @@ class DataConfig:
     near_duplicates: bool = False  # find lesions photographed or scanned again, and join their groups
     size: int = 256  # short side in pixels
     channels: Literal[1, 3] = 3
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)  # of every image, once
     format: Literal["jpg", "png"] = "jpg"
     quality: int = 95  # of JPEG; format png is lossless
     val: float = 0.1  # share of lesions

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hpc import manifest
-from hpc.config import digest
+from hpc.config import differences, digest
 from hpc.errors import UserError
 from hpc.storage import CacheConfig, Store
 
@@ -24,12 +24,13 @@ class Packed:
         self.name = ", ".join(str(place) for place in places)
         self.manifests = [_manifest(store) for store in self.stores]
         first = self.manifests[0]
-        self.size, self.channels = first["size"], first["channels"]
+        self.size, self.channels, self.preprocess = first["size"], first["channels"], first["preprocess"]
         for store, other in zip(self.stores, self.manifests, strict=True):
-            if (other["size"], other["channels"]) != (self.size, self.channels):
+            kinds = [{k: m[k] for k in ("size", "channels", "preprocess")} for m in (first, other)]
+            if changed := differences(*kinds):
                 raise UserError(
-                    f"{store.where} holds images of {other['size']} px and {other['channels']} channels, "
-                    f"{self.stores[0].where} of {self.size} px and {self.channels}. Pack them alike to use them together."
+                    f"{self.stores[0].where} and {store.where} were packed otherwise ({'; '.join(changed)}). Pack them alike to "
+                    "use them together."
                 )
         self.classes: list[str] = self._union("classes")
         self.vocabularies = {

@@ -16,7 +16,7 @@ from hpc import manifest
 from hpc.rundir import atomic_write
 from hpc.shards import index_path, write_shard
 from lesiongen.data import images
-from lesiongen.data.augment import centre
+from lesiongen.data.augment import PreprocessConfig, centre, preprocess
 from lesiongen.data.catalog import Record
 
 ABOUT = ("licence", "attribution", "source")
@@ -63,17 +63,20 @@ def _pack(work: dict, shard: Path) -> dict:
     rejected, rows, about = [], [], {what: Counter() for what in ABOUT}
     # Whole numbers: sums come out the same in whatever order shards are merged.
     moments = np.zeros((3, channels), dtype=np.int64)  # pixels, sum, sum of squares
+    prepare = PreprocessConfig(**settings["preprocess"])
+    larger = round(settings["size"] / prepare.centre)  # what is cut away is cut before the size is right
     number_of = {name: i for i, name in enumerate(settings["classes"])}
 
     def samples() -> Iterator[dict]:
         for record in (Record(**r) for r in work["records"]):
             try:
-                image = images.shrink(images.decode(Path(record.path).read_bytes(), channels), settings["size"])
+                image = images.decode(Path(record.path).read_bytes(), channels, larger)
             except (images.BadImage, OSError) as error:
                 rejected.append({"image": record.image, "reason": str(error)})
                 continue
+            view = preprocess(images.to_tensor(images.shrink(image, larger)), prepare)
             if work["split"] == "train":
-                pixels = centre(images.to_tensor(image), settings["size"]).flatten(1).numpy().astype(np.int64)
+                pixels = centre(view, settings["size"]).flatten(1).numpy().astype(np.int64)
                 moments[:] += [[pixels.shape[1]] * channels, pixels.sum(1), (pixels**2).sum(1)]
             for what, count in about.items():
                 count[getattr(record, what)] += 1
@@ -82,7 +85,7 @@ def _pack(work: dict, shard: Path) -> dict:
             yield {
                 "__key__": "".join(c if c.isalnum() or c in "_-" else "_" for c in record.image)[:80],
                 "__label__": number_of.get(record.dx, -1),
-                settings["format"]: images.encode(image, settings["format"], settings["quality"]),
+                settings["format"]: images.encode(images.to_image(view), settings["format"], settings["quality"]),
                 "json": json.dumps(record.facts(), sort_keys=True).encode(),
             }
 

@@ -36,7 +36,7 @@ class ImageShards:
         """Pixels as packed, uint8 [C, H, W], and the facts beside them. Raises BadSample."""
         try:
             content = raw["jpg"] if "jpg" in raw else raw["png"]
-            return images.to_tensor(images.decode(content, self.channels)), json.loads(raw["json"])
+            return images.pixels(content, self.channels), json.loads(raw["json"])
         except (images.BadImage, ValueError, KeyError) as error:
             raise BadSample(f"{raw.get('__key__')}: {error}") from None
 

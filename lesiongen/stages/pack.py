@@ -118,6 +118,7 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
     listed["vocabularies"] = catalog.vocabularies(records, classes, before.get("vocabularies"))
     atomic_write(folder / "work" / "listed.json", json.dumps(listed).encode())
     settings = {k: getattr(data, k) for k in ("size", "channels", "format", "quality")} | {"classes": classes}
+    settings["preprocess"] = plain(data.preprocess)
     orders = []
     for split, chosen in members.items():
         taken = sum(s["split"] == split for s in before.get("shards", []))
@@ -211,7 +212,8 @@ def _commit(data: DataConfig, folder: Path, orders: list[str], append: bool) -> 
         if orphan.name not in listed_now:
             orphan.unlink()
             index_path(orphan).unlink(missing_ok=True)
-    facts = {"schema": 1, "size": data.size, "channels": data.channels, "classes": listed["classes"], "counts": counts}
+    facts = {"schema": 1, "size": data.size, "channels": data.channels, "preprocess": plain(data.preprocess)}
+    facts |= {"classes": listed["classes"], "counts": counts}
     facts |= {"groups": groups, "vocabularies": listed["vocabularies"], **about, **moments(entries)}
     facts |= {"rejected": before.get("rejected", 0) + len(rejected), "catalogs": catalogs, "shards": entries}
     digest = manifest.write(folder, facts)

@@ -94,9 +94,8 @@ def png_with(image_CHW: torch.Tensor, about: dict[str, str]) -> bytes:
     info = PngInfo()
     for key, value in about.items():
         info.add_text(key, value or "")
-    array = image_CHW.numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0)).save(buffer, "PNG", pnginfo=info)
+    images.to_image(image_CHW).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
