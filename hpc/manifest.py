@@ -46,13 +46,15 @@ def parse(content: bytes, where: str) -> dict:
     """A manifest from its bytes. Raises UserError for what is none, or names files that lie elsewhere."""
     try:
         found = json.loads(content)
-        names = [entry["name"] for entry in found["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}/{NAME} is damaged ({error}). Restore it, or make the stage again.") from None
+        entries = [*found["shards"], *found.get("catalogs", [])]
+        entries += [entry["index"] for entry in found["shards"] if "index" in entry]
+        names = [entry["name"] for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}/{NAME} is damaged ({error!r}). Restore it, or make the stage again.") from None
     for name in names:
         # Manifests are as untrusted as shards: no path out of the folder, no URL, no command.
-        if not re.fullmatch(r"[\w][\w.-]*", name):
-            raise UserError(f"{where}/{NAME} names the shard '{name}', which is no plain file name; it is not to be trusted.")
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+            raise UserError(f"{where}/{NAME} names the file {name!r}, which is no plain file name; it is not to be trusted.")
     return found
 
 

@@ -8,6 +8,7 @@ pipeline.
 
 import io
 import os
+import re
 import signal
 import tarfile
 import zlib
@@ -80,15 +81,20 @@ class ShardReader:
         """{"__key__", "<suffix>": bytes, …}. Raises BadSample for missing, cut, altered or foreign members."""
         fd, index = self._shard(shard)
         where = f"{self.shards[shard][1]['name']}[{ordinal}]"
-        sample = {}
-        for offset, size, crc in zip(index["offset"][ordinal], index["size"][ordinal], index["crc32"][ordinal], strict=True):
-            data = os.pread(fd, BLOCK + int(size), int(offset) - BLOCK)
+        if not 0 <= ordinal < len(index["offset"]):
+            raise BadSample(f"{where}: the shard has {len(index['offset'])} samples")
+        length, sample = os.fstat(fd).st_size, {}
+        for offset, size, crc in zip(*(index[k][ordinal].tolist() for k in ("offset", "size", "crc32")), strict=True):
+            if offset < BLOCK or size < 0 or offset + size > length:
+                raise BadSample(f"{where}: bytes {offset} to {offset + size} lie outside the shard, which has {length}")
+            data = os.pread(fd, BLOCK + size, offset - BLOCK)
             content = data[BLOCK:]
             if len(content) != size or zlib.crc32(content) != crc:
                 raise BadSample(f"{where}: bytes differ from the index")
             key, _, suffix = data[:100].rstrip(b"\0").decode(errors="replace").partition(".")
-            if suffix not in SUFFIXES or sample.setdefault("__key__", key) != key:
-                raise BadSample(f"{where}: member '{key}.{suffix}' does not belong here")
+            plain = data[156:157] in (b"0", b"\0") and re.fullmatch(r"[\w-]+", key)  # a file, not a link or a device
+            if not plain or suffix not in SUFFIXES or suffix in sample or sample.setdefault("__key__", key) != key:
+                raise BadSample(f"{where}: member {key + '.' + suffix!r} does not belong here")
             sample[suffix] = content
         return sample
 
@@ -105,8 +111,9 @@ class ShardReader:
         if shard not in self.open:
             store, entry = self.shards[shard]
             try:
-                with open(store.open(entry.get("index") or {"name": entry["name"] + INDEX}), "rb") as file:
-                    index = load(file.read())
+                described = entry.get("index") or {"name": entry["name"] + INDEX}
+                with open(store.open(described), "rb") as file:
+                    index = _index(file.read(), described.get("crc32"))
                 found = (store.open(entry), index)
             except (StorageError, UserError):
                 raise  # of the network or the cache, not of this sample
@@ -120,6 +127,17 @@ class ShardReader:
 
     def __getstate__(self):  # file descriptors stay behind when a worker starts
         return {"shards": self.shards, "open": OrderedDict(), "members": {}}
+
+
+def _index(content: bytes, crc32: int | None) -> dict[str, np.ndarray]:
+    """Raises ValueError for an index that is none, or not the manifest's."""
+    if crc32 is not None and zlib.crc32(content) != crc32:
+        raise ValueError("the index differs from the manifest")
+    index = load(content)
+    shape = index["offset"].shape
+    if len(shape) != 2 or any(index[k].shape != shape or index[k].dtype != np.int64 for k in ("offset", "size", "crc32")):
+        raise ValueError("the index is no table of offset, size and crc32")
+    return index
 
 
 class Source(torch.utils.data.IterableDataset):

@@ -29,8 +29,8 @@ class Packed:
             kinds = [{k: m[k] for k in ("size", "channels", "preprocess")} for m in (first, other)]
             if changed := differences(*kinds):
                 raise UserError(
-                    f"{self.stores[0].where} and {store.where} were packed otherwise ({'; '.join(changed)}). Pack them alike to "
-                    "use them together."
+                    f"{self.stores[0].where} and {store.where} were packed differently ({'; '.join(changed)}). Pack "
+                    "them alike to use them together."
                 )
         self.classes: list[str] = self._union("classes")
         self.vocabularies = {

@@ -4,7 +4,9 @@ Orders lie on disk, so that any process on any node can take any of them, and on
 order always makes the same bytes.
 """
 
+import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -83,7 +85,7 @@ def _pack(work: dict, shard: Path) -> dict:
             place = [work["split"], shard.name, len(rows)]
             rows.append([record.image, record.own_group, record.group, *place, record.dx, record.licence])
             yield {
-                "__key__": "".join(c if c.isalnum() or c in "_-" else "_" for c in record.image)[:80],
+                "__key__": key(record.image),
                 "__label__": number_of.get(record.dx, -1),
                 settings["format"]: images.encode(images.to_image(view), settings["format"], settings["quality"]),
                 "json": json.dumps(record.facts(), sort_keys=True).encode(),
@@ -101,3 +103,9 @@ def _pack(work: dict, shard: Path) -> dict:
         shard.unlink()
         index_path(shard).unlink()
     return {"entry": entry, "rejected": rejected, "catalog": rows, "about": about}
+
+
+def key(image: str) -> str:
+    """A name that tar and every file system take, and two images never share."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", image)[:80]
+    return plain if plain == image else f"{plain[:70]}-{hashlib.sha256(image.encode()).hexdigest()[:8]}"
