@@ -6,6 +6,7 @@ processes each; rank 0 merges the results. Killed and run again, it goes on with
 
 import csv
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,15 +18,18 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from hpc import dist, health, manifest
 from hpc.config import plain
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.progress import bar
 from hpc.rundir import atomic_write
-from hpc.shards import index_path
-from lesiongen.data import catalog, packing, splits
-from lesiongen.data.catalog import SPLITS
+from hpc.shards import ShardReader, index_path
+from lesiongen.data import catalog, duplicates, images, packing, splits
+from lesiongen.data.catalog import SPLITS, Record
 from lesiongen.data.packed import CATALOG, moments
 from lesiongen.experiment import DataConfig, Experiment
 from lesiongen.stages.base import Stage
@@ -108,7 +112,7 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
     pairs = list(found.pairs)
     if data.near_duplicates and records:
         with pool(data.processes or processes(len(records), Topology())) as each:
-            pairs += _near_duplicates(records, data.channels, folder, packed, each)
+            pairs += _near_duplicates(records, folder, packed, _suffix(before), each)
     members, unjoined = splits.assign(records, data.val, data.test, pairs, {k: v[:3] for k, v in packed.items()})
     _refuse_many(rejected + unjoined, found.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
     if not append:
@@ -144,19 +148,47 @@ def read_catalogs(folder: Path, facts: dict) -> Iterator[dict[str, str]]:
             yield from csv.DictReader(file)
 
 
-def _near_duplicates(records, channels: int, folder: Path, packed: dict, each: Callable) -> list[tuple[str, str]]:
+def _near_duplicates(records: list[Record], folder: Path, packed: dict, suffix: str, each: Callable) -> list[tuple[str, str]]:
     """Pairs of images that show one lesion, among the new ones and between them and those packed; listed, with pictures."""
-    from lesiongen.data import duplicates
+    paths = {r.image: Path(r.path) for r in records}
+    names = sorted({place[3] for place in packed.values()})
+    reader, number = ShardReader.local(folder, names), {name: i for i, name in enumerate(names)}
 
-    paths = [Path(r.path) for r in records]
-    new = [r.image for r in records]
-    with bar(len(records), "thumbnails") as progress:
-        thumbnails = {}
-        for image, found in zip(new, each(partial(duplicates.thumbnail_of, channels), paths), strict=True):
+    def stored(image: str) -> bytes:
+        *_, shard, ordinal = packed[image]
+        raw = reader.read(number[shard], int(ordinal))
+        return raw.get("jpg") or raw["png"]
+
+    with bar(len(packed) + len(paths), "duplicates: read") as progress:
+        found = {}
+        contents = ((image, stored(image)) for image in packed)
+        for image, thumbnail in itertools.chain(
+            ((image, duplicates.thumbnail(images.decode(content))) for image, content in contents),
+            zip(paths, each(_thumbnail, paths.values()), strict=True),
+        ):
             progress.update()
-            if found is not None:
-                thumbnails[image] = found
-    raise NotImplementedError
+            if thumbnail is not None:
+                found[image] = thumbnail
+    pairs = duplicates.find(list(found), np.stack(list(found.values())), new_from=len(packed))
+    if pairs:
+
+        def load(image: str) -> Image.Image:
+            return images.decode(paths[image].read_bytes() if image in paths else stored(image))
+
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([("a", "b", "score"), *((p.a, p.b, p.score) for p in pairs)])
+        atomic_write(folder / f"near-duplicates{suffix}.csv", table.getvalue().encode())
+        atomic_write(folder / f"near-duplicates{suffix}.png", images.png(duplicates.sheet(pairs, load)))
+    print(f"{len(pairs):,} pairs of near duplicates" + (f", see {folder / f'near-duplicates{suffix}.png'}" if pairs else ""))
+    return [(pair.a, pair.b) for pair in pairs]
+
+
+def _thumbnail(path: Path) -> np.ndarray | None:
+    """None for what packing will reject."""
+    try:
+        return duplicates.thumbnail(images.decode(path.read_bytes(), size=duplicates.SIDE))
+    except (images.BadImage, OSError):
+        return None
 
 
 def _suffix(before: dict) -> str:

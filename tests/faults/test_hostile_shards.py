@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -315,3 +317,39 @@ def test_stock_tools_read_our_shards(folder):
     with tarfile.open(shard) as tar:
         assert all(member.isreg() and member.mode == 0o444 and member.mtime == 0 for member in tar)
         assert tar.getnames() == [f"k{i}.{suffix}" for i in range(6) for suffix in ("jpg", "json")]
+
+
+def test_labels_that_are_not_where_the_manifest_says(folder):
+    """Balanced streams look labels up before they read."""
+    source = reader(folder)
+    assert [source.member(0, label, 2) for label in (0, 1)] == [4, 5]
+    for label, number in ((0, 3), (1, 3), (2, 0), (-1, 0)):
+        with pytest.raises(BadSample, match="fewer samples of a label"):
+            source.member(0, label, number)
+    change(folder, label=np.zeros(4, dtype=np.int32))
+    assert readable(folder) == []
+
+
+def test_a_process_that_ends_in_the_middle_of_a_stream_ends(folder):
+    """Its worker ignores the signal that Python would end it with."""
+    code = """
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from hpc.plan import Plan
+from hpc.shards import ShardReader, Source, loader, training_batches
+batches = partial(training_batches, 0, 2, 2, 0, 1)
+stream = loader(Source(ShardReader.local(Path("."), ["a.tar"]), Plan((6,), 2), batches), dict, itemgetter(0), 2, 1)
+print(next(stream)["__key__"])
+"""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.stdout.strip() in {s["__key__"] for s in SAMPLES}
+    assert (done.returncode, done.stderr) == (0, "")
