@@ -186,10 +186,15 @@ def loader(source: Source, decode, collate, batch: int, workers: int) -> Iterato
     pipeline = wds.DataPipeline(
         source, wds.map(partial(source.decoded, decode)), wds.batched(batch, collation_fn=collate, partial=True)
     )
-    extra = {}
+    extra = {"collate_fn": _as_it_is}
     if workers:
-        extra = {"prefetch_factor": 4, "multiprocessing_context": "spawn", "worker_init_fn": _ignore_signals}
+        extra |= {"prefetch_factor": 4, "multiprocessing_context": "spawn", "worker_init_fn": _ignore_signals}
     return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **extra))
+
+
+def _as_it_is(batch):
+    """Batches are ready; the loader would walk through all their facts in search of arrays."""
+    return batch
 
 
 def _ignore_signals(_worker: int) -> None:

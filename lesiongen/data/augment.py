@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, grid_sample, interpolate
 from torchvision.transforms.v2 import functional as F
 
 GREY = (0.2989, 0.587, 0.114)  # luma of BT.601, as torchvision rounds it
@@ -165,7 +165,8 @@ def crop(
     top, left = round((height - tall) * top), round((width - wide) * left)
     window = image_CHW[:, top : top + tall, left : left + wide]  # a view: channels stay last
     box = math.ceil(size * room)
-    out = window if box == tall == wide else F.resize(window, [box, box], antialias=True)
+    # What torchvision's resize calls, without its copy of a window whose channels lie last.
+    out = window if box == tall == wide else interpolate(window[None], (box, box), mode="bilinear", antialias=True)[0]
     return rotate(out, size, angle) if angle else out
 
 

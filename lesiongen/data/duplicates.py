@@ -213,6 +213,8 @@ def _scores(a_PSS: torch.Tensor, b_PSS: torch.Tensor, variants_P22: torch.Tensor
     maps, scores = _align(a, b, torch.where((other > height)[:, None, None], turned, upright), 12)
     keep = scores > COARSE
     scores -= 1
+    if not keep.any():
+        return scores
     a, b, maps = a_PSS[keep], b_PSS[keep], maps[keep]
     for fine, wide, steps in ((1, 4, 6), (0.7, 2, 6)):
         maps, best = _align(_detail(a, fine, wide), _detail(b, fine, wide), maps, steps)

@@ -23,8 +23,8 @@ class BadImage(ValueError):
 def decode(content: bytes, channels: int = 3, size: int = 0) -> Image.Image:
     """PIL image in RGB (channels=3) or L (1), upright, sRGB, transparency on white. Raises BadImage.
 
-    With `size`, what shrink() will be asked for: a JPEG of 8 times that is read at an integer fraction, several times
-    faster, still at least 4 times larger than needed, so that the result is the same but for rounding."""
+    With `size`, what shrink() will be asked for, a JPEG at least 8 times as large is read at a fraction of its size: several
+    times faster, and still 4 times larger than needed, so that the result is the same but for rounding."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
