@@ -6,11 +6,13 @@ shard is never silent, and the label of each sample as [S]. The plan's reader is
 pipeline.
 """
 
+import atexit
 import io
 import os
 import re
 import signal
 import tarfile
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,7 +107,10 @@ class ShardReader:
             order = np.argsort(labels, kind="stable").astype(np.int32)
             self.members[shard] = (order, labels[order])
         order, labels = self.members[shard]
-        return int(order[int(labels.searchsorted(label)) + number])
+        place = int(labels.searchsorted(label)) + number
+        if place >= len(labels) or labels[place] != label:
+            raise BadSample(f"{self.shards[shard][1]['name']} has fewer samples of a label than its manifest says")
+        return int(order[place])
 
     def _shard(self, shard: int) -> tuple[int, dict]:
         if shard not in self.open:
@@ -137,6 +142,8 @@ def _index(content: bytes, crc32: int | None) -> dict[str, np.ndarray]:
     shape = index["offset"].shape
     if len(shape) != 2 or any(index[k].shape != shape or index[k].dtype != np.int64 for k in ("offset", "size", "crc32")):
         raise ValueError("the index is no table of offset, size and crc32")
+    if index["label"].shape != shape[:1]:
+        raise ValueError("the index has not one label for each sample")
     return index
 
 
@@ -153,12 +160,12 @@ class Source(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in islice(self.batches(), first, None, step):
-            for position, slot in batch:
-                yield {"position": position, "slot": slot, **self.fetch(position)}
+            # Read as a whole: between two images that are decoded, this code would find the processor's caches cold.
+            yield from [{"position": position, "slot": slot, **self.fetch(position)} for position, slot in batch]
 
     def fetch(self, position: int) -> dict:
-        shard, ordinal = self.plan.sample(position)
         try:
+            shard, ordinal = self.plan.sample(position)  # which looks into an index where labels are balanced
             return {"shard": shard, "ordinal": ordinal, **self.reader.read(shard, ordinal)}
         except BadSample as error:
             return {"error": str(error)}
@@ -188,8 +195,10 @@ def loader(source: Source, decode, collate, batch: int, workers: int) -> Iterato
     )
     extra = {"collate_fn": _as_it_is}
     if workers:
-        extra |= {"prefetch_factor": 4, "multiprocessing_context": "spawn", "worker_init_fn": _ignore_signals}
-    return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **extra))
+        extra |= {"prefetch_factor": 4, "multiprocessing_context": "spawn", "worker_init_fn": _worker}
+    batches = iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **extra))
+    atexit.register(_close, weakref.ref(batches))
+    return map(_tensors, batches)
 
 
 def _as_it_is(batch):
@@ -197,10 +206,22 @@ def _as_it_is(batch):
     return batch
 
 
-def _ignore_signals(_worker: int) -> None:
+def _tensors(batch: dict) -> dict:
+    """Arrays as tensors: between processes a small array goes by value, a tensor as a file with a connection of its own."""
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+
+
+def _close(batches: weakref.ref) -> None:
+    """At exit Python sends workers SIGTERM, which they ignore, and then waits for them: they have to end before."""
+    if alive := batches():
+        alive.close()
+
+
+def _worker(_number: int) -> None:
     """A terminal's Ctrl-C and Slurm's warnings reach workers too; they end when their trainer does, which saves first."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    atexit.register(os._exit, 0)  # a thread that still sends a batch would abort the process if Python took itself apart
 
 
 def training_batches(start: int, batch: int, micro: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:

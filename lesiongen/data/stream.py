@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from hpc import dist
 from hpc.plan import Plan, sample_seed
@@ -96,8 +98,8 @@ def batch_of(samples: list[dict]) -> dict:
     """image uint8 [B, C, H, W]; label [B], -1 for unlabelled; position, slot, shard, ordinal [B]; key, facts, bad lists."""
     numbers = ("label", "position", "slot", "shard", "ordinal")
     return {
-        "image": torch.stack([s["image"] for s in samples]),
-        **{name: torch.tensor([s[name] for s in samples]) for name in numbers},
+        "image": default_collate([s["image"] for s in samples]),  # a worker's directly into shared memory
+        **{name: np.array([s[name] for s in samples]) for name in numbers},
         "key": [s["key"] for s in samples],
         "facts": [s["facts"] for s in samples],
         "bad": [b for s in samples for b in s["bad"]],
