@@ -34,6 +34,8 @@ from lesiongen.data.packed import CATALOG, moments
 from lesiongen.experiment import DataConfig, Experiment
 from lesiongen.stages.base import Stage
 
+MANY = 20  # images of one lesion that are hard to believe
+
 
 def stage(config: Experiment) -> Stage:
     return Stage("shards", (), plain(config.data, volatile=False), run)
@@ -180,6 +182,9 @@ def _near_duplicates(records: list[Record], folder: Path, packed: dict, suffix: 
         atomic_write(folder / f"near-duplicates{suffix}.csv", table.getvalue().encode())
         atomic_write(folder / f"near-duplicates{suffix}.png", images.png(duplicates.sheet(pairs, load)))
     print(f"{len(pairs):,} pairs of near duplicates" + (f", see {folder / f'near-duplicates{suffix}.png'}" if pairs else ""))
+    largest = Counter(duplicates.clusters(pairs).values()).most_common(1)
+    if largest and largest[0][1] > MANY:
+        print(f"warning: {largest[0][1]} images are joined to {largest[0][0]}; look whether they show one lesion")
     return [(pair.a, pair.b) for pair in pairs]
 
 
