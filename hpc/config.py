@@ -105,7 +105,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+        kinds = [a for a in arguments if a is not type(None)]
+        return _convert(_chosen(kinds, value, where) if len(kinds) > 1 else kinds[0], value, where)
     if origin is typing.Literal:
         if value not in arguments:
             raise UserError(f"'{where}' is {value!r}; choose one of {', '.join(map(str, arguments))}.")
@@ -139,6 +140,15 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is float and math.isnan(value)):
         raise wrong
     return value
+
+
+def _chosen(kinds: list[type], value: Any, where: str) -> type:
+    """Of several dataclasses, the one whose field `kind` has the value's; the first where the value has none."""
+    named = {typing.get_args(typing.get_type_hints(k)["kind"])[0]: k for k in kinds}
+    wanted = value.get("kind", next(iter(named))) if isinstance(value, dict) else next(iter(named))
+    if wanted not in named:
+        raise UserError(f"'{_join(where, 'kind')}' is {wanted!r}; choose one of {', '.join(named)}.")
+    return named[wanted]
 
 
 def _name(kind: Any) -> str:

@@ -18,7 +18,7 @@ from hpc.config import volatile
 from hpc.engine import Engine, EngineConfig, Step
 from hpc.errors import Diverged, Stopped, UserError
 from hpc.health import HealthConfig
-from hpc.optim import OptimConfig, learning_rate, optimizer
+from hpc.optim import OptimConfig, average_decay, learning_rate, optimizer
 from hpc.plan import sample_seed
 from hpc.preempt import Preemption
 from hpc.progress import bar
@@ -53,6 +53,7 @@ class Task(Protocol):
     size: int  # samples in an epoch
 
     def build(self) -> nn.Module: ...
+    def prepare(self, module: nn.Module) -> None: ...  # once, before the engine holds it; the same on every rank
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]: ...
     def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, float]: ...
     def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]: ...
@@ -88,6 +89,8 @@ def train(
     # First, so that data workers start while the engine is built.
     batches = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world))
     module, plain = task.build(), task.build().eval()
+    if not start:
+        task.prepare(module)
     engine = Engine(module, optimizer(module, config.optim), config.engine, config.batch, universal)
     if start:
         engine.load(start, universal)
@@ -155,7 +158,8 @@ def train(
             torch.manual_seed(sample_seed(seed, state.samples) + topology.rank)  # dropout is the same after a resume
             lr = learning_rate(config.optim, state.samples, config.samples)
             flags = {"stop": preemption.requested, "bad": len(bad)}
-            step = engine.step([_to(b, engine.device) for b in micro_batches], lr, flags)
+            decay = average_decay(config.engine.average, state.samples, config.batch)
+            step = engine.step([_to(b, engine.device) for b in micro_batches], lr, flags, decay)
             changed = task.after_step(module, step.statistics) if step.accepted else {}
             state.samples += config.batch
             if ledger_path:

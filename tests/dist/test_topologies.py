@@ -1,0 +1,69 @@
+"""One global batch, whatever the ranks, micro-batches and ZeRO stage: the same curve, codebooks and averaged weights, also
+when the number of ranks changes on the way."""
+
+import numpy as np
+import pytest
+
+from tests.dist import topology_cases as cases
+
+
+def engine(world: int, zero: int, **more) -> dict:
+    return {"zero": zero, "accumulation": 4 // world, "average": 1.0} | more
+
+
+@pytest.fixture(scope="module")
+def references(pools, packed):
+    """{optimizer: six steps on one rank under ZeRO 0}."""
+    return {name: pools(1).run(cases.leg, str(packed), engine(1, 0), 6, name)[0] for name in cases.RATES}
+
+
+def compare(leg: cases.Leg, reference: cases.Leg) -> None:
+    assert leg.losses == pytest.approx(reference.losses, rel=1e-4)
+    assert leg.norms == pytest.approx(reference.norms, rel=1e-3)
+    assert np.abs(leg.weights - reference.weights).max() < 3e-5, "Adam's first steps are 1e-3"
+    assert len(set(leg.books)) == 1, "codebooks differ between ranks"
+    assert all(own == reference.settings[0] for own in leg.settings)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_one_curve(pools, packed, references, world, zero):
+    compare(pools(world).run(cases.leg, str(packed), engine(world, zero), 6)[0], references["adamw"])
+
+
+@pytest.mark.parametrize(("name", "world", "zero"), [("adam", 2, 0), ("adam", 2, 3), ("sgd", 2, 2), ("sgd", 4, 3)])
+def test_one_curve_for_other_optimizers(pools, packed, references, name, world, zero):
+    compare(pools(world).run(cases.leg, str(packed), engine(world, zero), 6, name)[0], references[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "zero"),
+    [
+        ("adamw", 0),
+        pytest.param("adamw", 1, marks=pytest.mark.long),
+        ("adamw", 2),
+        ("adamw", 3),
+        ("sgd", 2),
+        pytest.param("sgd", 3, marks=pytest.mark.long),
+    ],
+)
+def test_four_ranks_then_two_then_one(pools, packed, references, tmp_path, name, zero):
+    losses, norms, before = [], [], None
+    for world in (4, 2, 1):
+        after = str(tmp_path / str(world))
+        leg = pools(world).run(cases.leg, str(packed), engine(world, zero), 2, name, before, after)[0]
+        losses, norms, before = losses + leg.losses, norms + leg.norms, after
+    leg.losses, leg.norms = losses, norms
+    compare(leg, references[name])
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_channels_last(pools, packed, references, zero):
+    compare(pools(2).run(cases.leg, str(packed), engine(2, zero, channels_last=True), 6)[0], references["adamw"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [0, 2])
+def test_compiled(pools, packed, references, zero):
+    leg = pools(1).run(cases.leg, str(packed), engine(1, zero, compile=True), 6)[0]
+    assert leg.losses == pytest.approx(references["adamw"].losses, rel=1e-3)

@@ -1,0 +1,78 @@
+"""One leg of a training on some ranks: from scratch or from a checkpoint, with or without one at its end."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpc import checkpoint, dist
+from hpc.engine import Engine, EngineConfig, Step
+from hpc.optim import OptimConfig, learning_rate, optimizer
+from lesiongen import experiment
+from lesiongen.data.packed import Packed
+from lesiongen.stages.tokenizer import TokenizerTask
+
+BATCH, TOTAL = 16, 96  # samples
+DECAY = 0.6  # of averages; short, so that a wrong one shows in a few steps
+RATES = {"adamw": 1e-3, "adam": 1e-3, "sgd": 1e-2}
+
+
+@dataclasses.dataclass
+class Leg:
+    losses: list[float]
+    norms: list[float]
+    weights: np.ndarray  # as exported
+    books: list[str]  # digest of each rank's codebooks
+    settings: list[tuple]  # (weight decay, steps taken) as each rank's optimizer has them
+
+
+class Trainer:
+    """The tiny tokenizer and its engine, from scratch or from the newest checkpoint in `load`."""
+
+    def __init__(self, topology, run: str, engine: dict, name: str = "adamw", load: str | None = None):
+        config = experiment.load(f"{run}/config.yaml")
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
+        self.task = TokenizerTask(config, Packed([Path(run) / "shards"]), Path(run) / "unused")
+        self.optim = OptimConfig(name=name, lr=RATES[name], weight_decay=0.1, schedule="piecewise", pieces=(1, 1, 0.5))
+        settings = EngineConfig(**engine)
+        start = checkpoint.choose(Path(load)) if load else None
+        universal = start is not None and checkpoint.needs_universal(start, settings, topology.world)
+        if universal:
+            checkpoint.to_universal(start)
+        torch.manual_seed(1 if start else 0)  # other weights than the saved ones, so that loading makes them equal
+        self.module = self.task.build()
+        self.engine = Engine(self.module, optimizer(self.module, self.optim), settings, BATCH, universal)
+        self.seen = checkpoint.read(start)["state"]["samples"] if start else 0
+        if start:
+            self.engine.load(start, universal)
+        self.batches = self.task.stream(self.seen, self.engine.micro_batch)
+
+    def step(self, poison: bool = False) -> Step:
+        """poison: a NaN in the images of this rank."""
+        micro = [next(self.batches) for _ in range(self.engine.config.accumulation)]
+        for batch in micro:
+            batch.pop("key"), batch.pop("bad")
+            if poison:
+                batch["image"] = torch.full(batch["image"].shape, torch.nan)
+        step = self.engine.step(micro, learning_rate(self.optim, self.seen, TOTAL), {"stop": 0}, DECAY)
+        if step.accepted:
+            self.task.after_step(self.module, step.statistics)
+        self.seen += BATCH
+        return step
+
+
+def leg(topology, run: str, engine: dict, steps: int, name: str = "adamw", load: str | None = None, save: str | None = None):
+    trainer = Trainer(topology, run, engine, name, load)
+    metrics = [trainer.step().metrics for _ in range(steps)]
+    if save:
+        checkpoint.save(Path(save), trainer.seen // BATCH, trainer.engine, {"samples": trainer.seen})
+    plain = trainer.task.build()
+    trainer.engine.copy_to(plain)
+    weights = np.concatenate([p.detach().flatten().numpy() for p in plain.parameters()])
+    own = b"".join(q.codebook.numpy().tobytes() for q in trainer.module.net.quantizers)
+    chosen = trainer.engine.optimizer
+    settings = [g["weight_decay"] for g in chosen.param_groups], {float(s["step"]) for s in chosen.state.values()}
+    books, settings = dist.gather(hashlib.sha256(own).hexdigest()), dist.gather(settings)
+    return Leg([m["loss"] for m in metrics], [m["gradient_norm"] for m in metrics], weights, books, settings)
