@@ -94,6 +94,20 @@ def train(options: argparse.Namespace) -> int:
     return some(config, [f"prior-{level}" for level in levels], options.fresh)
 
 
+def reconstruct(options: argparse.Namespace) -> int:
+    from lesiongen.reconstruct import reconstruct as through
+
+    overrides = [given for given in options.images if "=" in given and not Path(given).exists()]
+    paths = [Path(given) for given in options.images if given not in overrides]
+    if missing := [path for path in paths if not path.exists()]:
+        raise UserError(f"{missing[0]} does not exist; give image files or folders of them.")
+    config = experiment.load(options.config, overrides)
+    out = Path(options.out) if options.out else config.directory / "reconstructions"
+    means = through(config, paths, out)
+    print(f"{means['images']} images: PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.3f}; see {out / 'pairs.png'}")
+    return errors.DONE
+
+
 def encode(options: argparse.Namespace) -> int:
     return some(experiment.load(options.config, options.overrides), ["codes"], options.fresh)
 
@@ -209,6 +223,7 @@ COMMANDS = {
     "pack": pack,
     "preview": preview,
     "train": train,
+    "reconstruct": reconstruct,
     "encode": encode,
     "sample": sample,
     "evaluate": evaluate,

@@ -7,46 +7,29 @@ keep an fp32 copy of their shard beside the model.
 
 import math
 
+import torch
+
 from hpc.errors import UserError
 from lesiongen.experiment import Experiment
 from lesiongen.models.gpt import GPTConfig
+from lesiongen.models.tokenizer import make
+from lesiongen.models.vqvae import VQVAEConfig
 from lesiongen.models.vqvae2 import VQVAE2Config
 
 GIB = 2**30
+TokenizerModel = VQVAEConfig | VQVAE2Config
 
 
 def conv(inputs: int, outputs: int, kernel: int) -> int:
     return inputs * outputs * kernel**2 + outputs
 
 
-def tokenizer_parameters(config: VQVAE2Config, channels: int) -> dict[str, int]:
-    """Trainable parameters of each part, and the codebooks' buffers."""
-    residual = config.residual_layers * (
-        conv(config.hidden, config.residual_hidden, 3) + conv(config.residual_hidden, config.hidden, 1)
-    )
-
-    def encoder(inputs: int, stride: int) -> int:
-        total, width = 0, inputs
-        for i in range(stride.bit_length() - 1):
-            following = config.hidden // 2 if i == 0 else config.hidden
-            total, width = total + conv(width, following, 4), following
-        return total + conv(width, config.hidden, 3) + residual
-
-    def decoder(inputs: int, outputs: int, stride: int) -> int:
-        total, width, doublings = conv(inputs, config.hidden, 3) + residual, config.hidden, stride.bit_length() - 1
-        for i in range(doublings):
-            following = outputs if i + 1 == doublings else config.hidden // 2
-            total, width = total + conv(width, following, 4), following
-        return total
-
-    levels, dim = len(config.strides), config.dim
-    encoders = sum(encoder(channels if i == 0 else config.hidden, s) for i, s in enumerate(config.strides))
-    decoders = decoder(levels * dim, channels, config.strides[0])
-    decoders += sum(decoder((levels - 1 - i) * dim, dim, config.strides[i + 1]) for i in range(levels - 1))
-    projections = sum(conv(config.hidden + (dim if i < levels - 1 else 0), dim, 1) for i in range(levels))
-    ups = sum(conv(dim, dim, s) for s in config.strides[1:])
-    books = levels * (config.entries * (2 * dim + 1) + 2 * dim)
-    return {"encoders": encoders + projections, "decoders": decoders + ups, "codebooks (buffers)": books}
+def tokenizer_parameters(config: TokenizerModel, channels: int) -> dict[str, int]:
+    """Trainable parameters of each part, and the codebooks' buffers; counted on a model that takes no memory."""
+    with torch.device("meta"):
+        net = make(config, channels, batch=1)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
+    return {name: n for name, n in parts.items() if n} | {"codebooks (buffers)": sum(b.numel() for b in net.buffers())}
 
 
 def gpt_parameters(config: GPTConfig, entries: int, classes: int, upper: list[int]) -> dict[str, int]:
@@ -56,18 +39,18 @@ def gpt_parameters(config: GPTConfig, entries: int, classes: int, upper: list[in
     return {"blocks": config.layers * block, "embeddings": embeddings, "head": entries * width + width}
 
 
-def tokenizer_activations(config: VQVAE2Config, size: int, channels: int) -> int:
+def tokenizer_activations(config: TokenizerModel, size: int, channels: int) -> int:
     """Numbers kept for the backward pass, per image."""
     total, side = 0, size
     for i, stride in enumerate(config.strides):
         for step in range(stride.bit_length() - 1):
             side //= 2
-            total += (config.hidden // 2 if step == 0 else config.hidden) * side**2
+            total += (config.outer if step == 0 else config.hidden) * side**2
         cells = side**2
         # Encoder and decoder work at this grid: their convolutions, two tensors in each residual block, quantization.
         blocks = 2 * config.residual_layers * (2 * config.hidden + 2 * config.residual_hidden)
         total += cells * (blocks + 4 * config.hidden + 6 * config.dim * (len(config.strides) - i) + config.entries)
-    return total + 3 * channels * size**2 + (config.hidden // 2) * (size // 2) ** 2
+    return total + 3 * channels * size**2 + config.outer * (size // 2) ** 2
 
 
 def gpt_activations(config: GPTConfig, tokens: int, entries: int) -> int:

@@ -13,6 +13,8 @@ from hpc.storage import CacheConfig
 from lesiongen.data.augment import AugmentConfig, PreprocessConfig
 from lesiongen.data.balance import StreamConfig
 from lesiongen.models.gpt import GPTConfig
+from lesiongen.models.losses import LossConfig
+from lesiongen.models.vqvae import VQVAEConfig
 from lesiongen.models.vqvae2 import VQVAE2Config
 
 
@@ -68,7 +70,8 @@ def _prior_training() -> TrainConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    model: VQVAE2Config = field(default_factory=VQVAE2Config)
+    model: VQVAE2Config | VQVAEConfig = field(default_factory=VQVAE2Config)
+    loss: LossConfig = field(default_factory=LossConfig)
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(brightness=0.1, contrast=0.1, saturation=0.1))
     stream: StreamConfig = field(default_factory=StreamConfig)
     train: TrainConfig = field(default_factory=_tokenizer_training)

@@ -58,6 +58,12 @@ class ImageShards:
         batches = partial(training_batches, position, batch, micro, dist.rank(), dist.world())
         return loader(Source(reader, plan, batches), Decoder(self, config, seed), batch_of, micro, workers)
 
+    def first(self, number: int, batch: int, config: AugmentConfig, seed: int) -> Iterator[dict]:
+        """The first `number` samples of the training sequence in one batch, on any rank."""
+        plan = Plan(self.counts, batch, seed)
+        where = [[(position, position % batch) for position in range(number)]]
+        return loader(Source(self.reader(), plan, partial(iter, where)), Decoder(self, config, seed), batch_of, number, 0)
+
     def tallies(self) -> list[dict[int, int]]:
         """Images of each label, -1 for none, in each shard."""
         return [{self.label_of.get(c, -1): n for c, n in s["classes"].items()} for s in self.entries]

@@ -95,6 +95,9 @@ class PriorTask:
     def build(self) -> nn.Module:
         return Objective(GPT(self.own.model, **self.shape))
 
+    def prepare(self, module: nn.Module) -> None:
+        """Nothing is set before training."""
+
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
         """Batches of codes from the plan; the epoch's number picks the augmentation draw."""
         sets = [s["set"] for s in self.shards]

@@ -6,97 +6,56 @@ import numpy as np
 import pytest
 import torch
 
+from hpc.config import build, plain
+from lesiongen.experiment import TokenizerConfig
 from lesiongen.models.gpt import GPT, PRIORS, GPTConfig
-from lesiongen.models.quantize import QUANTIZERS
-from lesiongen.models.vqvae2 import VQVAE2, VQVAE2Config
+from lesiongen.models.tokenizer import make
+from lesiongen.models.vqvae import VQVAEConfig
+from lesiongen.models.vqvae2 import VQVAE2Config
 from lesiongen.sampling import Choice, uniforms
 
-B, D, K = 8, 4, 16
+TOKENIZERS = [
+    (VQVAEConfig(stride=4, hidden=8, residual_layers=1, residual_hidden=4, dim=4, entries=8), 1),
+    (VQVAEConfig(stride=8, taper=False, norm="group", output="tanh", hidden=8, residual_layers=0, dim=4, entries=8), 1),
+    *(
+        (VQVAE2Config(strides=strides, hidden=8, residual_layers=1, residual_hidden=4, dim=4, entries=8, checkpoint=again), 3)
+        for strides, again in [((4,), False), ((4, 2), False), ((2, 2, 2), True)]
+    ),
+    (VQVAE2Config(hidden=8, dim=4, entries=27, quantizer="fsq", fsq_levels=(3, 3, 3)), 3),
+    (VQVAE2Config(hidden=8, dim=4, entries=8, quantizer="gradient", kmeans=True), 3),
+    (VQVAEConfig(hidden=8, dim=4, entries=8, quantizer="cosine", estimator="rotation"), 3),
+]
 
 
-def clusters(shift: float = 0.0) -> torch.Tensor:
-    """[B, D, 4, 4] vectors around K distinct points."""
-    g = torch.Generator().manual_seed(0)
-    points = torch.randn(K, D, generator=g) * 3
-    index = torch.arange(B * 16) % K
-    noise = torch.randn(B * 16, D, generator=g) * 0.01
-    return (points[index] + noise + shift).view(B, 4, 4, D).movedim(-1, 1)
+@pytest.mark.parametrize(("config", "channels"), TOKENIZERS)
+class TestTokenizer:
+    def test_images_to_codes_and_back(self, config, channels):
+        net, x = make(config, channels, batch=2).eval(), torch.randn(2, channels, 32, 32)
+        y, levels = net(x)
+        assert y.shape == x.shape
+        codes = net.encode(x)
+        assert {n: c.shape[-1] for n, c in codes.items()} == config.grids(32)
+        assert list(levels) == list(reversed(config.names))
+        assert torch.allclose(net.decode_codes(codes), y, atol=1e-5)
+        assert torch.allclose(net.decode({n: q.x for n, q in levels.items()}), y, atol=1e-5)
+        for name in config.names:
+            book = net.codebook(name)
+            assert book.shape == (config.entries, config.dim)
+            assert torch.allclose(book[codes[name]].movedim(-1, 1), levels[name].x, atol=1e-5)
+        with pytest.raises(ValueError, match="multiple of"):
+            config.grids(33)
 
+    def test_a_step_reaches_every_weight(self, config, channels):
+        net, x = make(config, channels, batch=4).train(), torch.randn(4, channels, 32, 32)
+        net.initialise(x)
+        y, levels = net(x, torch.arange(4), torch.arange(4))
+        (y.square().mean() + sum(q.loss for q in levels.values())).backward()
+        assert [n for n, p in net.named_parameters() if p.grad is None] == []
+        found = net.update(torch.cat([levels[n].statistics for n in net.names]))
+        assert found.keys() == {f"{m}/{n}" for m in ("usage", "perplexity", "revived") for n in net.names}
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-class TestQuantizer:
-    def make(self, name):
-        return QUANTIZERS[name](K, D, B)
-
-    def train(self, quantizer, z, steps, parts=1):
-        for step in range(steps):
-            slot, position = torch.arange(B), torch.arange(B) + step * B
-            pieces = [torch.arange(B)[i::parts] for i in range(parts)]
-            statistics = sum(quantizer(z[p], slot[p], position[p]).statistics for p in pieces)
-            metrics = quantizer.update(statistics)
-        return metrics
-
-    def test_codebook_is_fp32_buffers(self, name):
-        quantizer = self.make(name)
-        assert not list(quantizer.parameters())
-        assert all(b.dtype == torch.float32 for b in quantizer.buffers())
-        assert set(quantizer.state_dict()) == {n for n, _ in quantizer.named_buffers()}
-
-    def test_forward_writes_no_buffer(self, name):
-        quantizer = self.make(name)
-        before = {k: v.clone() for k, v in quantizer.named_buffers()}
-        quantizer(clusters(), torch.arange(B), torch.arange(B))
-        assert all(torch.equal(v, before[k]) for k, v in quantizer.named_buffers())
-
-    def test_finds_the_clusters_and_uses_every_code(self, name):
-        quantizer, z = self.make(name), clusters()
-        metrics = self.train(quantizer, z, 200)
-        assert metrics["usage"] == 1.0
-        assert metrics["perplexity"] > 0.8 * K  # two codes may share a cluster
-        assert quantizer(z).loss < 0.5
-
-    def test_dead_codes_come_back_after_a_jump(self, name):
-        quantizer = self.make(name)
-        self.train(quantizer, clusters(), 100)
-        assert self.train(quantizer, clusters(shift=50.0), 400)["usage"] > 0.9
-
-    def test_parts_of_a_batch_sum_to_the_whole(self, name):
-        whole, parted = self.make(name), self.make(name)
-        self.train(whole, clusters(), 5)
-        self.train(parted, clusters(), 5, parts=4)
-        assert torch.allclose(whole.codebook, parted.codebook, atol=1e-5)
-
-    def test_nearest_is_the_nearest(self, name):
-        quantizer, z = self.make(name), torch.randn(50, D)
-        brute = torch.cdist(z, quantizer.codebook).argmin(1)
-        assert torch.equal(quantizer.nearest(z), brute)
-
-    def test_gradients_pass_straight_through(self, name):
-        quantizer = self.make(name)
-        z = clusters().requires_grad_()
-        quantizer(z).x.sum().backward()
-        assert torch.equal(z.grad, torch.ones_like(z))
-
-    def test_stays_fp32_under_autocast(self, name):
-        with torch.autocast("cpu", torch.bfloat16):
-            found = self.make(name)(clusters(), torch.arange(B), torch.arange(B))
-        assert found.statistics.dtype == found.x.dtype == torch.float32
-        assert found.statistics[:K].sum() == B * 16
-
-
-@pytest.mark.parametrize(("strides", "channels"), [((4,), 1), ((4, 2), 3), ((2, 2, 2), 3)])
-def test_vqvae2_encodes_and_decodes(strides, channels):
-    config = VQVAE2Config(strides=strides, hidden=8, residual_layers=1, residual_hidden=4, dim=4, entries=8)
-    net = VQVAE2(config, channels, batch=2).eval()
-    x = torch.randn(2, channels, 32, 32)
-    y, levels = net(x)
-    assert y.shape == x.shape
-    codes = net.encode(x)
-    assert {n: c.shape[-1] for n, c in codes.items()} == config.grids(32)
-    assert list(levels) == list(reversed(config.names))
-    assert torch.allclose(net.decode_codes(codes), y, atol=1e-5)
-    with pytest.raises(ValueError, match="multiple of"):
-        config.grids(33)
+    def test_its_config_comes_back_from_yaml(self, config, channels):
+        assert build(TokenizerConfig, {"model": plain(config)}).model == config
 
 
 def prior(name: str, upper: bool) -> GPT:

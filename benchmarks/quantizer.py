@@ -1,0 +1,131 @@
+"""A quantizer alone: forward, backward and update, beside the one-hot form of most VQ-VAE code and the best-known library.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.quantizer
+
+Prints a table within three minutes: K = 512 codes of D = 64 dimensions, grids of 32×32, fp32 on the CPU. Time is the
+median over rounds in which every contender takes its turn, so that a busy machine slows all alike. Memory is what a fresh
+process grows by at its peak, beyond its input. vector-quantize-pytorch is measured where it is installed.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lesiongen.models import quantize
+from lesiongen.models.quantize import QUANTIZERS, QuantizerConfig
+
+GRID, DIM, ENTRIES, DECAY, COMMITMENT = 32, 64, 512, 0.99, 0.25
+BATCHES, ROUNDS = (16, 64), 15
+
+
+class OneHot(nn.Module):
+    """The form in which VQ-VAEs are usually written: four N×K matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codebook", torch.randn(ENTRIES, DIM) * DIM**-0.5)
+        self.register_buffer("count", torch.ones(ENTRIES))
+        self.register_buffer("total", self.codebook.clone())
+
+    def forward(self, z_BDHW):
+        z_BHWD = z_BDHW.permute(0, 2, 3, 1).contiguous()
+        flat_ND = z_BHWD.view(-1, DIM)
+        distances_NK = flat_ND.square().sum(1, keepdim=True) + self.codebook.square().sum(1) - 2 * flat_ND @ self.codebook.T
+        codes_N1 = distances_NK.argmin(1, keepdim=True)
+        onehot_NK = torch.zeros(len(flat_ND), ENTRIES).scatter_(1, codes_N1, 1)
+        q_BHWD = (onehot_NK @ self.codebook).view_as(z_BHWD)
+        with torch.no_grad():
+            self.count.mul_(DECAY).add_(onehot_NK.sum(0), alpha=1 - DECAY)
+            self.total.mul_(DECAY).add_(onehot_NK.T @ flat_ND, alpha=1 - DECAY)
+            self.codebook = self.total / (self.count + 1e-5)[:, None]
+        loss = COMMITMENT * F.mse_loss(q_BHWD.detach(), z_BHWD)
+        p = onehot_NK.mean(0)
+        torch.exp(-(p * torch.log(p + 1e-10)).sum())
+        return (z_BHWD + (q_BHWD - z_BHWD).detach()).permute(0, 3, 1, 2).contiguous(), loss
+
+
+def contenders(batch: int) -> dict[str, Callable[[torch.Tensor], None]]:
+    """{name: one training step on given vectors}."""
+
+    def ours(kind: str) -> Callable:
+        config = QuantizerConfig(quantizer=kind, dim=DIM, entries=ENTRIES, decay=DECAY, commitment=COMMITMENT)
+        quantizer, slot = quantize.build(config, batch), torch.arange(batch)
+
+        def step(z):
+            found = quantizer(z, slot, slot)
+            (found.x.sum() + found.loss).backward()
+            quantizer.update(found.statistics)
+
+        return step
+
+    def theirs(quantizer: nn.Module) -> Callable:
+        def step(z):
+            x, *_, loss = quantizer(z)
+            (x.sum() + loss).backward()
+
+        return step
+
+    found = {"one-hot form": theirs(OneHot())}
+    if importlib.util.find_spec("vector_quantize_pytorch"):
+        from vector_quantize_pytorch import VectorQuantize
+
+        options = {"decay": DECAY, "commitment_weight": COMMITMENT, "accept_image_fmap": True, "rotation_trick": False}
+        found["vector-quantize-pytorch"] = theirs(VectorQuantize(DIM, codebook_size=ENTRIES, **options))
+    return found | {f"ours, {kind}": ours(kind) for kind in QUANTIZERS}
+
+
+def vectors(batch: int) -> torch.Tensor:
+    return torch.randn(batch, DIM, GRID, GRID, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def times(batch: int) -> dict[str, float]:
+    """Seconds per step."""
+    steps, found, z = contenders(batch), {}, vectors(batch)
+    for _ in range(ROUNDS + 1):
+        for name, step in steps.items():
+            z.grad, began = None, time.perf_counter()
+            step(z)
+            found.setdefault(name, []).append(time.perf_counter() - began)
+    return {name: statistics.median(values[1:]) for name, values in found.items()}
+
+
+def peak(name: str, batch: int) -> float:
+    """MiB by which this process grows at its peak in a step, after one in which libraries made themselves at home."""
+    step, z = contenders(batch)[name], vectors(batch)
+    step(z)
+    z.grad = None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = high_water()
+    step(z)
+    return (high_water() - before) / 1024
+
+
+def high_water() -> int:
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def main() -> None:
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the processes to come: what is freed goes back at once
+    print("| vectors | | ms per step | million vectors/s | speed | extra MiB | memory |\n|---|---|---|---|---|---|---|")
+    for batch in BATCHES:
+        taken, extra = times(batch), {}
+        for name in taken:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                extra[name] = pool.apply(peak, (name, batch))
+        slow, large, number = taken["one-hot form"], extra["one-hot form"], batch * GRID**2
+        for name, seconds in taken.items():
+            rate, times_as_fast, share = number / seconds / 1e6, slow / seconds, extra[name] / large
+            row = f"{seconds * 1e3:.1f} | {rate:.2f} | {times_as_fast:.2f}× | {extra[name]:.0f} | {share:.2f}×"
+            print(f"| {number:,} | {name} | {row} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""A VQ-VAE-2 of ours beside rosinality/vq-vae-2-pytorch: the training step, encoding, and what the same steps reach.
+
+    git clone https://github.com/rosinality/vq-vae-2-pytorch PEER
+    python -m benchmarks.tokenizer speed --peer PEER [--size 128] [--batch 16] [--compile]
+    python -m benchmarks.tokenizer quality --peer PEER --shards SHARDS [--size 64] [--steps 1000]
+
+Both nets have the same architecture: strides 4 and 2, hidden 128, two residual blocks of 32, K = 512, D = 64. Ours runs as
+shipped, through DeepSpeed with clipping and codebook statistics; theirs as published. Speed runs them one after another in
+every round and prints medians, and ratios within rounds. Quality trains both from the same batches and measures held-out
+PSNR of the last weights; "repaired" is their net with our quantizer in place of theirs.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hpc import dist
+from hpc.dist import Topology
+from hpc.engine import Engine, EngineConfig
+from hpc.optim import OptimConfig, optimizer
+from lesiongen.data.augment import AugmentConfig
+from lesiongen.data.packed import Packed
+from lesiongen.data.stream import ImageShards
+from lesiongen.metrics.codes import usage_and_perplexity
+from lesiongen.metrics.image import psnr
+from lesiongen.models.losses import LossConfig
+from lesiongen.models.tokenizer import make
+from lesiongen.models.vqvae2 import VQVAE2Config
+from lesiongen.stages.tokenizer import Objective, to_float, to_unit
+
+DEVICE = Topology().device
+
+
+class Ours:
+    def __init__(self, batch: int, lr: float = 3e-4, compiled: bool = False):
+        torch.manual_seed(0)
+        dist.init(Topology())
+        self.module = Objective(make(VQVAE2Config(), 3, batch), LossConfig(), variance=0.05)
+        settings = EngineConfig(compile=compiled)
+        self.engine = Engine(self.module, optimizer(self.module, OptimConfig(lr=lr)), settings, batch)
+        self.lr = lr
+
+    def step(self, batch: dict) -> None:
+        step = self.engine.step([{k: v.to(DEVICE) for k, v in batch.items()}], self.lr, {"stop": 0})
+        self.module.net.update(step.statistics)
+
+    @torch.no_grad()
+    def codes(self, image: torch.Tensor) -> list[torch.Tensor]:
+        self.module.eval()
+        found = list(self.module.net.encode(to_float(image.to(DEVICE))).values())
+        self.module.train()
+        return found
+
+    @torch.no_grad()
+    def paint(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        y, levels = self.module.net(to_float(image.to(DEVICE)))
+        return y, [q.codes for q in levels.values()]
+
+
+class Theirs:
+    """As in their train_vqvae.py: Adam, no clipping, latent loss × 0.25."""
+
+    def __init__(self, peer: Path, lr: float = 3e-4, compiled: bool = False, batch: int = 0):
+        """batch: given, their quantizers are replaced by ours."""
+        sys.path.insert(0, str(peer))
+        import vqvae
+
+        torch.manual_seed(0)
+        self.net = vqvae.VQVAE().to(DEVICE)
+        self.batch = batch
+        if batch:
+            self.net.quantize_t, self.net.quantize_b = Repaired(batch).to(DEVICE), Repaired(batch).to(DEVICE)
+        self.forward = torch.compile(self.net) if compiled else self.net
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr)
+
+    def step(self, batch: dict) -> None:
+        x = to_float(batch["image"].to(DEVICE))
+        for q in self.repaired():
+            q.where = (batch["slot"].to(DEVICE), batch["position"].to(DEVICE))
+        self.net.zero_grad()
+        y, latent = self.forward(x)
+        loss = F.mse_loss(y, x) + 0.25 * latent.mean()
+        loss.backward()
+        self.optimizer.step()
+        loss.item()  # their loop reads it at each step
+        for q in self.repaired():
+            q.inner.update(q.seen)
+            q.where = (None, None)
+
+    def repaired(self) -> list[nn.Module]:
+        return [self.net.quantize_t, self.net.quantize_b] if self.batch else []
+
+    @torch.no_grad()
+    def codes(self, image: torch.Tensor) -> list[torch.Tensor]:
+        self.net.eval()
+        *_, top, bottom = self.net.encode(to_float(image.to(DEVICE)))
+        self.net.train()
+        return [top, bottom]
+
+    @torch.no_grad()
+    def paint(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self.net.eval()
+        x = to_float(image.to(DEVICE))
+        *_, top, bottom = self.net.encode(x)
+        y, _ = self.net(x)
+        self.net.train()
+        return y, [top, bottom]
+
+
+class Repaired(nn.Module):
+    """Our quantizer behind their interface: [B, H, W, D] → (x, loss, codes)."""
+
+    def __init__(self, batch: int):
+        super().__init__()
+        from lesiongen.models.quantize import build
+
+        self.inner = build(VQVAE2Config(commitment=1.0), batch)
+        self.where, self.seen = (None, None), None
+
+    def forward(self, z_BHWD: torch.Tensor):
+        found = self.inner(z_BHWD.movedim(-1, 1), *self.where)
+        self.seen = found.statistics
+        return found.x.movedim(1, -1), found.loss, found.codes
+
+    def embed_code(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.inner.lookup(codes).movedim(1, -1)
+
+
+def random_batch(batch: int, size: int, number: int) -> dict:
+    rng = torch.Generator().manual_seed(number)
+    image = torch.rand(batch, 3, size // 8, size // 8, generator=rng)
+    image = F.interpolate(image, size=(size, size), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
+    slot = torch.arange(batch)
+    return {"image": image, "slot": slot, "position": slot + number * batch}
+
+
+def timed(work: Callable[[int], None], number: int) -> float:
+    """Seconds of one."""
+    began = time.perf_counter()
+    for i in range(number):
+        work(i)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / number
+
+
+def speed(args) -> None:
+    batches = [random_batch(args.batch, args.size, i) for i in range(4)]
+    contenders = {"ours, eager": Ours(args.batch), "theirs, eager": Theirs(args.peer)}
+    if args.compile:
+        contenders |= {"ours, compiled": Ours(args.batch, compiled=True), "theirs, compiled": Theirs(args.peer, compiled=True)}
+    kinds = {"step": lambda net, i: net.step(batches[i % 4]), "encode": lambda net, i: net.codes(batches[i % 4]["image"])}
+    found: dict[tuple[str, str], list[float]] = {}
+    for net in contenders.values():  # the first steps allocate, tune and compile
+        timed(lambda i, net=net: net.step(batches[i % 4]), 3)
+    for _ in range(args.rounds):
+        for kind, work in kinds.items():
+            for name, net in contenders.items():
+                seconds = timed(lambda i, net=net, work=work: work(net, i), args.number)
+                found.setdefault((kind, name), []).append(args.batch / seconds)
+    threads = torch.get_num_threads()
+    print(f"{args.size} px, batch {args.batch}, {args.rounds} rounds of {args.number}, {threads} threads, {DEVICE}\n")
+    print("| | images/s | ÷ theirs, eager |\n|---|---|---|")
+    for (kind, name), speeds in found.items():
+        ratios = [a / b for a, b in zip(speeds, found[kind, "theirs, eager"], strict=True)]
+        print(f"| {kind}: {name} | {statistics.median(speeds):.1f} | {statistics.median(ratios):.2f} |")
+    if args.compile:
+        ratios = [a / b for a, b in zip(found["step", "ours, compiled"], found["step", "theirs, compiled"], strict=True)]
+        print(f"\nstep, compiled ÷ compiled: {statistics.median(ratios):.2f}")
+    for who in ("ours", "theirs"):
+        print(f"peak memory of {who}, a process of its own: {peak(args, who):.0f} MB above a process that has built the model")
+
+
+def peak(args, who: str) -> float:
+    """MB of resident memory that five training steps add."""
+    command = [sys.executable, "-m", "benchmarks.tokenizer", "peak", "--peer", str(args.peer), "--who", who]
+    command += ["--size", str(args.size), "--batch", str(args.batch)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def measure_peak(args) -> None:
+    net = Ours(args.batch) if args.who == "ours" else Theirs(args.peer)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    before = resident("VmRSS")
+    for i in range(5):
+        net.step(random_batch(args.batch, args.size, i))
+    print((resident("VmHWM") - before) / 1024)
+
+
+def resident(what: str) -> int:
+    """kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1])
+
+
+def quality(args) -> None:
+    packed = Packed([args.shards])
+    data, held_out = ImageShards(packed, "train"), ImageShards(packed, "val")
+    contenders = {f"ours, lr {lr:g}": lambda lr=lr: Ours(args.batch, lr) for lr in args.ours_lr}
+    contenders |= {f"theirs, lr {lr:g}": lambda lr=lr: Theirs(args.peer, lr) for lr in (3e-4, 1e-4)}
+    contenders |= {f"theirs repaired, lr {lr:g}": lambda lr=lr: Theirs(args.peer, lr, batch=args.batch) for lr in (3e-4,)}
+    print(f"{packed.size} px, batch {args.batch}, {args.steps} steps, {sum(packed.counts['val'].values())} held-out images\n")
+    print("| | PSNR | usage, perplexity top | bottom | minutes |\n|---|---|---|---|---|", flush=True)
+    for name, start in contenders.items():
+        net, began = start(), time.monotonic()
+        batches = data.train(0, args.batch, args.batch, AugmentConfig(), seed=0, workers=1)
+        for batch in islice(batches, args.steps):
+            net.step({k: batch[k] for k in ("image", "slot", "position")})
+        minutes = (time.monotonic() - began) / 60
+        values, counts = [], [torch.zeros(512), torch.zeros(512)]
+        for batch in held_out.held_out(32):
+            y, codes = net.paint(batch["image"])
+            values += psnr(to_unit(y), to_unit(to_float(batch["image"].to(DEVICE)))).tolist()
+            for count, found in zip(counts, codes, strict=True):
+                count += torch.bincount(found.flatten().cpu(), minlength=512)
+        levels = [f"{u:.1%}, {p:.0f}" for u, p in map(usage_and_perplexity, counts)]
+        print(f"| {name} | {statistics.mean(values):.2f} | {levels[0]} | {levels[1]} | {minutes:.1f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["speed", "quality", "peak"])
+    parser.add_argument("--peer", type=Path, required=True, help="a checkout of rosinality/vq-vae-2-pytorch")
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--number", type=int, default=5, help="steps timed in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--who", default="ours")
+    parser.add_argument("--shards", type=Path)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--ours-lr", type=float, nargs="+", default=[3e-4])
+    args = parser.parse_args()
+    {"speed": speed, "quality": quality, "peak": measure_peak}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
