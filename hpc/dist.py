@@ -1,5 +1,6 @@
 """One Topology from Slurm, torchrun's variables or a single process; joining with a time-out that names who is missing."""
 
+import contextlib
 import os
 import re
 import socket
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from hpc.errors import UserError
+
+_store: dist.Store | None = None  # where the ranks of this process's group meet
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def init(topology: Topology, timeout_s: float = 300.0) -> None:
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
     backend = "nccl" if topology.device.type == "cuda" else "gloo"
-    store = dist.HashStore() if topology.world == 1 else _join(topology, timedelta(seconds=timeout_s))
+    global _store
+    store = _store = dist.HashStore() if topology.world == 1 else _join(topology, timedelta(seconds=timeout_s))
     # Variables that libraries read for themselves.
     os.environ |= {
         "RANK": str(topology.rank),
@@ -111,6 +115,18 @@ def _join(topology: Topology, timeout: timedelta):
             )
         time.sleep(0.05)
     return store
+
+
+def leave(timeout_s: float = 60.0) -> None:
+    """Waits until every rank has come here. A rank that goes while another still ends the last collective closes the
+    connection under it, and gloo aborts that process: so they meet in the store, whose server, rank 0, may go first."""
+    if world() == 1:
+        return
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(dist.DistError, RuntimeError):  # the server is gone: all were here
+        _store.add("left", 1)
+        while _store.add("left", 0) < world() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def barrier() -> None:

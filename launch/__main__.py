@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 
 CONFIG_HELP = "YAML file"
 
@@ -83,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point: the exit code."""
+    """What a command line asks for: the exit code."""
     options, rest = parser().parse_known_args(arguments)
     # argparse gives up on overrides that follow an option: "CONFIG --fresh codes a.b=c" is what people write.
     if stray := [r for r in rest if r.startswith("-") or "=" not in r or not hasattr(options, "overrides")]:
@@ -102,5 +101,12 @@ def main(arguments: list[str] | None = None) -> int:
         return code_of(error)
 
 
+def command() -> None:
+    """Entry point of the process."""
+    from launch.work import end
+
+    end(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -1,5 +1,6 @@
 """What submitit pickles: __call__ and checkpoint(), nothing else."""
 
+import atexit
 import os
 import sys
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class StageJob:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+        atexit.register(os._exit, code)  # after submitit has written the result; why is said in launch.work.end
         return "done"
 
     def _run(self) -> int:

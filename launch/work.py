@@ -1,11 +1,13 @@
 """One stage on this rank: run it, follow it in MLflow, and turn every kind of ending into its exit code."""
 
+import atexit
 import errno
 import os
 import sys
 import traceback
+from typing import NoReturn
 
-from hpc import errors, preempt, track
+from hpc import dist, errors, preempt, track
 from hpc.dist import Topology
 from lesiongen import stages
 from lesiongen.experiment import Experiment
@@ -63,11 +65,21 @@ def explain(error: BaseException) -> None:
         traceback.print_exception(error)
 
 
+def end(code: int) -> NoReturn:
+    """Ends the process without taking the interpreter apart: a thread of gloo, of a queue or of a library that wakes up
+    in the midst of that aborts it, after all its work was done."""
+    atexit._run_exitfuncs()  # data workers are sent home
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def rank_main(config: Experiment, name: str, topology: Topology) -> int:
     """A rank started by an executor: the exit code of its stage."""
     try:
         with preempt.interruptible():
             work(config, name, topology)
+            dist.leave()
         return errors.DONE
     except BaseException as error:
         explain(error)  # on every rank: each has its own log

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hpc.errors import UserError
-from lesiongen.metrics.image import ms_ssim
+from lesiongen.metrics.image import ms_ssim, ssim
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,15 @@ class LossConfig:
     mse: float = 1.0
     nmse: float = 0.0  # MSE over the data's variance (report 000)
     l1: float = 0.0
+    ssim: float = 0.0  # 1 - SSIM: keeps fine texture that MSE smooths away (Zhao et al. 2017, arXiv:1511.08861)
     ms_ssim: float = 0.0  # 1 - MS-SSIM
     lpips: float = 0.0
     lpips_weights: str | None = None  # safetensors file, see LPIPS
 
     def __post_init__(self):
-        weights = (self.mse, self.nmse, self.l1, self.ms_ssim, self.lpips)
+        weights = (self.mse, self.nmse, self.l1, self.ssim, self.ms_ssim, self.lpips)
         if min(weights) < 0 or not any(weights):
-            raise ValueError("weights of the loss are at least 0, and one of mse, nmse, l1, ms_ssim, lpips is above 0")
+            raise ValueError("weights of the loss are at least 0, and one of mse, nmse, l1, ssim, ms_ssim, lpips is above 0")
         if self.lpips and not self.lpips_weights:
             raise ValueError(
                 "lpips needs lpips_weights, a safetensors file with the weights of VGG-16 and of its linear layers"
@@ -50,6 +51,8 @@ class Reconstruction(nn.Module):
                 terms["nmse"] = terms["mse"] / self.variance
             if config.l1:
                 terms["l1"] = F.l1_loss(y, x)
+            if config.ssim:
+                terms["ssim"] = 1 - ssim((y + 1) / 2, (x + 1) / 2).mean()
             if config.ms_ssim:
                 terms["ms_ssim"] = 1 - ms_ssim((y + 1) / 2, (x + 1) / 2).mean()
         for lpips in self.lpips:

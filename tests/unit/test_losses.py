@@ -22,7 +22,7 @@ def weights(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("term", ["mse", "nmse", "l1", "ms_ssim", "lpips"])
+@pytest.mark.parametrize("term", ["mse", "nmse", "l1", "ssim", "ms_ssim", "lpips"])
 def test_each_term(term, channels, weights):
     config = LossConfig(**({"mse": 0.0} | {term: 1.0}), lpips_weights=weights)
     loss = Reconstruction(config, variance=0.05)
