@@ -53,9 +53,14 @@ def parse(content: bytes, where: str) -> dict:
         raise UserError(f"{where}/{NAME} is damaged ({error!r}). Restore it, or make the stage again.") from None
     for name in names:
         # Manifests are as untrusted as shards: no path out of the folder, no URL, no command.
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+        if not plain(name):
             raise UserError(f"{where}/{NAME} names the file {name!r}, which is no plain file name; it is not to be trusted.")
     return found
+
+
+def plain(name) -> bool:
+    """Whether it names a file of a folder and nothing else."""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,159}", name, re.ASCII) is not None
 
 
 def verify(folder: Path, entries: Iterable[dict]) -> list[str]:

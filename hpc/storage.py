@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from hpc import manifest
 from hpc.config import volatile
 from hpc.errors import UserError
 
 T = TypeVar("T")
 PROTOCOLS = ("http", "https", "s3", "gs", "az", "abfs")  # others run programs, read local files, or chain such
-PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,159}")
 CACHED = re.compile(r".+-[0-9a-f]{16}\.(cached|part)")  # all that is ever deleted, whatever else lies in the directory
 BLOCK = 1 << 20
 SMALL = 1 << 28
@@ -103,7 +103,7 @@ class Store:
 
     def address(self, name: str) -> str:
         """Names come from manifests, which are untrusted: only plain file names of this very folder."""
-        if not isinstance(name, str) or not PLAIN.fullmatch(name):
+        if not manifest.plain(name):
             raise StorageError(f"{shown(self.where)}: its manifest names {name!r}, which is no plain file name.")
         if not is_remote(self.where):
             return os.path.join(os.path.abspath(self.where), name)

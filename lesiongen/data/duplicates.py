@@ -74,21 +74,6 @@ def find(
     return sorted(found, key=lambda pair: (-pair.score, pair.a, pair.b))
 
 
-def clusters(pairs: list[Pair]) -> dict[str, str]:
-    """Of each image in a pair: the smallest id among those that pairs join it with, directly or through others."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            parent[name] = name = parent[parent[name]]
-        return name
-
-    for pair in pairs:
-        low, high = sorted((root(pair.a), root(pair.b)))
-        parent[high] = low
-    return {name: root(name) for name in sorted(parent)}
-
-
 def sheet(pairs: list[Pair], load: Callable[[str], Image.Image], limit: int = 60, side: int = 160) -> torch.Tensor:
     """uint8 [3,H,W]: the first `limit` pairs side by side under their scores, for people to look at."""
     tiles = []

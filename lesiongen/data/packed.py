@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -84,9 +84,7 @@ class Packed:
     def catalog(self) -> Iterator[dict[str, str]]:
         """A row for each image of every set, of the columns in CATALOG."""
         for store, m in zip(self.stores, self.manifests, strict=True):
-            for entry in m["catalogs"]:
-                with open(store.open(entry), newline="", encoding="utf-8") as file:
-                    yield from csv.DictReader(file)
+            yield from rows(store.open(entry) for entry in m["catalogs"])
 
     def refuse_leaks(self) -> None:
         """Raises UserError for an image or a group that lies in two splits: each set keeps its own apart, but two may
@@ -105,6 +103,13 @@ class Packed:
     def digest(self) -> str:
         found = [digest(m) for m in self.manifests]
         return found[0] if len(found) == 1 else digest(found)
+
+
+def rows(files: Iterable[Path | int]) -> Iterator[dict[str, str]]:
+    """A row for each image in catalogs, given by path or open descriptor, of the columns in CATALOG."""
+    for each in files:
+        with open(each, newline="", encoding="utf-8") as file:
+            yield from csv.DictReader(file)
 
 
 def _manifest(store: Store) -> dict:

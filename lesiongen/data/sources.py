@@ -8,11 +8,12 @@ named are read with it, since the lesion's id, without which splits leak, is oft
 import csv
 import io
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpc.errors import UserError
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FIELDS = ("image", "lesion", "patient", "dx", "age", "sex", "site", "licence", "attribution")
 UNKNOWN = {"", "unknown", "unk", "nan", "na", "n/a", "none"}
 VIDIR = "ViDIR Group, Department of Dermatology, Medical University of Vienna"
@@ -29,6 +30,8 @@ class Layout:
     columns: dict[str, str]
     one_hot: dict[str, str] = field(default_factory=dict)
     default: str = ""  # diagnosis where no column of one_hot is set
+    coarse: str = ""  # column that tells at least benign from malignant where the diagnosis is unknown
+    words: dict[str, str] = field(default_factory=dict)  # diagnosis as written → as meant
     companion: bool = False  # says more of images whose diagnosis stands elsewhere
     licence: str = ""
     attribution: str = ""
@@ -89,10 +92,20 @@ LAYOUTS = (
         "ISIC 2020",
         ("image_name", "patient_id", "benign_malignant"),
         _ARCHIVE | {"image": "image_name", "site": "anatom_site_general_challenge"},
+        coarse="benign_malignant",
         licence="CC-BY-NC",
         attribution=ISIC,
     ),
     Layout("ISIC 2020 duplicates", ("image_name_1", "image_name_2"), {}, companion=True),
+)
+# A file without a header, told by its first cell; its columns are named as it is read.
+_2016 = Layout(
+    "ISIC 2016",
+    (),
+    {"image": "image", "dx": "dx"},
+    words={"0.0": "benign", "1.0": "malignant"},
+    licence="CC-0",
+    attribution=ISIC,
 )
 # The columns of a table that is none of these, under the names that people use.
 _USUAL = {
@@ -160,17 +173,13 @@ def recognise(header: list[str]) -> Layout | None:
             if layout.columns.get("dx") not in (None, *header):
                 # The ISIC archive now gives diagnoses in levels, coarse to fine.
                 finest = next((d for d in ("diagnosis_3", "diagnosis_2", "diagnosis_1") if d in header), None)
-                return _with(layout, dx=finest) if finest else layout
+                return replace(layout, columns=layout.columns | {"dx": finest}) if finest else layout
             return layout
     if len(header) == 2 and re.match(r"ISIC_\d{7}$", header[0]):
-        return Layout("ISIC 2016", (), {"image": "image", "dx": "dx"}, licence="CC-0", attribution=ISIC)
+        return _2016
     usual = {ours: next((c for c in theirs if c in header), "") for ours, theirs in _USUAL.items()}
     known = next((c for c in IDS if c in header), None)
     return Layout("table", (), {"image": known} | {k: v for k, v in usual.items() if v}) if known else None
-
-
-def _with(layout: Layout, dx: str) -> Layout:
-    return Layout(layout.name, layout.needs, layout.columns | {"dx": dx}, licence=layout.licence)
 
 
 def _mapped(path: Path, header: list[str], columns: dict[str, str]) -> Layout:
@@ -208,10 +217,9 @@ def _take(table: Table, path: Path, layout: Layout, rows: list[dict]) -> None:
             if len(hits) > 1:
                 table.odd.append((image, f"several diagnoses on line {row['line']}"))
                 continue
-        if layout.name == "ISIC 2016":
-            value["dx"] = {"0.0": "benign", "1.0": "malignant"}.get(value["dx"], value["dx"])
-        if layout.name == "ISIC 2020" and value["dx"].lower() in UNKNOWN:
-            value["dx"] = row["benign_malignant"].strip()
+        value["dx"] = layout.words.get(value["dx"], value["dx"])
+        if layout.coarse and value["dx"].lower() in UNKNOWN:
+            value["dx"] = row[layout.coarse].strip()
         for name in ("dx", "lesion", "patient", "sex", "site"):
             value[name] = "" if value[name].lower() in UNKNOWN else value[name]
         value["licence"] = value["licence"] or layout.licence
@@ -264,9 +272,6 @@ def stem(name: str) -> str:
     """An image's id: the name of its file without folders and suffix."""
     name = Path(name.strip()).name
     return Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def _number(text: str | None) -> float:

@@ -6,7 +6,6 @@ processes each; rank 0 merges the results. Killed and run again, it goes on with
 
 import csv
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -18,23 +17,18 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from hpc import dist, health, manifest
 from hpc.config import plain
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.progress import bar
 from hpc.rundir import atomic_write
-from hpc.shards import ShardReader, index_path
-from lesiongen.data import catalog, duplicates, images, packing, splits
-from lesiongen.data.catalog import SPLITS, Record
-from lesiongen.data.packed import CATALOG, moments
+from hpc.shards import index_path
+from lesiongen.data import catalog, packing, pairing, splits
+from lesiongen.data.catalog import SPLITS
+from lesiongen.data.packed import CATALOG, moments, rows
 from lesiongen.experiment import DataConfig, Experiment
 from lesiongen.stages.base import Stage
-
-MANY = 20  # images of one lesion that are hard to believe
 
 
 def stage(config: Experiment) -> Stage:
@@ -86,11 +80,6 @@ def pool(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
 def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, int]]:
     """Orders to fulfil and the number of images of each."""
     before, packed = _packed(folder) if append else ({}, {})
-    if append and (before["size"], before["channels"]) != (data.size, data.channels):
-        raise UserError(
-            f"{folder} holds images of {before['size']} px and {before['channels']} channels; append as many, not "
-            f"{data.size} px and {data.channels}."
-        )
     found = catalog.read(
         Path(data.images),
         Path(data.metadata) if data.metadata else None,
@@ -114,7 +103,7 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
     pairs = list(found.pairs)
     if data.near_duplicates and records:
         with pool(data.processes or processes(len(records), Topology())) as each:
-            pairs += _near_duplicates(records, folder, packed, _suffix(before), each)
+            pairs += pairing.near_duplicates(records, folder, packed, _suffix(before), each)
     members, unjoined = splits.assign(records, data.val, data.test, pairs, {k: v[:3] for k, v in packed.items()})
     _refuse_many(rejected + unjoined, found.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
     if not append:
@@ -140,60 +129,8 @@ def _packed(folder: Path) -> tuple[dict, dict[str, tuple[str, str, str, str, int
     if problems := manifest.verify(folder, before["catalogs"]):
         raise UserError(f"{problems[0]}. Nothing can be appended without it: restore it, or pack again.")
     columns = ("own_group", "group", "split", "shard", "ordinal")
-    return before, {row["image_id"]: tuple(row[c] for c in columns) for row in read_catalogs(folder, before)}
-
-
-def read_catalogs(folder: Path, facts: dict) -> Iterator[dict[str, str]]:
-    """A row for each packed image, of the columns in CATALOG."""
-    for entry in facts["catalogs"]:
-        with open(folder / entry["name"], newline="", encoding="utf-8") as file:
-            yield from csv.DictReader(file)
-
-
-def _near_duplicates(records: list[Record], folder: Path, packed: dict, suffix: str, each: Callable) -> list[tuple[str, str]]:
-    """Pairs of images that show one lesion, among the new ones and between them and those packed; listed, with pictures."""
-    paths = {r.image: Path(r.path) for r in records}
-    names = sorted({place[3] for place in packed.values()})
-    reader, number = ShardReader.local(folder, names), {name: i for i, name in enumerate(names)}
-
-    def stored(image: str) -> bytes:
-        *_, shard, ordinal = packed[image]
-        raw = reader.read(number[shard], int(ordinal))
-        return raw.get("jpg") or raw["png"]
-
-    with bar(len(packed) + len(paths), "duplicates: read") as progress:
-        found = {}
-        contents = ((image, stored(image)) for image in packed)
-        for image, thumbnail in itertools.chain(
-            ((image, duplicates.thumbnail(images.decode(content))) for image, content in contents),
-            zip(paths, each(_thumbnail, paths.values()), strict=True),
-        ):
-            progress.update()
-            if thumbnail is not None:
-                found[image] = thumbnail
-    pairs = duplicates.find(list(found), np.stack(list(found.values())), new_from=len(packed))
-    if pairs:
-
-        def load(image: str) -> Image.Image:
-            return images.decode(paths[image].read_bytes() if image in paths else stored(image))
-
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([("a", "b", "score"), *((p.a, p.b, p.score) for p in pairs)])
-        atomic_write(folder / f"near-duplicates{suffix}.csv", table.getvalue().encode())
-        atomic_write(folder / f"near-duplicates{suffix}.png", images.png(duplicates.sheet(pairs, load)))
-    print(f"{len(pairs):,} pairs of near duplicates" + (f", see {folder / f'near-duplicates{suffix}.png'}" if pairs else ""))
-    largest = Counter(duplicates.clusters(pairs).values()).most_common(1)
-    if largest and largest[0][1] > MANY:
-        print(f"warning: {largest[0][1]} images are joined to {largest[0][0]}; look whether they show one lesion")
-    return [(pair.a, pair.b) for pair in pairs]
-
-
-def _thumbnail(path: Path) -> np.ndarray | None:
-    """None for what packing will reject."""
-    try:
-        return duplicates.thumbnail(images.decode(path.read_bytes(), size=duplicates.SIDE))
-    except (images.BadImage, OSError):
-        return None
+    there = rows(folder / entry["name"] for entry in before["catalogs"])
+    return before, {row["image_id"]: tuple(row[c] for c in columns) for row in there}
 
 
 def _suffix(before: dict) -> str:
@@ -221,7 +158,7 @@ def _commit(data: DataConfig, folder: Path, orders: list[str], append: bool) -> 
     suffix = _suffix(before)
     _refuse_many(rejected, listed["listed"], data, folder / f"rejected{suffix}.jsonl")
     entries = before.get("shards", []) + [result["entry"] for result in results if result["entry"]]
-    rows = [row for result in results for row in result["catalog"]]
+    new = [row for result in results for row in result["catalog"]]
     about = {}
     for what in packing.ABOUT:
         total = Counter(before.get(f"{what}s", {}))
@@ -229,15 +166,15 @@ def _commit(data: DataConfig, folder: Path, orders: list[str], append: bool) -> 
             total.update(result["about"][what])
         about[f"{what}s"] = dict(sorted(total.items()))
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([CATALOG, *rows])
+    csv.writer(table, lineterminator="\n").writerows([CATALOG, *new])
     atomic_write(folder / f"catalog{suffix}.csv", table.getvalue().encode())
-    catalogs = [*before.get("catalogs", []), manifest.describe(folder / f"catalog{suffix}.csv", count=len(rows))]
+    catalogs = [*before.get("catalogs", []), manifest.describe(folder / f"catalog{suffix}.csv", count=len(new))]
     if rejected:
         print(f"{len(rejected):,} images or rows rejected, listed in {folder / f'rejected{suffix}.jsonl'}")
     if left_out := listed["left_out"]:
         print(f"{len(left_out):,} images left out by their licence, listed in {folder / f'left_out{suffix}.jsonl'}")
         atomic_write(folder / f"left_out{suffix}.jsonl", "".join(json.dumps(entry) + "\n" for entry in left_out).encode())
-    every = list(read_catalogs(folder, {"catalogs": catalogs}))
+    every = list(rows(folder / entry["name"] for entry in catalogs))
     counts = splits.class_counts(((row["split"], row["dx"]) for row in every), listed["classes"])
     groups = {name: len({row["group"] for row in every if row["split"] == name}) for name in counts}
     splits.refuse_empty(groups, data.val, data.test)

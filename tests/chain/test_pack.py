@@ -17,7 +17,8 @@ from hpc.errors import UserError
 from launch.__main__ import main
 from lesiongen import experiment
 from lesiongen.data import phantom
-from lesiongen.stages.pack import pack, read_catalogs
+from lesiongen.data.packed import Packed
+from lesiongen.stages.pack import pack
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +88,12 @@ pack(settings(Path(sys.argv[1])), Path(sys.argv[2]))
 def test_appending_the_rest(drawn, tmp_path):
     pack(settings(drawn, "half.csv"), tmp_path / "s")
     before = content(tmp_path / "s")
-    half = {r["image_id"]: r for r in read_catalogs(tmp_path / "s", manifest.read(tmp_path / "s"))}
+    half = {r["image_id"]: r for r in Packed([tmp_path / "s"]).catalog()}
     pack(settings(drawn), tmp_path / "s", append=True)
     facts = manifest.read(tmp_path / "s")
-    rows = {r["image_id"]: r for r in read_catalogs(tmp_path / "s", facts)}
+    rows = {r["image_id"]: r for r in Packed([tmp_path / "s"]).catalog()}
     pack(settings(drawn), tmp_path / "whole")
-    at_once = {r["image_id"]: r for r in read_catalogs(tmp_path / "whole", manifest.read(tmp_path / "whole"))}
+    at_once = {r["image_id"]: r for r in Packed([tmp_path / "whole"]).catalog()}
     assert {k: r["split"] for k, r in rows.items()} == {k: r["split"] for k, r in at_once.items()}
     assert {k: rows[k] for k in half} == half
     assert all((tmp_path / "s" / n).read_bytes() == b for n, b in before.items() if n != manifest.NAME)
@@ -112,7 +113,7 @@ def test_appending_the_rest(drawn, tmp_path):
 def test_what_would_join_two_splits_is_refused(drawn, tmp_path):
     """New photographs of a lesion are said to come in another split than the one it is packed in."""
     pack(settings(drawn, "half.csv"), tmp_path / "s")
-    packed = {r["image_id"]: r for r in read_catalogs(tmp_path / "s", manifest.read(tmp_path / "s"))}
+    packed = {r["image_id"]: r for r in Packed([tmp_path / "s"]).catalog()}
     rows = [r for r in table(drawn) if r["image_id"] not in packed]
     where = {r["own_group"]: r["split"] for r in packed.values()}
     victim = next(r for r in rows if where.get(r["lesion_id"]) == "test")
@@ -182,7 +183,7 @@ def test_near_duplicates_join_groups(tmp_path, capsys):
     pack(settings(tmp_path, "first.csv", **own), tmp_path / "later")
     pack(settings(tmp_path, **own), tmp_path / "later", append=True)
     for place in ("at_once", "later"):
-        packed = {r["image_id"]: r for r in read_catalogs(tmp_path / place, manifest.read(tmp_path / place))}
+        packed = {r["image_id"]: r for r in Packed([tmp_path / place]).catalog()}
         joined = [packed[c["image_id"]]["group"] == packed[c["image_id"].removeprefix("again_")]["group"] for c in copies]
         assert sum(joined) >= 8, place  # round drawings are poor in detail
         splits = {}

@@ -91,12 +91,6 @@ def test_wrong_input_is_refused():
             duplicates.find(ids, array, progress=False)
 
 
-def test_clusters_join_chains():
-    pairs = [Pair("c", "d", 1), Pair("b", "c", 1), Pair("x", "y", 1), Pair("a", "d", 1)]
-    assert duplicates.clusters(pairs) == {"a": "a", "b": "a", "c": "a", "d": "a", "x": "x", "y": "x"}
-    assert duplicates.clusters([]) == {}
-
-
 def test_sheet_shows_pairs(drawings):
     pairs = [Pair("000", "001", 0.9)] * 6
     sheet = duplicates.sheet(pairs, lambda name: drawings[int(name)], limit=5, side=40)
