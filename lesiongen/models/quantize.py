@@ -28,8 +28,8 @@ class QuantizerConfig:
     quantizer: Literal["ema", "cosine", "gradient", "fsq"] = "ema"
     estimator: Literal["straight-through", "rotation"] = "straight-through"  # of the encoder's gradient; fsq needs none
     commitment: float = 0.25  # weight of the pull of vectors to their codes; fsq has no such loss
-    decay: float = 0.99  # ema, cosine
-    revive_below: float = 0.1  # ema, cosine: a code used less than this fraction of the average is revived
+    decay: float = 0.99  # of the averages of ema and cosine, and of gradient's counts
+    revive_below: float = 0.1  # all but fsq: a code used less than this fraction of the average is revived
     fsq_levels: tuple[int, ...] = (8, 8, 8)  # values of each of fsq's dimensions; their product is `entries`
     kmeans: bool = False  # start from k-means centres of the untrained encoder's vectors
 
@@ -68,6 +68,8 @@ class Quantizer(nn.Module):
         super().__init__()
         self.entries, self.dim = config.entries, config.dim
         self.commitment, self.rotate = config.commitment, config.estimator == "rotation"
+        self.per_sample = -(-self.entries // batch)  # vectors that each sample offers to codes that are not used
+        self.candidates = self.per_sample * batch
 
     @property
     def statistics_size(self) -> int:
@@ -111,10 +113,29 @@ class Quantizer(nn.Module):
         """[statistics_size]; those of parts of a batch sum to those of the whole."""
         return torch.bincount(codes_N, minlength=self.entries).float()
 
+    def offer(self, flat_ND: torch.Tensor, slot_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
+        """[candidates · D]: vectors of the batch, each sample's in its own rows, so that the sum over ranks is the same
+        gather for any topology."""
+        samples = slot_B.numel()
+        cells = flat_ND.shape[0] // samples
+        step = torch.arange(self.per_sample, device=flat_ND.device)
+        cell = (position_B[:, None] * 2654435761 + step * 40503 + position_B[:, None] // 7) % cells
+        rows = cell + torch.arange(samples, device=flat_ND.device)[:, None] * cells
+        offered = flat_ND.new_zeros(self.candidates, self.dim)
+        offered[(slot_B[:, None] * self.per_sample + step).flatten()] = flat_ND[rows.flatten()]
+        return offered.flatten()
+
+    def chosen(self, number: int, counts: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
+        """[number, D] of the vectors offered; a stride coprime to most sizes spreads them over samples."""
+        order = torch.arange(number, device=counts.device)
+        if number < self.entries:
+            order = (order * 97 + int(counts.argmax())) % self.candidates
+        return offered.view(-1, self.dim)[order]
+
     @torch.no_grad()
     def update(self, statistics: torch.Tensor) -> dict[str, float]:
         """Applies the statistics of one global batch; the same on every rank. Returns usage, perplexity, revived."""
-        return usage(statistics)
+        return usage(statistics[: self.entries])
 
     @torch.no_grad()
     def initialise(self, z_BDHW: torch.Tensor) -> None:
@@ -132,11 +153,8 @@ class EMAQuantizer(Quantizer):
     """
 
     def __init__(self, config: QuantizerConfig, batch: int):
-        """batch: global batch, which fixes how many candidate vectors each sample offers for revival."""
         super().__init__(config, batch)
         self.decay, self.revive_below = config.decay, config.revive_below
-        self.per_sample = -(-self.entries // batch)
-        self.candidates = self.per_sample * batch
         self.register_buffer("codebook", self.embed(random_codebook(config)))
         self.register_buffer("count", torch.zeros(self.entries))
         self.register_buffer("total", torch.zeros(self.entries, self.dim))
@@ -149,15 +167,7 @@ class EMAQuantizer(Quantizer):
     def statistics(self, flat_ND, codes_N, slot_B, position_B) -> torch.Tensor:
         counts = super().statistics(flat_ND, codes_N, slot_B, position_B)
         sums = torch.zeros_like(self.codebook).index_add_(0, codes_N, flat_ND)
-        # Each sample writes its candidates into its own rows: the sum over ranks is the same gather for any topology.
-        samples = slot_B.numel()
-        cells = flat_ND.shape[0] // samples
-        step = torch.arange(self.per_sample, device=flat_ND.device)
-        cell = (position_B[:, None] * 2654435761 + step * 40503 + position_B[:, None] // 7) % cells
-        rows = cell + torch.arange(samples, device=flat_ND.device)[:, None] * cells
-        offered = flat_ND.new_zeros(self.candidates, self.dim)
-        offered[(slot_B[:, None] * self.per_sample + step).flatten()] = flat_ND[rows.flatten()]
-        return torch.cat([counts, sums.flatten(), offered.flatten()])
+        return torch.cat([counts, sums.flatten(), self.offer(flat_ND, slot_B, position_B)])
 
     @torch.no_grad()
     def update(self, statistics: torch.Tensor) -> dict[str, float]:
@@ -174,11 +184,7 @@ class EMAQuantizer(Quantizer):
         dead = self.count < self.revive_below * average
         number = int(dead.sum())
         if number:
-            # A stride coprime to most sizes spreads the chosen candidates over samples.
-            order = (torch.arange(number, device=dead.device) * 97 + int(counts.argmax())) % self.candidates
-            if number == self.entries:
-                order = torch.arange(number, device=dead.device)
-            fresh = offered.view(-1, self.dim)[order]
+            fresh = self.chosen(number, counts, offered)
             # Just at the threshold: a revived code that wins nothing is moved again at the next step.
             self.codebook[dead] = fresh
             self.count[dead] = self.revive_below * average
@@ -202,30 +208,74 @@ class CosineQuantizer(EMAQuantizer):
 
 class GradientQuantizer(Quantizer):
     """Codebook trained by the optimizer (van den Oord et al. 2017, arXiv:1711.00937, equation 3): the codebook loss has
-    weight 1, the commitment loss its own. Never written after the engine is built, so no code is ever revived: expect few
-    in use, and more with the rotation estimator."""
+    weight 1, the commitment loss its own.
+
+    As published few codes survive: Adam moves a code by its learning rate a step at most, and the encoder runs away from
+    nearly all of them. So codes are kept as multiples of GAIN, which makes their rate as much higher, and those that are
+    not used are pulled to vectors of the batch that update() set for them (after Zheng and Vedaldi 2023, arXiv:2307.15139,
+    who write them there; here only the optimizer writes a parameter)."""
+
+    PURSUIT = 20  # steps
 
     def __init__(self, config: QuantizerConfig, batch: int):
         super().__init__(config, batch)
-        self.book = Book(self.entries, self.dim, _weight=random_codebook(config))
+        self.decay, self.revive_below = config.decay, config.revive_below
+        self.book = Book(self.entries, self.dim, _weight=random_codebook(config) / Book.GAIN)
+        self.register_buffer("count", torch.zeros(self.entries))
+        self.register_buffer("updates", torch.zeros(()))
+        self.register_buffer("idle", torch.zeros(self.entries, dtype=torch.bool))
+        self.register_buffer("target", torch.zeros(self.entries, self.dim))
 
     @property
     def codebook(self) -> torch.Tensor:
-        return self.book.weight
+        return self.book.weight * Book.GAIN
+
+    @property
+    def statistics_size(self) -> int:
+        return self.entries + self.candidates * self.dim
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        codes_N, q_ND = self.book(z_ND.detach())
+        codes_N, q_ND, pull = self.book(z_ND.detach(), self.target, self.idle)
         x_ND, loss = self.pass_through(z_ND, q_ND.detach())
-        return x_ND, codes_N, loss + F.mse_loss(q_ND, z_ND.detach())
+        return x_ND, codes_N, loss + F.mse_loss(q_ND, z_ND.detach()) + pull
+
+    def statistics(self, flat_ND, codes_N, slot_B, position_B) -> torch.Tensor:
+        counts = super().statistics(flat_ND, codes_N, slot_B, position_B)
+        return torch.cat([counts, self.offer(flat_ND, slot_B, position_B)])
+
+    @torch.no_grad()
+    def update(self, statistics: torch.Tensor) -> dict[str, float]:
+        counts, offered = statistics.split([self.entries, self.candidates * self.dim])
+        self.count.lerp_(counts, 1 - self.decay)
+        idle = self.count < self.revive_below * self.count.mean()
+        # Each keeps its target for a while, to come near; then the encoder will have left that place.
+        turn = (torch.arange(self.entries, device=idle.device) + self.updates.long()) % self.PURSUIT == 0
+        fresh = idle & (turn | ~self.idle)
+        self.updates += 1
+        if number := int(fresh.sum()):
+            self.target[fresh] = self.chosen(number, counts, offered)
+        self.idle.copy_(idle)
+        return usage(counts, number)
+
+    @torch.no_grad()
+    def initialise(self, z_BDHW: torch.Tensor) -> None:
+        z_ND = z_BDHW.float().movedim(1, -1).reshape(-1, self.dim)
+        self.book.weight.copy_(kmeans(z_ND, self.entries) / Book.GAIN)
+        self.count.fill_(1.0)  # none is idle at the first update
 
 
 class Book(nn.Embedding):
     """A module of its own, because ZeRO 3 gathers parameters around modules that return plain tensors; an embedding,
     because those are not decayed."""
 
-    def forward(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes_N = nearest(z_ND, self.weight.detach())
-        return codes_N, super().forward(codes_N)
+    GAIN = 30.0
+
+    def forward(self, z_ND, target_KD, idle_K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(codes [N], their vectors [N, D], the loss that pulls idle codes to their targets)."""
+        book_KD = self.weight * self.GAIN
+        codes_N = nearest(z_ND, book_KD.detach())
+        pull = ((book_KD - target_KD).square() * idle_K[:, None]).mean()
+        return codes_N, F.embedding(codes_N, book_KD), pull
 
 
 class FSQuantizer(Quantizer):

@@ -1,5 +1,7 @@
 """What every tokenizer offers, whatever its architecture."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -7,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from lesiongen.models.quantize import Quantized
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(nn.Module, ABC):
     """Images [B, C, H, W] in [-1, 1] ⇄ a grid of codes [B, h, w] for each level. Levels are named from fine to coarse.
 
     A subclass sets `names` and `quantizers` (one for each name) and gives quantized() and decode()."""
@@ -15,13 +17,13 @@ class Tokenizer(nn.Module):
     names: tuple[str, ...]
     quantizers: nn.ModuleList
 
+    @abstractmethod
     def quantized(self, x_BCHW: torch.Tensor, slot=None, position=None) -> dict[str, Quantized]:
         """{level: Quantized}. slot, position: of each sample in the batch and the sequence, in training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
         """{level: quantized vectors [B, D, h, w]} → images in about [-1, 1]."""
-        raise NotImplementedError
 
     def forward(self, x_BCHW: torch.Tensor, slot=None, position=None) -> tuple[torch.Tensor, dict[str, Quantized]]:
         """(reconstruction, {level: Quantized})."""

@@ -32,13 +32,16 @@ def clusters(shift: float = 0.0, number: int = K) -> torch.Tensor:
 
 def train(quantizer, z, steps: int, parts: int = 1) -> dict[str, float]:
     """As the loop does it: statistics of parts of a batch are summed, then applied once."""
+    trained = list(quantizer.parameters())
+    adam = torch.optim.Adam(trained, lr=0.01) if trained else None
     for step in range(steps):
         slot, position = torch.arange(B), torch.arange(B) + step * B
         pieces = [torch.arange(B)[i::parts] for i in range(parts)]
         out = [quantizer(z[p], slot[p], position[p]) for p in pieces]
-        for weight in quantizer.parameters():  # plain gradient descent
-            (gradient,) = torch.autograd.grad(sum(q.loss for q in out), weight)
-            weight.data -= 5 * gradient
+        if adam:
+            adam.zero_grad()
+            sum(q.loss for q in out).backward()
+            adam.step()
         metrics = quantizer.update(sum(q.statistics for q in out))
     return metrics
 
@@ -121,11 +124,9 @@ class TestCodebook:
 
     def test_finds_the_clusters_and_uses_every_code(self, name):
         quantizer, z = make(name), clusters()
-        if name == "gradient":  # no code is revived: it is as good as its start
-            quantizer.initialise(z + 0.3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1)))
-        metrics = train(quantizer, z, 100)
+        metrics = train(quantizer, z, 400 if name == "gradient" else 100)
         assert metrics["usage"] == 1.0 and metrics["perplexity"] > 0.8 * K
-        assert quantizer(z).loss < 0.125
+        assert quantizer(z).loss < (0.25 if name == "gradient" else 0.125)
 
     def test_straight_through_passes_gradients_as_they_are(self, name):
         z = clusters().requires_grad_()
@@ -209,7 +210,7 @@ def test_the_gradient_codebook_learns_by_equation_3():
     assert torch.allclose(z.grad, 0.25 * 2 * (z - chosen).detach() / z.numel(), atol=1e-7)
     pull = 2 * (chosen - z.detach()) / z.numel()
     expected = torch.zeros(K, D).index_add_(0, found.codes.flatten(), pull.movedim(1, -1).reshape(-1, D))
-    assert torch.allclose(quantizer.book.weight.grad, expected, atol=1e-6)
+    assert torch.allclose(quantizer.book.weight.grad, expected * quantizer.book.GAIN, atol=1e-6)
 
 
 @pytest.mark.parametrize("levels", [(8, 8, 8), (8, 5, 5, 5), (3, 4), (7,)])
