@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share two cores; and sums come out alike whatever the machine
+os.environ["OMP_NUM_THREADS"] = "1"  # ranks share two cores; and sums come out alike whatever the machine
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 from pathlib import Path

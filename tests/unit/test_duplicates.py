@@ -11,15 +11,6 @@ from lesiongen.data import duplicates, images, phantom
 from lesiongen.data.duplicates import Pair
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine threads that wait for one another make a second into a minute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def drawings() -> list[Image.Image]:
     """15 lesions, 3 of each class but two: drawn naevi and dermatofibromas have too little detail to be told apart."""

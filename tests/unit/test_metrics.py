@@ -13,15 +13,6 @@ from lesiongen.metrics.codes import bigram_bits, usage_and_perplexity
 from lesiongen.metrics.image import psnr, ssim
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On a busy machine threads that wait for one another make a second into a minute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def noise(number: int, side: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(256, (number, channels, side, side), generator=rng, dtype=torch.uint8)
