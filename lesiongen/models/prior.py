@@ -149,6 +149,12 @@ class Prior(nn.Module, ABC):
 
 def make(config: PriorShape, **shape) -> Prior:
     """The prior that a config describes."""
-    from lesiongen.models import gpt  # they build on this file
+    from lesiongen.models import gated_pixelcnn, gpt, pixelcnn, pixelsnail  # they build on this file
 
-    return {"gpt": gpt.GPT}[config.kind](config, **shape)
+    kinds = {
+        "gpt": gpt.GPT,
+        "pixelcnn": pixelcnn.PixelCNN,
+        "gated_pixelcnn": gated_pixelcnn.GatedPixelCNN,
+        "pixelsnail": pixelsnail.PixelSNAIL,
+    }
+    return kinds[config.kind](config, **shape)
