@@ -6,6 +6,8 @@ so encoding is idempotent per file, parallel without locks, and resumes where it
 """
 
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ class CodeStore:
         self.folder = Path(folder)
         self.manifest = manifest.read(self.folder)
         self.levels = self.manifest["levels"]
-        self.maps: dict[str, dict[str, np.ndarray]] = {}
+        self.maps: dict[tuple[str, int, int], dict[str, np.ndarray]] = {}
 
     def shards(self, split: str) -> list[dict]:
         """Entries of a split's shards at draw 0, in order."""
@@ -50,15 +52,31 @@ class CodeStore:
 
     def arrays(self, split: str, draw: int, shard: int) -> dict[str, np.ndarray]:
         """Read-only views of one file's arrays, by name."""
-        name = file_name(split, draw, shard)
-        if name not in self.maps:
-            self.maps[name] = _map(self.folder / name)
-        return self.maps[name]
+        key = split, draw, shard
+        if key not in self.maps:
+            self.maps[key] = _map(self.folder / file_name(*key))
+        return self.maps[key]
 
-    def take(self, split: str, where: list[tuple[int, int, int]], columns: list[str]) -> dict[str, np.ndarray]:
-        """Rows (draw, shard, ordinal) of the named arrays, in the order asked for."""
-        files = [self.arrays(split, draw, shard) for draw, shard, _ in where]
-        return {c: np.stack([f[c][row] for f, (_, _, row) in zip(files, where, strict=True)]) for c in columns}
+    def take(self, split: str, where: Sequence, columns: list[str], dtype=None) -> dict[str, np.ndarray]:
+        """Rows (draw, shard, ordinal), [N, 3], of the named arrays, in the order asked for; dtype: None = as stored."""
+        draws, shards, rows = np.asarray(where, dtype=np.int64).reshape(-1, 3).T
+        # By file, and within a file in the order in which it lies on disk.
+        order = (draws << 56 | shards << 32 | rows).argsort()
+        draws, shards, rows = draws[order], shards[order], rows[order]
+        begins = np.flatnonzero(np.diff(draws << 32 | shards, prepend=-1)).tolist()
+        found: dict[str, np.ndarray] = {}
+        for begin, end in pairwise([*begins, len(order)]):
+            arrays, wanted = self.arrays(split, int(draws[begin]), int(shards[begin])), rows[begin:end]
+            for column in columns:
+                source = arrays[column]
+                assert wanted[-1] < len(source), f"row {wanted[-1]} of {len(source)}"
+                if column not in found:
+                    found[column] = np.empty((len(order), *source.shape[1:]), source.dtype)
+                # Any other mode would write to a copy first.
+                source.take(wanted, 0, out=found[column][begin:end], mode="clip")
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return {c: found[c].take(back, 0).astype(dtype or found[c].dtype, copy=False) for c in columns}
 
     def all(self, split: str, draw: int, columns: list[str]) -> dict[str, np.ndarray]:
         """The whole of a split's draw, concatenated over shards."""
@@ -76,6 +94,7 @@ def _map(path: Path) -> dict[str, np.ndarray]:
         header = json.loads(raw[8 : 8 + length].tobytes())
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"The code shard {path} cannot be read ({error}). Run encode again, or restore it.") from None
+    raw = raw.view(np.ndarray)  # an index into a memmap costs several times one into an array over the same memory
     out = {}
     for name, entry in header.items():
         if name != "__metadata__":

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hpc import checkpoint, dist, health, journal, record
+from hpc import checkpoint, dist, flops, health, journal, record
 from hpc.config import volatile
 from hpc.engine import Engine, EngineConfig, Step
 from hpc.errors import Diverged, Stopped, UserError
@@ -35,6 +35,7 @@ class TrainConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     log_every: int = volatile(1_000)
     eval_every: int = volatile(50_000)
+    patience: int = volatile(0)  # samples without a better held-out figure after which training ends, well; 0 = never
     save_every: int = volatile(50_000)
     keep: int = volatile(2)
     max_bad_fraction: float = volatile(0.001)
@@ -42,12 +43,15 @@ class TrainConfig:
     def __post_init__(self):
         if min(self.samples, self.batch, self.log_every, self.eval_every, self.save_every) < 1:
             raise ValueError("samples, batch, log_every, eval_every and save_every must be at least 1")
+        if self.patience < 0:
+            raise ValueError("patience is a number of samples, or 0 for never")
         if self.keep < 2:
             raise ValueError("keep must be at least 2: a damaged checkpoint needs one to fall back to")
 
 
 class Task(Protocol):
-    """What is trained. `metric` is the held-out figure that selects the exported weights; lower is better."""
+    """What is trained. `metric` is the held-out figure that selects the exported weights; lower is better. What a task knows
+    of its samples' cost, tokens_per_sample and flops_per_sample, is logged as speed; see hpc/flops.py."""
 
     metric: str
     size: int  # samples in an epoch
@@ -57,6 +61,7 @@ class Task(Protocol):
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]: ...
     def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, float]: ...
     def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]: ...
+    def curves(self, rows: list[dict]) -> dict[str, bytes]: ...  # pictures of metrics.jsonl so far; on rank 0
     def export(self, module: nn.Module, metrics: dict[str, float]) -> None: ...
 
 
@@ -68,6 +73,8 @@ class State:
     evaluated: int = 0  # samples at the last evaluation
     best: float | None = None
     best_at: int = 0
+    patient_from: int = 0  # patience counts from here, or from the best
+    ended_for: int = 0  # length that was asked for when patience ran out
     skipped: int = 0  # non-finite steps in a row
     skipped_total: int = 0
     bad: int = 0  # samples replaced because they could not be read
@@ -86,6 +93,8 @@ def train(
     if universal:
         checkpoint.to_universal(start)
     state = State(**checkpoint.read(start)["state"]) if start else State()
+    if 0 < state.ended_for < config.samples:  # more was asked for than when patience ran out: it begins anew
+        state.patient_from, state.ended_for = state.samples, 0
     # First, so that data workers start while the engine is built.
     batches = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world))
     module, plain = task.build(), task.build().eval()
@@ -111,6 +120,8 @@ def train(
             engine.copy_to(plain.to(engine.device))
             metrics, pictures = task.evaluate(plain)
             tracker.log(state.samples // config.batch, state.samples, {f"val/{k}": v for k, v in metrics.items()})
+            if topology.leader:
+                pictures = pictures | task.curves(record.read_metrics(folder))
             for name, png in pictures.items():
                 tracker.image(name, state.samples, png)
             progress.set_postfix_str(f"val {task.metric} {metrics[task.metric]:.4g}")
@@ -119,6 +130,13 @@ def train(
                 dist.leader_does(task.export, plain, metrics)
             plain.to("cpu")  # a second model on the device would undo what ZeRO 3 saves
         state.evaluated = state.samples
+        if config.patience and state.samples - max(state.best_at, state.patient_from) >= config.patience:
+            state.ended_for = config.samples  # the same on all ranks, as the figure is
+            if topology.leader:
+                print(
+                    f"{what}: no better held-out {task.metric} since {state.best_at:,} samples (patience {config.patience:,}): "
+                    f"training ends at {state.samples:,}, the export holds the best weights"
+                )
 
     def save() -> None:
         nonlocal saved
@@ -129,7 +147,9 @@ def train(
 
     def log(lr: float) -> None:
         counters = {"lr": lr, "skipped_steps": state.skipped_total, "bad_samples": state.bad}
-        counters |= {"epoch": state.samples / task.size, "images_per_second": speed.rate()}
+        rate = speed.rate()
+        counters |= {"epoch": state.samples / task.size, "images_per_second": rate}
+        counters |= flops.throughput(task, rate, topology.world, topology.device)
         waits = dist.gather((speed.waited, socket.gethostname()))
         if late := health.straggler([w for w, _ in waits], [h for _, h in waits]):
             counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}
@@ -146,9 +166,11 @@ def train(
             # What is owed at these samples comes before the next step, also after a resume.
             if due(config.eval_every, state.evaluated):
                 evaluate()
+                if state.ended_for:
+                    save()  # also in place of a checkpoint at these samples, which does not know of the end
             if due(config.save_every, saved):
                 save()
-            if state.samples >= config.samples:
+            if state.ended_for or state.samples >= config.samples:
                 break
             with speed.waiting():
                 micro_batches = list(itertools.islice(batches, config.engine.accumulation))

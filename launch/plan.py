@@ -1,6 +1,8 @@
-"""plan: what a run will cost, from arithmetic alone: parameters, memory per GPU for each ZeRO stage, tokens, steps.
+"""plan: what a run will cost, before it is queued: parameters, memory per GPU for each ZeRO stage, tokens, operations, steps.
 
-Memory follows Rajbhandari et al. 2020 (ZeRO, section 3): with fp32 parameters 4 bytes each for parameters and gradients
+Parameters are counted on models that take no memory, and activations on a training step that takes none (hpc/memory.py);
+the scratch of a convolution's kernels comes on top, 10 to 30 % on CPU, and so does what the allocator keeps.
+The rest follows Rajbhandari et al. 2020 (ZeRO, section 3): with fp32 parameters 4 bytes each for parameters and gradients
 and 8 for Adam's moments; stage 1 shards the moments over ranks, 2 the gradients too, 3 the parameters too. Stages 1 and 2
 keep an fp32 copy of their shard beside the model.
 """
@@ -8,117 +10,126 @@ keep an fp32 copy of their shard beside the model.
 import math
 
 import torch
+from torch import nn
 
 from hpc.errors import UserError
+from hpc.memory import peak_activations
 from lesiongen.experiment import Experiment
-from lesiongen.models.gpt import GPTConfig
+from lesiongen.models import prior
+from lesiongen.models.losses import LossConfig, Reconstruction
 from lesiongen.models.tokenizer import make
 from lesiongen.models.vqvae import VQVAEConfig
 from lesiongen.models.vqvae2 import VQVAE2Config
+from lesiongen.stages import prior as prior_stage
+from lesiongen.stages import tokenizer as tokenizer_stage
 
 GIB = 2**30
+ASSUMED = {"label": 7, "site": 12, "sex": 2, "age_band": 5}  # values of each fact, before any data are packed
 TokenizerModel = VQVAEConfig | VQVAE2Config
 
 
-def conv(inputs: int, outputs: int, kernel: int) -> int:
-    return inputs * outputs * kernel**2 + outputs
+def parts_of(net: nn.Module) -> dict[str, int]:
+    """Trainable parameters of each part."""
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
+    return {name: n for name, n in parts.items() if n}
 
 
 def tokenizer_parameters(config: TokenizerModel, channels: int) -> dict[str, int]:
-    """Trainable parameters of each part, and the codebooks' buffers; counted on a model that takes no memory."""
+    """Trainable parameters of each part, and the codebooks' buffers."""
     with torch.device("meta"):
         net = make(config, channels, batch=1)
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
-    return {name: n for name, n in parts.items() if n} | {"codebooks (buffers)": sum(b.numel() for b in net.buffers())}
+    return parts_of(net) | {"codebooks (buffers)": sum(b.numel() for b in net.buffers())}
 
 
-def gpt_parameters(config: GPTConfig, entries: int, classes: int, upper: list[int]) -> dict[str, int]:
-    width, hidden = config.width, -(-config.width * 8 // 3 // 32) * 32
-    block = 4 * width**2 + 3 * width * hidden + 2 * width
-    embeddings = (entries + 1 + classes + 1 + sum(upper)) * width + len(upper) * 2 * conv(width, width, 3)
-    return {"blocks": config.layers * block, "embeddings": embeddings, "head": entries * width + width}
+def prior_parameters(config: prior.PriorShape, shape: dict) -> dict[str, int]:
+    with torch.device("meta"):
+        return parts_of(prior.make(config, **shape))
 
 
-def tokenizer_activations(config: TokenizerModel, size: int, channels: int) -> int:
-    """Numbers kept for the backward pass, per image."""
-    total, side = 0, size
-    for i, stride in enumerate(config.strides):
-        for step in range(stride.bit_length() - 1):
-            side //= 2
-            total += (config.outer if step == 0 else config.hidden) * side**2
-        cells = side**2
-        # Encoder and decoder work at this grid: their convolutions, two tensors in each residual block, quantization.
-        blocks = 2 * config.residual_layers * (2 * config.hidden + 2 * config.residual_hidden)
-        total += cells * (blocks + 4 * config.hidden + 6 * config.dim * (len(config.strides) - i) + config.entries)
-    return total + 3 * channels * size**2 + config.outer * (size // 2) ** 2
+def tokenizer_activations(config: Experiment, micro: int) -> int:
+    """Bytes at the worst moment of one micro-batch."""
+    own, size, channels = config.tokenizer, config.data.size, config.data.channels
+    loss = Reconstruction(own.loss, 1.0)
+
+    def step():
+        module = tokenizer_stage.Objective(make(own.model, channels, own.train.batch), LossConfig(), 1.0)
+        module.reconstruction = loss
+        image = torch.zeros(micro, channels, size, size, dtype=torch.uint8)
+        return module.train(), {"image": image, "slot": torch.arange(micro), "position": torch.arange(micro)}
+
+    return peak_activations(step, own.train.engine.precision == "bf16")
 
 
-def gpt_activations(config: GPTConfig, tokens: int, entries: int) -> int:
-    """Numbers kept for the backward pass, per image; attention is fused and keeps no T×T matrix."""
-    hidden = -(-config.width * 8 // 3 // 32) * 32
-    layer = tokens * (config.width if config.checkpoint else 12 * config.width + 4 * hidden)
-    return config.layers * layer + 3 * tokens * entries + 3 * tokens * config.width
+def prior_activations(config: prior.PriorShape, shape: dict, micro: int, bf16: bool = False) -> int:
+    """Bytes at the worst moment of one micro-batch."""
+
+    def step():
+        return prior_stage.Objective(prior.make(config, **shape)).train(), prior_stage.blank_batch(shape, micro)
+
+    return peak_activations(step, bf16)
 
 
-def memory(parameters: int, activations: int, micro_batch: int, zero: int, ranks: int, bf16: bool) -> dict[str, float]:
-    """Bytes on one GPU, by part."""
+def memory(parameters: int, activations: int, zero: int, ranks: int) -> dict[str, float]:
+    """Bytes on one GPU, by part; activations: bytes of one micro-batch."""
     shard = 1 / ranks
     found = {
         "parameters": 4 * parameters * (shard if zero == 3 else 1),
         "gradients": 4 * parameters * (shard if zero >= 2 else 1),
         "optimizer": 8 * parameters * (shard if zero >= 1 else 1),
         "fp32 copy": 4 * parameters * shard if zero in (1, 2) else 0,
-        "activations": activations * micro_batch * (2 if bf16 else 4),
+        "activations": activations,
     }
     return found | {"in all": sum(found.values())}
 
 
 def report(config: Experiment) -> str:
     """The whole plan as text."""
-    size, ranks = config.data.size, config.local.ranks
-    model = config.tokenizer.model
-    grids = model.grids(size)
-    classes = len(config.data.classes) or 7
-    lines = [f"{config.name}: {size} px, {ranks} ranks (local.ranks); {classes} classes assumed", ""]
+    ranks, model = config.local.ranks, config.tokenizer.model
+    grids = model.grids(config.data.size)
+    values = ASSUMED | {"label": len(config.data.classes) or ASSUMED["label"]}
+    lines = [f"{config.name}: {config.data.size} px, {ranks} ranks (local.ranks); {values['label']} classes assumed", ""]
     parts = tokenizer_parameters(model, config.data.channels)
-    trainable = sum(v for k, v in parts.items() if "buffers" not in k)
-    activations = tokenizer_activations(model, size, config.data.channels)
     grid_text = " + ".join(f"{grids[n]}² {n}" for n in reversed(model.names))
-    lines += _section(
-        f"tokenizer   {grid_text}, K={model.entries}", parts, trainable, activations, config.tokenizer.train, ranks, None
-    )
-    upper: list[int] = []
+    title, train = f"tokenizer   {grid_text}, K={model.entries}", config.tokenizer.train
+    activations = tokenizer_activations(config, _micro_batch("tokenizer", train, ranks))
+    lines += _section(title, parts, activations, train, ranks)
+    upper: tuple = ()
     for level in config.levels:
-        own, tokens = config.prior(level), grids[level] ** 2
-        parts = gpt_parameters(own.model, model.entries, classes, upper)
-        activations = gpt_activations(own.model, tokens, model.entries)
-        title = f"prior-{level}   {tokens} tokens a sample, K={model.entries}"
-        lines += _section(title, parts, sum(parts.values()), activations, own.train, ranks, tokens)
-        upper.append(model.entries)
+        own, grid = config.prior(level), (grids[level], grids[level])
+        shape = {"grid": grid, "entries": model.entries, "facts": {f: values[f] for f in own.facts}, "upper": upper}
+        parts, micro = prior_parameters(own.model, shape), _micro_batch(f"prior-{level}", own.train, ranks)
+        activations = prior_activations(own.model, shape, micro, own.train.engine.precision == "bf16")
+        title = f"prior-{level}   {own.model.kind}, {math.prod(grid)} tokens a sample, K={model.entries}"
+        lines += _section(title, parts, activations, own.train, ranks, math.prod(grid), prior_stage.flops(own.model, shape))
+        upper += ((model.entries, grid),)
     codes = sum(g**2 for g in grids.values()) * (1 if model.entries <= 256 else 2) * config.encode.draws
     lines.append(f"code store  {codes:,} bytes per training image ({config.encode.draws} draws)")
     return "\n".join(lines)
 
 
-def _section(
-    title: str, parts: dict[str, int], trainable: int, activations: int, train, ranks: int, tokens: int | None
-) -> list[str]:
+def _micro_batch(what: str, train, ranks: int) -> int:
     try:
-        micro = train.engine.micro_batch(train.batch, ranks)
+        return train.engine.micro_batch(train.batch, ranks)
     except ValueError as error:
-        raise UserError(f"{title.split()[0]}: {error}") from None
+        raise UserError(f"{what}: {error}") from None
+
+
+def _section(
+    title: str, parts: dict[str, int], activations: int, train, ranks: int, tokens: int | None = None, flops: int = 0
+) -> list[str]:
+    micro, trainable = _micro_batch(title.split()[0], train, ranks), sum(n for k, n in parts.items() if "buffers" not in k)
     steps = math.ceil(train.samples / train.batch)
     lines = [title, "  parameters  " + ", ".join(f"{k} {v:,}" for k, v in parts.items()) + f"; trainable {trainable:,}"]
     per_step = f"{train.batch} images" + (f", {train.batch * tokens:,} tokens" if tokens else "")
     seen = f"{train.samples:,} samples" + (f", {train.samples * tokens:,} tokens" if tokens else "")
+    seen += f", {train.samples * flops:.2g} floating-point operations" if flops else ""
     lines.append(f"  a step      {per_step}; {micro} images per rank and micro-batch × {train.engine.accumulation}")
     lines.append(f"  in all      {seen}, {steps:,} steps")
-    bf16 = train.engine.precision == "bf16"
     columns = ("parameters", "gradients", "optimizer", "fp32 copy", "activations", "in all")
     widths = (11, 11, 11, 11, 13, 9)
     lines.append("  GiB per GPU" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
     for zero in range(4):
-        found = memory(trainable, activations, micro, zero, ranks, bf16)
+        found = memory(trainable, activations, zero, ranks)
         mark = "→" if zero == train.engine.zero else " "
         cells = "".join(f"{v / GIB:>{w}.3f}" for v, w in zip(found.values(), widths, strict=True))
         lines.append(f"  {mark} ZeRO {zero}    {cells}")

@@ -1,6 +1,6 @@
 """One YAML = one experiment, all stages. Sections are dataclasses beside the code they configure; this joins them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +12,12 @@ from hpc.optim import OptimConfig
 from hpc.storage import CacheConfig
 from lesiongen.data.augment import AugmentConfig, PreprocessConfig
 from lesiongen.data.balance import StreamConfig
+from lesiongen.facts import FACTS
+from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
 from lesiongen.models.gpt import GPTConfig
 from lesiongen.models.losses import LossConfig
+from lesiongen.models.pixelcnn import PixelCNNConfig
+from lesiongen.models.pixelsnail import PixelSNAILConfig
 from lesiongen.models.vqvae import VQVAEConfig
 from lesiongen.models.vqvae2 import VQVAE2Config
 
@@ -90,25 +94,56 @@ class EncodeConfig:
 
 @dataclass(frozen=True)
 class PriorConfig:
-    model: GPTConfig = field(default_factory=GPTConfig)
+    model: GPTConfig | PixelCNNConfig | GatedPixelCNNConfig | PixelSNAILConfig = field(default_factory=GPTConfig)
+    facts: tuple[str, ...] = ("label",)  # what the prior is told of an image: label, site, sex, age_band
+    resident: Literal["auto", "never"] = volatile("auto")  # whether the codes lie on the device; auto: where they fit
     stream: StreamConfig = field(default_factory=StreamConfig)
     train: TrainConfig = field(default_factory=_prior_training)
+
+    def __post_init__(self):
+        if unknown := [name for name in self.facts if name not in FACTS]:
+            raise ValueError(f"facts: there is no '{unknown[0]}'; choose among {', '.join(FACTS)}")
+        if len(set(self.facts)) < len(self.facts):
+            raise ValueError("facts: each is named once")
+
+
+@dataclass(frozen=True)
+class LevelSampling:
+    """What is another for one level than in `sample`; null = as there."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float | None = None
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     labels: tuple[str, ...] = ()  # empty = every class in turn
+    facts: dict[str, str] = field(default_factory=dict)  # fixed for all, as {sex: female}; others as training images have them
     number: int = 64  # in all
     seed: int = 0
     temperature: float = 1.0
     top_k: int = 0  # 0 = all
     top_p: float = 1.0
     guidance: float = 1.0  # 1 = none
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear and cosine rise from none over the tokens
+    levels: dict[str, LevelSampling] = field(default_factory=dict)
     batch: int = 64  # fixed, so that images do not depend on the number of ranks
 
     def __post_init__(self):
         if self.number < 1 or self.batch < 1 or self.top_k < 0 or self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise ValueError("number, batch ≥ 1; top_k ≥ 0; temperature > 0; top_p above 0 and at most 1")
+        if "label" in self.facts:
+            raise ValueError("facts: labels are given in sample.labels")
+        for level in self.levels:
+            self.at(level)
+
+    def at(self, level: str) -> "SampleConfig":
+        """The settings of one level."""
+        own = vars(self.levels.get(level, LevelSampling()))
+        return replace(self, levels={}, **{k: v for k, v in own.items() if v is not None})
 
 
 @dataclass(frozen=True)
@@ -153,6 +188,9 @@ class Experiment:
         for level in self.priors:
             if level not in self.levels:
                 raise ValueError(f"priors.{level}: this tokenizer has the levels {', '.join(self.levels)}")
+        for level in self.sample.levels:
+            if level not in self.levels:
+                raise ValueError(f"sample.levels.{level}: this tokenizer has the levels {', '.join(self.levels)}")
         if not self.inputs.shards:
             self.tokenizer.model.grids(self.data.size)
         if self.inputs.codes and not self.inputs.tokenizer:

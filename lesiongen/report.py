@@ -31,6 +31,8 @@ BELOW = (
     ),
 )
 TRAIN, HELD_OUT, FLOOR = "#2a6fbb", "#d9701a", "#8a8f98"
+# Training codes are shown twice: as training meets them, with dropout and augmentation, and as held-out ones are met.
+LOOKS = ((TRAIN, "training", "-"), (HELD_OUT, "held-out", ".-"), (FLOOR, "bigram", "--"), (TRAIN, "training, plain", ".:"))
 STYLE = """
 body{font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;color:#1f2430;background:#fff;max-width:1120px;
  margin:2em auto;padding:0 1.2em}
@@ -258,24 +260,25 @@ def _png(figure) -> bytes:
 
 def curves(stages: dict[str, list[dict]]) -> bytes | None:
     """Training beside held-out, one panel each, from the lines of each stage's metrics.jsonl. None without any."""
-    panels = [("tokenizer", "PSNR in dB", "train/psnr", "val/psnr", None)]
-    panels += [("tokenizer", "mean squared error, images in [-1, 1]", "train/reconstruction", "val/mse", None)]
+    panels = [("tokenizer", "PSNR in dB", "train/psnr", "val/psnr")]
+    panels += [("tokenizer", "mean squared error, images in [-1, 1]", "train/reconstruction", "val/mse")]
     keys = sorted({k for row in stages.get("tokenizer", []) for k in row})
     for what, title in (("usage", "share of codes used"), ("perplexity", "perplexity of codes")):
         levels = sorted({k.partition("/")[2].partition("/")[2] for k in keys if f"/{what}/" in k})
-        panels += [("tokenizer", f"{title}: {v}", f"train/{what}/{v}", f"val/{what}/{v}", None) for v in levels]
+        panels += [("tokenizer", f"{title}: {v}", f"train/{what}/{v}", f"val/{what}/{v}") for v in levels]
     for name in stages:
         if name.startswith("prior-"):
             title = f"bits per token: {name.removeprefix('prior-')}"
-            panels += [(name, title, "train/bits_per_token", "val/bits_per_token", "val/bigram_bits")]
+            shown = ("train/bits_per_token", "val/bits_per_token", "val/bigram_bits", "val/train_bits_per_token")
+            panels += [(name, title, *shown)]
     panels = [p for p in panels if any(p[2] in row or p[3] in row for row in stages.get(p[0], []))]
     if not panels:
         return None
-    rows = -(-len(panels) // 3)
-    figure, axes = _figure(11, 2.7 * rows, rows, 3)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(11 if columns == 3 else 5.2 * columns, (2.7 if columns > 1 else 3.6) * rows, rows, columns)
     for axis, (stage, title, *lines) in zip(axes, panels, strict=False):
-        looks = ((TRAIN, "training", "-"), (HELD_OUT, "held-out", ".-"), (FLOOR, "bigram", "--"))
-        for key, (colour, label, style) in zip(lines, looks, strict=True):
+        for key, (colour, label, style) in zip(lines, LOOKS, strict=False):
             points = [(row["samples"], row[key]) for row in stages[stage] if key in row]
             if points:
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.4)

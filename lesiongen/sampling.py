@@ -1,6 +1,7 @@
-"""Choosing tokens: temperature, top-k, top-p, and one stream of random numbers per sample."""
+"""Choosing tokens: temperature, top-k, top-p, guidance over time, and one stream of random numbers per sample."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,19 @@ class Choice:
         cumulative = p_BK.cumsum(-1)
         target = uniform_B[:, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, target.to(cumulative.dtype), right=True)[:, 0].clamp(max=p_BK.shape[-1] - 1)
+
+
+def guidance(strength: float, schedule: str, length: int) -> Callable[[int], float]:
+    """Strength of guidance at each token, 1 for none. linear: from none at the first token to all at the last, as in Muse
+    (arXiv:2301.00704, section 2.7), whose reason is variety: early tokens fix what a sample will be and are drawn freely,
+    late ones follow the facts. cosine: the same, slow at both ends (both: arXiv:2404.13040)."""
+
+    def at(t: int) -> float:
+        done = t / max(1, length - 1)
+        share = {"constant": 1.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}[schedule]
+        return 1 + (strength - 1) * share
+
+    return at
 
 
 def uniforms(seed: int, samples: Sequence[int], grid: tuple[int, int]) -> torch.Tensor:

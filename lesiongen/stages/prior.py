@@ -1,8 +1,8 @@
-"""prior: code store → trained GPT per level, p(level | label, coarser levels), exported at its best held-out bits."""
+"""prior: code store → a trained prior per level, p(level | facts, coarser levels), exported at its best held-out bits."""
 
 import math
 from collections.abc import Iterator
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +15,24 @@ from hpc.codestore import CodeStore
 from hpc.config import build, plain, read_yaml
 from hpc.dist import Topology
 from hpc.errors import UserError
+from hpc.flops import training_flops
 from hpc.loop import train
 from hpc.plan import split
+from hpc.rows import Rows
 from hpc.shards import training_batches
+from lesiongen import facts, report
 from lesiongen.card import card
 from lesiongen.data import images
 from lesiongen.data.balance import plan_for
 from lesiongen.experiment import Experiment, PriorConfig
 from lesiongen.metrics.codes import bigram_bits
-from lesiongen.models.gpt import GPT, GPTConfig
+from lesiongen.models.prior import Prior, PriorShape, make
 from lesiongen.sampling import Choice, uniforms
 from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.stages.tokenizer import digest_of_export, load_tokenizer, to_uint8, write_export
 
 GRID_SAMPLES = 32  # of the picture drawn at each evaluation
+BITS_BATCH = 64
 
 
 def stage(config: Experiment, level: str) -> Stage:
@@ -51,29 +55,45 @@ def run(config: Experiment, topology: Topology, folder: Path, level: str) -> str
 class Objective(nn.Module):
     """Mean cross-entropy of a level's codes."""
 
-    def __init__(self, net: GPT):
+    def __init__(self, net: Prior):
         super().__init__()
         self.net = net
 
     def forward(self, batch: dict) -> dict:
-        loss = self.net.loss(batch["codes"], batch["label"], batch["upper"])
+        loss = self.net.loss(batch["codes"], batch["facts"], batch["upper"])
         bits = loss.detach() / math.log(2)
         return {"loss": loss, "metrics": {"bits_per_token": bits}, "statistics": None}
 
 
-def model_shape(store: CodeStore, level: str) -> dict:
-    """Arguments of a prior for one level of a store. Raises UserError for a level it lacks."""
-    names = [entry["name"] for entry in store.levels]  # coarse to fine
-    if level not in names:
-        raise UserError(f"The code store {store.folder} has the levels {', '.join(names)}, not '{level}'.")
-    place = names.index(level)
+def model_shape(store: CodeStore, level: str, names: tuple[str, ...]) -> dict:
+    """Arguments of a prior for one level of a store. Raises UserError for a level or facts that it lacks."""
+    levels = [entry["name"] for entry in store.levels]  # coarse to fine
+    if level not in levels:
+        raise UserError(f"The code store {store.folder} has the levels {', '.join(levels)}, not '{level}'.")
+    place = levels.index(level)
     own, upper = store.levels[place], store.levels[:place]
     return {
         "grid": tuple(own["grid"]),
         "entries": own["K"],
-        "classes": len(store.manifest["vocabularies"]["label"]),
+        "facts": {name: len(values) for name, values in facts.vocabularies(store, names).items()},
         "upper": tuple((u["K"], tuple(u["grid"])) for u in upper),
     }
+
+
+def blank_batch(shape: dict, number: int) -> dict:
+    """A batch that only has the right shapes, on the default device."""
+    return {
+        "codes": torch.zeros(number, *shape["grid"], dtype=torch.long),
+        "facts": torch.zeros(number, len(shape["facts"]), dtype=torch.long),
+        "upper": [torch.zeros(number, *grid, dtype=torch.long) for _, grid in shape["upper"]],
+    }
+
+
+def flops(model: PriorShape, shape: dict) -> int:
+    """Of training on one sample."""
+    with torch.device("meta"):
+        net, batch = Objective(make(model, **shape)).eval(), blank_batch(shape, 1)
+        return training_flops(lambda: net(batch))
 
 
 class PriorTask:
@@ -85,15 +105,23 @@ class PriorTask:
         self.config, self.own, self.level, self.folder, self.device = config, own, level, folder, topology.device
         self.store = CodeStore(require(config, "codes"))
         dist.leader_does(check_codes, config, self.store)
-        self.shape = model_shape(self.store, level)
-        self.upper = [entry["name"] for entry in self.store.levels][: len(self.shape["upper"])]
+        self.shape = model_shape(self.store, level, own.facts)
         self.shards = self.store.shards("train")
-        self.size = sum(s["count"] for s in self.shards)
-        self.classes = self.store.manifest["vocabularies"]["label"]
+        self.upper = [entry["name"] for entry in self.store.levels][: len(self.shape["upper"])]
+        columns = [*own.facts, *(f"codes.{name}" for name in (level, *self.upper))]
+        fits = None if own.resident == "auto" else False
+        self.data = {name: Rows(self.store, name, columns, self.device, fits) for name in ("train", "val")}
+        self.size = self.data["train"].size
+        self.tokens_per_sample = math.prod(self.shape["grid"])
         self.bigram: float | None = None
+        self.members: dict[tuple[int, int], np.ndarray] = {}
+
+    @cached_property
+    def flops_per_sample(self) -> int:
+        return flops(self.own.model, self.shape)
 
     def build(self) -> nn.Module:
-        return Objective(GPT(self.own.model, **self.shape))
+        return Objective(make(self.own.model, **self.shape))
 
     def prepare(self, module: nn.Module) -> None:
         """Nothing is set before training."""
@@ -110,27 +138,31 @@ class PriorTask:
                 where.append((plan.epoch(place) % draws, self.shards[shard]["shard"], ordinal))
             yield self.batch("train", where) | {"key": ["-".join(map(str, w)) for w in where]}
 
+    @cached_property
+    def labels(self) -> list[np.ndarray]:
+        """Of each training shard's images; no draw changes them."""
+        return [self.store.arrays("train", 0, entry["shard"])["label"] for entry in self.shards]
+
     def tallies(self) -> list[dict[int, int]]:
         """Codes of each label, -1 for none, in each shard."""
-        found = [np.unique(self.labels(i), return_counts=True) for i in range(len(self.shards))]
+        found = [np.unique(labels, return_counts=True) for labels in self.labels]
         return [dict(zip(labels.tolist(), counts.tolist(), strict=True)) for labels, counts in found]
-
-    def labels(self, shard: int) -> np.ndarray:
-        return self.store.arrays("train", 0, self.shards[shard]["shard"])["label"]
 
     def member(self, shard: int, label: int, number: int) -> int:
         """Row of a label's member `number` in a shard."""
-        return int(np.flatnonzero(self.labels(shard) == label)[number])
+        if (shard, label) not in self.members:
+            self.members[shard, label] = np.flatnonzero(self.labels[shard] == label).astype(np.int32)
+        return int(self.members[shard, label][number])
 
-    def batch(self, name: str, where: list[tuple[int, int, int]]) -> dict:
-        """codes [B, h, w], label [B], upper: list of coarser codes; rows (draw, shard, ordinal) of a split."""
-        columns = ["label", f"codes.{self.level}", *(f"codes.{u}" for u in self.upper)]
-        found = self.store.take(name, where, columns)
-        tensors = {k: torch.from_numpy(v.astype("int64")).to(self.device) for k, v in found.items()}
+    def batch(self, name: str, where) -> dict:
+        """codes [B, h, w], facts [B, F], upper: list of coarser codes; rows (draw, shard, ordinal) of a split."""
+        found = self.data[name].take(where)
+        codes = found[f"codes.{self.level}"]
+        known = [found[fact] for fact in self.own.facts]
         return {
-            "codes": tensors[f"codes.{self.level}"],
-            "label": tensors["label"],
-            "upper": [tensors[f"codes.{u}"] for u in self.upper],
+            "codes": codes,
+            "facts": torch.stack(known, 1) if known else codes.new_empty(len(codes), 0),
+            "upper": [found[f"codes.{u}"] for u in self.upper],
         }
 
     def after_step(self, module: nn.Module, statistics) -> dict[str, float]:
@@ -139,27 +171,27 @@ class PriorTask:
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]:
         """Bits per token held-out and on as many training codes, beside the bigram's; a grid of samples. Collective."""
-        held_out = self.rows("val")
+        held_out = self.data["val"].all()
         metrics = {"bits_per_token": self.bits(module.net, "val", held_out)}
-        metrics["train_bits_per_token"] = self.bits(module.net, "train", self.rows("train")[: len(held_out)])
+        metrics["train_bits_per_token"] = self.bits(module.net, "train", self.data["train"].all()[: len(held_out)])
         if self.bigram is None:
             self.bigram = dist.leader_does(self._bigram)
         metrics["bigram_bits"] = self.bigram
         return metrics, self._picture(module.net)
 
-    def rows(self, name: str) -> list[tuple[int, int, int]]:
-        return [(0, s["shard"], i) for s in self.store.shards(name) for i in range(s["count"])]
+    def curves(self, rows: list[dict]) -> dict[str, bytes]:
+        """Training beside held-out bits, from the lines logged so far."""
+        picture = report.curves({f"prior-{self.level}": rows})
+        return {"bits": picture} if picture else {}
 
-    def bits(self, net: GPT, name: str, rows: list[tuple[int, int, int]]) -> float:
+    def bits(self, net: Prior, name: str, where_N3: np.ndarray) -> float:
         """Mean over tokens; each rank takes its share."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        mine = iter([rows[i] for i in split(len(rows), dist.rank(), dist.world())])
-        while where := list(islice(mine, 64)):
-            batch = self.batch(name, where)
-            found = net.log_likelihood(batch["codes"], batch["label"], batch["upper"])
-            sums += torch.tensor([-float(found.double().sum()) / math.log(2), found.numel()], dtype=torch.float64)
-        total, tokens = dist.sum_(sums.to(self.device)).tolist()
-        return total / tokens
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        mine = split(len(where_N3), dist.rank(), dist.world())
+        for first in range(mine.start, mine.stop, BITS_BATCH):
+            batch = self.batch(name, where_N3[first : min(first + BITS_BATCH, mine.stop)])
+            total -= net.log_likelihood(batch["codes"], batch["facts"], batch["upper"]).double().sum()
+        return float(dist.sum_(total)) / math.log(2) / (len(where_N3) * self.tokens_per_sample)
 
     def _bigram(self) -> float:
         column = f"codes.{self.level}"
@@ -171,23 +203,24 @@ class PriorTask:
 
         return bigram_bits(files("train"), files("val"), self.shape["entries"])
 
-    def _picture(self, net: GPT) -> dict[str, bytes]:
-        """Samples of this level, one class after the other; the other levels are real held-out codes. Every rank draws
-        its share, so that large grids stay short."""
-        number = GRID_SAMPLES
-        rows = [self.rows("val")[i % len(self.rows("val"))] for i in range(number)]
+    def _picture(self, net: Prior) -> dict[str, bytes]:
+        """Samples of this level, one class after the other; the other levels and facts are real held-out ones. Every rank
+        draws its share, so that large grids stay short."""
+        number, held_out = GRID_SAMPLES, self.data["val"].all()
+        rows = held_out[np.arange(number) % len(held_out)]
         mine = split(number, dist.rank(), dist.world())
         codes = None
         if len(mine):  # there may be more ranks than samples
-            batch = self.batch("val", [rows[i] for i in mine])
-            classes = len(self.classes)
-            label = torch.tensor([i * classes // number if classes else -1 for i in mine], device=self.device)
+            batch = self.batch("val", rows[mine.start : mine.stop])
+            if classes := self.shape["facts"].get("label"):
+                label = torch.tensor([i * classes // number for i in mine], device=self.device)
+                batch["facts"][:, self.own.facts.index("label")] = label
             numbers = uniforms(self.config.seed, mine, self.shape["grid"])
-            codes = net.sample(label, batch["upper"], numbers.to(self.device), Choice())
+            codes = net.sample(batch["facts"], batch["upper"], numbers.to(self.device), Choice())
         parts = [p for p in dist.gather(None if codes is None else codes.cpu()) if p is not None]
         return dist.leader_does(self._paint, torch.cat(parts), rows) or {}
 
-    def _paint(self, codes: torch.Tensor, rows: list[tuple[int, int, int]]) -> dict[str, bytes]:
+    def _paint(self, codes: torch.Tensor, rows: np.ndarray) -> dict[str, bytes]:
         net, _ = load_tokenizer(require(self.config, "tokenizer"), self.device)
         names = [entry["name"] for entry in self.store.levels]
         found = self.store.take("val", rows, [f"codes.{n}" for n in names])
@@ -196,23 +229,22 @@ class PriorTask:
         return {"samples": images.png(images.grid(to_uint8(net.decode_codes(levels)).cpu(), 8))}
 
     def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
-        facts = {
+        values = facts.vocabularies(self.store, self.own.facts)
+        about = {
             "model": plain(self.own.model),
             "shape": plain(self.shape),
             "level": self.level,
-            "classes": self.classes,
+            "facts": values,
+            "training_facts": facts.combinations(self.store, self.own.facts),
             "tokenizer": self.store.manifest["tokenizer"],
             "data": {key: self.store.manifest[key] for key in ("licences", "attributions", "sources")},
             "held_out": metrics,
         }
-        about = {
-            "level": self.level,
-            "grid": "×".join(map(str, self.shape["grid"])),
-            "labels": ", ".join(self.classes) or "none",
-        }
-        about |= {"codes of tokenizer": facts["tokenizer"]}
+        said = {"level": self.level, "model": self.own.model.kind, "grid": "×".join(map(str, self.shape["grid"]))}
+        said |= {f"{name}s" if name == "label" else name: ", ".join(v) or "none" for name, v in values.items()}
+        said |= {"codes of tokenizer": about["tokenizer"]}
         name = f"{self.config.name}: prior of level {self.level}"
-        write_export(self.folder / "export", module.net, facts, card("prior", name, about, facts["data"], metrics))
+        write_export(self.folder / "export", module.net, about, card("prior", name, said, about["data"], metrics))
 
 
 def check_codes(config: Experiment, store: CodeStore) -> None:
@@ -226,11 +258,11 @@ def check_codes(config: Experiment, store: CodeStore) -> None:
             )
 
 
-def load_prior(path: Path, device: torch.device) -> tuple[GPT, dict]:
-    """The exported prior, in evaluation mode, and its facts."""
-    facts = read_yaml(path / "export" / "config.yaml")
-    shape = facts["shape"]
-    upper = tuple((k, tuple(grid)) for k, grid in shape["upper"])
-    net = GPT(build(GPTConfig, facts["model"]), tuple(shape["grid"]), shape["entries"], shape["classes"], upper)
+def load_prior(path: Path, device: torch.device) -> tuple[Prior, dict]:
+    """The exported prior, in evaluation mode, and what is written beside it."""
+    about = read_yaml(path / "export" / "config.yaml")
+    shape = about["shape"] | {"grid": tuple(about["shape"]["grid"])}
+    shape["upper"] = tuple((entries, tuple(grid)) for entries, grid in shape["upper"])
+    net = make(build(PriorConfig, {"model": about["model"]}).model, **shape)
     net.load_state_dict(load_file(path / "export" / "model.safetensors"))
-    return net.to(device).eval(), facts
+    return net.to(device).eval(), about

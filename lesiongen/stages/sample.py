@@ -1,8 +1,14 @@
-"""sample: priors + tokenizer → PNGs that say where they come from, metadata.csv and a contact sheet."""
+"""sample: priors + tokenizer → PNGs that say where they come from, metadata.csv and a contact sheet.
+
+A fact that neither sample.labels nor sample.facts fixes is drawn for each sample, together with the others that are open,
+from the training images of its label: samples then vary over sites, sexes and ages as the data do. "Not known" would be no
+neutral choice: in training it is seen with the label gone too, or for images whose records are poor.
+"""
 
 import csv
 import hashlib
 import io
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +20,16 @@ from hpc import dist
 from hpc.config import plain
 from hpc.dist import Topology
 from hpc.errors import UserError
+from hpc.plan import sample_seed
 from hpc.progress import bar
 from hpc.rundir import atomic_write
 from lesiongen.card import card
 from lesiongen.data import images
 from lesiongen.data.licences import strictest
-from lesiongen.experiment import Experiment, SampleConfig
-from lesiongen.sampling import Choice, uniforms
+from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
+from lesiongen.facts import Known, refuse_unknown
+from lesiongen.models.prior import Prior
+from lesiongen.sampling import Choice, guidance, uniforms
 from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.stages.prior import load_prior
 from lesiongen.stages.tokenizer import load_tokenizer, to_uint8
@@ -36,8 +45,8 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     own = config.sample
     net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
     priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
-    classes = next(iter(priors.values()))[1]["classes"]
-    labels = plan_labels(own, classes)
+    known = {level: Known(prior["facts"], prior["training_facts"]) for level, (_, prior) in priors.items()}
+    wanted = plan_facts(own, list(known.values()))
     provenance = {"software": "lesiongen", "synthetic": "true", "tokenizer": digest_of(config, "tokenizer")}
     for level, (_, prior) in priors.items():
         provenance[f"prior-{level}"] = digest_of(config, f"prior-{level}")
@@ -52,15 +61,31 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     with bar(own.number, "sample", initial=0, shown=topology.leader) as progress:
         for first in batches:
             members = range(first, min(first + own.batch, own.number))
-            paths = [folder / "images" / file_name(i, labels[i]) for i in members]
+            paths = [folder / "images" / file_name(i, wanted[i]["label"]) for i in members]
             if not all(p.exists() for p in paths):
-                painted = draw(net, priors, own, classes, labels, members, topology.device)
+                numbers = {level: [prior.numbers(wanted[i]) for i in members] for level, prior in known.items()}
+                nets = {level: prior for level, (prior, _) in priors.items()}
+                painted = draw(net, nets, own, numbers, members, topology.device)
                 for i, path, image in zip(members, paths, painted, strict=True):
-                    about = provenance | {"label": labels[i], "seed": str(own.seed), "index": str(i)}
-                    atomic_write(path, png_with(image, about))
+                    atomic_write(path, png_with(image, provenance | wanted[i] | {"seed": str(own.seed), "index": str(i)}))
             progress.update(len(members) * (topology.world if topology.leader else 1))
     dist.barrier()
-    return dist.leader_does(_finish, folder, own, labels, provenance, card("samples", config.name, provenance, data, {}))
+    return dist.leader_does(_finish, folder, own, wanted, provenance, card("samples", config.name, provenance, data, {}))
+
+
+def plan_facts(own: SampleConfig, priors: list[Known]) -> list[dict[str, str]]:
+    """What each sample is to show, {"label": …, "sex": …}, "" for what is not known. Priors of finer levels may know more
+    facts than the first: these are drawn given the ones that it has."""
+    refuse_unknown(own.facts, priors)
+    labels = plan_labels(own, next((prior.values["label"] for prior in priors if "label" in prior.values), []))
+    wanted = []
+    for i, label in enumerate(labels):
+        rng = torch.Generator().manual_seed(sample_seed(own.seed * 1009 + 1008, i))  # no level's stream: those count from 0
+        sample = {"label": label} | own.facts
+        for prior in priors:
+            sample |= prior.complete(sample, float(torch.rand((), generator=rng)))
+        wanted.append(sample)
+    return wanted
 
 
 def plan_labels(own: SampleConfig, classes: list[str]) -> list[str]:
@@ -77,16 +102,18 @@ def file_name(index: int, label: str) -> str:
 
 
 @torch.no_grad()
-def draw(net, priors: dict, own: SampleConfig, classes, labels, members: range, device) -> torch.Tensor:
-    """uint8 [B, C, H, W] for the given global sample indices: level by level, coarse to fine, then decoded."""
-    number = {name: i for i, name in enumerate(classes)}
-    label_B = torch.tensor([number.get(labels[i], -1) for i in members], device=device)
-    choice = Choice(own.temperature, own.top_k, own.top_p)
+def draw(net, priors: dict[str, Prior], own: SampleConfig, facts: dict[str, list], members: range, device) -> torch.Tensor:
+    """uint8 [B, C, H, W] for the given global sample indices: level by level, coarse to fine, then decoded. facts: of each
+    level's prior, [B, F]."""
     codes: dict[str, torch.Tensor] = {}
-    for place, (level, (prior, _)) in enumerate(priors.items()):
+    for place, (level, prior) in enumerate(priors.items()):
+        settings = own.at(level)
+        choice = Choice(settings.temperature, settings.top_k, settings.top_p)
+        strength = guidance(settings.guidance, settings.guidance_schedule, prior.length)
         # Another stream per level, so that levels do not share their luck.
         numbers = uniforms(own.seed * 1009 + place, members, prior.grid).to(device)
-        codes[level] = prior.sample(label_B, list(codes.values()), numbers, choice, own.guidance)
+        facts_BF = torch.tensor(facts[level], dtype=torch.long, device=device).view(len(members), -1)
+        codes[level] = prior.sample(facts_BF, list(codes.values()), numbers, choice, strength)
     return to_uint8(net.decode_codes(codes)).cpu()
 
 
@@ -99,14 +126,17 @@ def png_with(image_CHW: torch.Tensor, about: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _finish(folder: Path, own: SampleConfig, labels: list[str], provenance: dict[str, str], readme: str) -> str:
+def _finish(folder: Path, own: SampleConfig, wanted: list[dict], provenance: dict[str, str], readme: str) -> str:
+    labels = [sample["label"] for sample in wanted]
     names = [file_name(i, label) for i, label in enumerate(labels)]
-    settings = {k: v for k, v in plain(own).items() if k in ("temperature", "top_k", "top_p", "guidance", "seed")}
+    settings = {f.name: getattr(own, f.name) for f in fields(LevelSampling)} | {"seed": own.seed}
+    for level, other in own.levels.items():
+        settings |= {f"{k}-{level}": v for k, v in plain(other).items() if v is not None}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["file", "label", "index", *settings, *provenance])
-    for i, (name, label) in enumerate(zip(names, labels, strict=True)):
-        writer.writerow([f"images/{name}", label, i, *settings.values(), *provenance.values()])
+    writer.writerow(["file", *wanted[0], "index", *settings, *provenance])
+    for i, (name, sample) in enumerate(zip(names, wanted, strict=True)):
+        writer.writerow([f"images/{name}", *sample.values(), i, *settings.values(), *provenance.values()])
     # As many of each class as fit a sheet of 8 a row.
     shown = [n for label in dict.fromkeys(labels) for n in [m for m, x in zip(names, labels, strict=True) if x == label][:8]]
     tiles = [np.array(Image.open(folder / "images" / name)) for name in shown]

@@ -15,7 +15,7 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.loop import train
 from hpc.rundir import atomic_write
-from lesiongen import figures
+from lesiongen import figures, report
 from lesiongen.card import card
 from lesiongen.data import images
 from lesiongen.data.packed import Packed
@@ -127,6 +127,10 @@ class TokenizerTask:
                     "Try quantizer ema with a higher revive_below, kmeans: true, or fewer entries."
                 )
         return metrics, pictures
+
+    def curves(self, rows: list[dict]) -> dict[str, bytes]:
+        picture = report.curves({"tokenizer": rows})
+        return {"curves": picture} if picture else {}
 
     def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
         facts = {"model": plain(self.config.tokenizer.model), "channels": self.data.channels, "size": self.data.size}

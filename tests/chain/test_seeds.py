@@ -1,4 +1,4 @@
-"""Each report's set-up trains, resumes and reconstructs on the data it is for, in a tiny setting."""
+"""Each report's set-up trains, resumes, reconstructs and samples on the data it is for, in a tiny setting."""
 
 import csv
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from hpc import record
+from hpc.config import read_yaml
 from hpc.rundir import read_record
 from launch.__main__ import main
 
@@ -14,6 +15,7 @@ SEEDS = sorted((Path(__file__).parents[2] / "configs" / "seeds").glob("report-*.
 SMALL = {"data.size": 64, "data.val": 0.2, "data.test": 0.2, "data.workers": 0, "tokenizer.model.hidden": 16}
 SMALL |= {"tokenizer.train.batch": 16, "tokenizer.train.save_every": 64, "tokenizer.train.eval_every": 64}
 SMALL |= {"tokenizer.train.log_every": 16, "tokenizer.train.samples": 128}
+PRIORS = {"report-000": "pixelcnn", "report-001": "gated_pixelcnn", "report-002": "gated_pixelcnn", "report-003": "gpt"}
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,20 @@ def test_a_seed_trains_resumes_and_reconstructs(seed, request, tmp_path, capsys)
     assert Image.open(out / "pairs.png").mode == ("L" if seed.stem.endswith("004") else "RGB")
     assert {p.name for p in out.iterdir()} == {"images", "pairs.png", "codes.png", "codebook.png", "metrics.csv"}
     assert len(list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))) == 1
+    if kind := PRIORS.get(seed.stem):
+        _samples(seed, kind, run, overrides)
+
+
+def _samples(seed: Path, kind: str, run: Path, overrides: list[str]) -> None:
+    """With the prior that the report has."""
+    levels = ("top", "bottom") if seed.stem.endswith("002") else ("codes",)
+    small = {"samples": 32, "batch": 16, "log_every": 16, "eval_every": 32, "save_every": 32}
+    for level in levels:
+        overrides = [*overrides, *(f"priors.{level}.train.{key}={value}" for key, value in small.items())]
+        overrides += [f"priors.{level}.model.layers=2", f"priors.{level}.model.width=24"]
+    assert main(["encode", str(seed), *overrides]) == 0
+    assert main(["train", "prior", str(seed), *overrides]) == 0
+    assert main(["sample", str(seed), *overrides, "sample.number=3"]) == 0
+    for level in levels:
+        assert read_yaml(run / f"prior-{level}" / "export" / "config.yaml")["model"]["kind"] == kind
+    assert len(list((run / "samples" / "images").glob("*.png"))) == 3

@@ -1,18 +1,15 @@
 """Quantizers and models: contracts over the registries."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from hpc.config import build, plain
 from lesiongen.experiment import TokenizerConfig
-from lesiongen.models.gpt import GPT, PRIORS, GPTConfig
 from lesiongen.models.tokenizer import make
 from lesiongen.models.vqvae import VQVAEConfig
 from lesiongen.models.vqvae2 import VQVAE2Config
-from lesiongen.sampling import Choice, uniforms
+from lesiongen.sampling import Choice
 
 TOKENIZERS = [
     (VQVAEConfig(stride=4, hidden=8, residual_layers=1, residual_hidden=4, dim=4, entries=8), 1),
@@ -56,93 +53,6 @@ class TestTokenizer:
 
     def test_its_config_comes_back_from_yaml(self, config, channels):
         assert build(TokenizerConfig, {"model": plain(config)}).model == config
-
-
-def prior(name: str, upper: bool) -> GPT:
-    torch.manual_seed(0)
-    config = GPTConfig(layers=2, heads=2, width=32, dropout=0.1, token_dropout=0.1)
-    net = PRIORS[name](config, (4, 3), 11, 5, ((7, (2, 2)),) if upper else ())
-    for p in net.parameters():  # larger than at the start, so that differences would show
-        torch.nn.init.normal_(p, std=0.2)
-    return net
-
-
-@pytest.mark.parametrize("upper", [False, True])
-@pytest.mark.parametrize("name", PRIORS)
-class TestPrior:
-    def condition(self, upper):
-        return torch.tensor([0, 4, -1]), [torch.randint(0, 7, (3, 2, 2))] if upper else []
-
-    def test_causality(self, name, upper):
-        net = prior(name, upper).eval()
-        label, above = self.condition(upper)
-        codes = torch.randint(0, 11, (3, 12))
-        logits = net(codes, net.context(label, above))
-        for t in range(12):
-            changed = codes.clone()
-            changed[:, t] = (changed[:, t] + 1) % 11
-            other = net(changed, net.context(label, above))
-            assert torch.equal(other[:, : t + 1], logits[:, : t + 1])
-            assert t == 11 or not torch.allclose(other[:, t + 1], logits[:, t + 1])
-
-    def test_cached_equals_uncached(self, name, upper):
-        net = prior(name, upper).eval()
-        label, above = self.condition(upper)
-        seen = []
-
-        def greedy(logits, _):
-            seen.append(logits)
-            return logits.argmax(-1)
-
-        codes = net.sample(label, above, torch.zeros(3, 12), greedy)
-        logits = net(codes.flatten(1), net.context(label, above))
-        assert (torch.stack(seen, 1) - logits).abs().max() < 1e-5
-        assert torch.equal(codes.flatten(1), logits.argmax(-1))
-
-    def test_conditions_matter(self, name, upper):
-        net = prior(name, upper).eval()
-        label, above = self.condition(upper)
-        codes = torch.randint(0, 11, (3, 4, 3))
-        base = net.log_likelihood(codes, label, above)
-        assert not torch.allclose(base, net.log_likelihood(codes, (label + 1) % 5, above))
-        if upper:
-            assert not torch.allclose(base, net.log_likelihood(codes, label, [(above[0] + 1) % 7]))
-
-    def test_loss_is_minus_log_likelihood_without_dropout(self, name, upper):
-        net = prior(name, upper).eval()
-        label, above = self.condition(upper)
-        codes = torch.randint(0, 11, (3, 4, 3))
-        assert net.loss(codes, label, above).item() == pytest.approx(-net.log_likelihood(codes, label, above).mean().item())
-
-    def test_guidance_one_changes_nothing_and_more_does(self, name, upper):
-        net = prior(name, upper).eval()
-        label, above = self.condition(upper)
-        numbers = uniforms(0, range(3), (4, 3))
-        plain = net.sample(label, above, numbers, Choice())
-        assert torch.equal(plain, net.sample(label, above, numbers, Choice(), guidance=1.0))
-        assert not torch.equal(plain, net.sample(label, above, numbers, Choice(), guidance=4.0))
-
-    def test_a_sample_does_not_depend_on_its_batch(self, name, upper):
-        net = prior(name, upper).eval()
-        label, above = self.condition(upper)
-        numbers = uniforms(0, range(3), (4, 3))
-        together = net.sample(label, above, numbers, Choice())
-        alone = net.sample(label[1:2], [a[1:2] for a in above], numbers[1:2], Choice())
-        assert torch.equal(together[1:2], alone)
-
-
-def test_a_prior_learns_a_simple_language():
-    """Rows that repeat their label: bits fall well below a uniform guess's."""
-    torch.manual_seed(0)
-    net = GPT(GPTConfig(layers=1, heads=2, width=32, dropout=0.0), (3, 3), 5, 5)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    for _ in range(60):
-        label = torch.randint(0, 5, (32,))
-        loss = net.loss(label[:, None, None].expand(-1, 3, 3), label, [])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() / math.log(2) < 0.3
 
 
 def test_choice_draws_what_the_logits_say():

@@ -1,0 +1,151 @@
+"""What a model costs: counted beforehand as it turns out to be, and the documents' tables are true."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from hpc import flops
+from hpc.memory import peak_activations
+from launch import plan
+from lesiongen.experiment import make as experiment
+from lesiongen.models import prior
+from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
+from lesiongen.models.gpt import GPTConfig
+from lesiongen.models.pixelcnn import PixelCNNConfig
+from lesiongen.models.pixelsnail import PixelSNAILConfig
+from lesiongen.models.tokenizer import make as make_tokenizer
+from lesiongen.stages import prior as stage
+from lesiongen.stages import tokenizer as tokenizer_stage
+
+PRIORS = {
+    "gpt": GPTConfig(layers=2, heads=2, width=32),
+    "gpt checkpointed": GPTConfig(layers=4, heads=2, width=32, checkpoint=True),
+    "pixelcnn": PixelCNNConfig(layers=2, width=16),
+    "gated_pixelcnn": GatedPixelCNNConfig(layers=2, width=16),
+    "pixelsnail": PixelSNAILConfig(layers=1, width=16, residual_blocks=1, heads=2),
+}
+
+
+def shape(side: int, facts: int = 7, upper: bool = True) -> dict:
+    above = ((512, (side // 2, side // 2)),) if upper else ()
+    return {"grid": (side, side), "entries": 512, "facts": {"label": facts}, "upper": above}
+
+
+def measured(module, batch) -> int:
+    """Bytes that the allocator gave out at the worst moment of a real step, beside the weights."""
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with profile(profile_memory=True, acc_events=True) as seen:
+        module(batch)["loss"].backward()
+    now = most = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def saved(module, batch) -> int:
+    """Bytes that autograd keeps between the passes of a real step."""
+    own, kept = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), id):
+        module(batch)
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize(("name", "side"), [*((name, 32) for name in PRIORS), ("gpt", 64), ("gpt checkpointed", 64)])
+def test_memory_is_what_a_real_step_takes(name, side):
+    """At 1,024 and 4,096 tokens."""
+    torch.manual_seed(0)
+    predicted = plan.prior_activations(PRIORS[name], shape(side), micro=1)
+    module = stage.Objective(prior.make(PRIORS[name], **shape(side))).train()
+    batch = stage.blank_batch(shape(side), 1)
+    assert predicted == pytest.approx(measured(module, batch), rel=0.05)
+    if name == "gpt":
+        # Beside what autograd keeps there are the logits and their gradient while the loss goes back.
+        logits = side**2 * 512 * 4
+        assert predicted == pytest.approx(saved(module, batch) + 2 * logits, rel=0.15)
+
+
+def test_checkpointing_and_bf16_take_less():
+    full = plan.prior_activations(GPTConfig(layers=4, heads=2, width=32), shape(32), micro=2)
+    assert plan.prior_activations(PRIORS["gpt checkpointed"], shape(32), micro=2) < 0.6 * full
+    assert plan.prior_activations(GPTConfig(layers=4, heads=2, width=32), shape(32), micro=2, bf16=True) < 0.8 * full
+
+
+def test_memory_of_a_tokenizers_step():
+    """But for the scratch of the convolutions' kernels, which no operation shows."""
+    model = {"hidden": 64, "residual_hidden": 32, "dim": 8, "entries": 32}
+    config = experiment({"name": "x", "data": {"images": "x", "size": 64}, "tokenizer": {"model": model}})
+    net = make_tokenizer(config.tokenizer.model, 3, 32)
+    module = tokenizer_stage.Objective(net, config.tokenizer.loss, 1.0).train()
+    batch = {"image": torch.zeros(8, 3, 64, 64, dtype=torch.uint8), "slot": torch.arange(8), "position": torch.arange(8)}
+    assert 0.8 < plan.tokenizer_activations(config, 8) / measured(module, batch) < 1.02
+
+
+def test_a_storage_counts_once_and_until_it_is_freed():
+    def step():
+        layer = torch.nn.Linear(100, 100, bias=False)
+
+        class Twice(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, x):
+                y = self.layer(x).view(10, 10, 100).transpose(0, 1)
+                return {"loss": y.sum()}
+
+        return Twice(), torch.zeros(100, 100)
+
+    # The product, its sum, the gradient that is the sum's expanded, the weight's gradient: never more than two at once.
+    assert 40_000 < peak_activations(step) < 90_000
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt checkpointed"])
+def test_operations_of_a_gpt_follow_the_formula(name):
+    """6 for each weight that is multiplied and token, and 12 · layers · T · width for attention."""
+    config, tokens = PRIORS[name], 1024
+    net = prior.make(config, **shape(32, upper=False))
+    weights = sum(p.numel() for n, p in net.named_parameters() if not n.startswith(("tokens", "facts")))
+    expected = 6 * weights * tokens + 12 * config.layers * tokens * config.width * tokens
+    assert stage.flops(config, shape(32, upper=False)) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["pixelcnn", "gated_pixelcnn", "pixelsnail"])
+def test_operations_of_convolutions_are_counted(name):
+    found = [stage.flops(PRIORS[name], shape(side)) for side in (8, 16)]
+    weights = sum(p.numel() for p in prior.make(PRIORS[name], **shape(16)).parameters())
+    assert found[0] > 6 * 64 * 0.3 * weights
+    assert 3.5 < found[1] / found[0] < 17
+
+
+def test_mfu_is_of_the_peak_of_all_devices(monkeypatch):
+    task = SimpleNamespace(tokens_per_sample=64, flops_per_sample=10**12)
+    cpu = flops.throughput(task, 5.0, 2, torch.device("cpu"))
+    assert cpu == {"tokens_per_second": 320, "model_flops_per_second": 5e12}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert flops.throughput(task, 5.0, 2, torch.device("cuda"))["mfu"] == pytest.approx(5e12 / 2 / 312e12)
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12}
+    names |= {"NVIDIA L4": 121e12, "NVIDIA GH200 480GB": 989e12, "NVIDIA A10G": None, "Tesla T4": None, "NVIDIA H20": 148e12}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert flops.peak_flops(torch.device("cuda")) == peak, name
+    assert flops.throughput(SimpleNamespace(), 5.0, 2, torch.device("cuda")) == {}
+
+
+def test_the_table_of_sizes_is_true():
+    """docs/priors.md: layers, heads, width and parameters of the top and the bottom level."""
+    text = (Path(__file__).parents[2] / "docs" / "priors.md").read_text()
+    rows = re.findall(r"^\| (\d+) ([MB]) \|(.*)\|$", text, re.MULTILINE)
+    assert len(rows) == 9
+    for number, unit, rest in rows:
+        layers, heads, width, top, bottom = (int(cell.replace(",", "")) for cell in rest.split("|")[:5])
+        config = GPTConfig(layers=layers, heads=heads, width=width)
+        assert sum(plan.prior_parameters(config, shape(32, upper=False)).values()) == top
+        assert sum(plan.prior_parameters(config, shape(64)).values()) == bottom
+        assert top == pytest.approx(int(number) * {"M": 1e6, "B": 1e9}[unit], rel=0.2)

@@ -1,0 +1,126 @@
+"""Facts: which there are, what a sample is to show, and how guidance rises over the tokens."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from hpc.config import build
+from hpc.errors import UserError
+from lesiongen.experiment import PriorConfig, SampleConfig
+from lesiongen.facts import Known, combinations, vocabularies
+from lesiongen.sampling import guidance
+from lesiongen.stages.sample import plan_facts
+
+STORE = SimpleNamespace(
+    folder="codes",
+    manifest={"vocabularies": {"label": ["mel", "nv"], "sex": ["female", "male"], "site": [], "age_band": ["0-19", "80+"]}},
+    all=lambda split, draw, names: {n: COLUMNS[n] for n in names},
+)
+# Four mel (three of them of women above 80), and four nv, one of which has no known sex.
+COLUMNS = {
+    "label": np.array([0, 0, 0, 0, 1, 1, 1, 1], dtype=np.int16),
+    "sex": np.array([0, 0, 0, 1, 1, 1, 1, -1], dtype=np.int16),
+    "age_band": np.array([1, 1, 1, 0, 0, 0, 0, 0], dtype=np.int16),
+}
+
+
+def known(*names: str) -> Known:
+    return Known(vocabularies(STORE, names), combinations(STORE, names))
+
+
+def test_a_fact_that_no_image_has_is_refused_by_name():
+    assert vocabularies(STORE, ["label", "sex"]) == {"label": ["mel", "nv"], "sex": ["female", "male"]}
+    with pytest.raises(UserError, match=r"No image behind codes has a 'site'.*here: label, sex, age_band"):
+        vocabularies(STORE, ["site"])
+    without = SimpleNamespace(folder="codes", manifest={"vocabularies": {"label": []}})
+    assert vocabularies(without, ["label"]) == {"label": []}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"facts": ["dx"]}, "no 'dx'; choose among label, site, sex, age_band"), ({"facts": ["sex", "sex"]}, "named once")],
+)
+def test_a_priors_facts_are_checked(given, message):
+    with pytest.raises(UserError, match=message):
+        build(PriorConfig, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"facts": {"label": "mel"}}, "sample.labels"),
+        ({"levels": {"top": {"temperature": 0}}}, "temperature > 0"),
+        ({"levels": {"top": {"number": 3}}}, "Unknown key 'levels.top.number'"),
+        ({"guidance_schedule": "rising"}, "choose one of constant, linear, cosine"),
+    ],
+)
+def test_a_samplers_settings_are_checked(given, message):
+    with pytest.raises(UserError, match=message):
+        build(SampleConfig, given)
+
+
+def test_a_level_may_have_settings_of_its_own():
+    own = build(SampleConfig, {"temperature": 0.9, "guidance": 2, "levels": {"top": {"temperature": 0.5, "top_k": 10}}})
+    top, bottom = own.at("top"), own.at("bottom")
+    assert (top.temperature, top.top_k, top.guidance) == (0.5, 10, 2.0)
+    assert (bottom.temperature, bottom.top_k) == (0.9, 0)
+
+
+def test_open_facts_are_drawn_together_from_images_of_the_label():
+    wanted = plan_facts(SampleConfig(labels=("mel",), number=2000), [known("label", "sex", "age_band")])
+    counts = Counter((w["label"], w["sex"], w["age_band"]) for w in wanted)
+    assert set(counts) == {("mel", "female", "80+"), ("mel", "male", "0-19")}
+    assert counts["mel", "female", "80+"] / 2000 == pytest.approx(0.75, abs=0.04)
+    assert {w["sex"] for w in plan_facts(SampleConfig(labels=("nv",), number=200), [known("label", "sex")])} == {"male", ""}
+    # Whatever the number of samples and whoever else there is, a sample stays what it was.
+    assert plan_facts(SampleConfig(labels=("mel",), number=50), [known("label", "sex", "age_band")]) == wanted[:50]
+
+
+def test_given_facts_hold_and_the_others_follow_them():
+    wanted = plan_facts(SampleConfig(labels=("mel",), facts={"sex": "male"}, number=20), [known("label", "sex", "age_band")])
+    assert {(w["sex"], w["age_band"]) for w in wanted} == {("male", "0-19")}
+    # No nv of a woman was ever seen: the label's other images decide what is open.
+    wanted = plan_facts(SampleConfig(labels=("nv",), facts={"sex": "female"}, number=20), [known("label", "sex", "age_band")])
+    assert {(w["sex"], w["age_band"]) for w in wanted} == {("female", "0-19")}
+    wanted = plan_facts(SampleConfig(labels=("mel",), facts={"sex": ""}, number=5), [known("label", "sex")])
+    assert {w["sex"] for w in wanted} == {""}
+
+
+def test_levels_may_know_other_facts():
+    """What the finer level knows is drawn to fit what was drawn for the coarser one."""
+    top, bottom = known("label", "sex"), known("age_band", "sex")
+    wanted = plan_facts(SampleConfig(labels=("mel",), number=300), [top, bottom])
+    assert {(w["sex"], w["age_band"]) for w in wanted} == {("female", "80+"), ("male", "0-19")}
+    assert top.numbers(wanted[0] | {"sex": "male"}) == [0, 1]
+    assert bottom.numbers({"label": "mel", "sex": "male", "age_band": ""}) == [-1, 1]
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [({"site": "back"}, "not trained with 'site'; they know sex"), ({"sex": "f"}, "no 'f' among .* sex: female, male")],
+)
+def test_unknown_facts_of_samples_are_named(facts, message):
+    with pytest.raises(UserError, match=message):
+        plan_facts(SampleConfig(facts=facts), [known("label", "sex")])
+
+
+def test_without_labels_or_facts_there_is_nothing_to_plan():
+    unlabelled = Known({"label": []}, ["-1 8"])
+    assert plan_facts(SampleConfig(number=2), [unlabelled]) == [{"label": ""}] * 2
+    assert unlabelled.numbers({"label": ""}) == [-1]
+    assert plan_facts(SampleConfig(number=1), [Known({}, [])]) == [{"label": ""}]
+    with pytest.raises(UserError, match="Unknown label 'mel'"):
+        plan_facts(SampleConfig(number=1, labels=("mel",)), [Known({}, [])])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_guidance_rises_from_none_to_all(schedule):
+    strengths = [guidance(3.0, schedule, 64)(t) for t in range(64)]
+    assert strengths[0] == 1
+    assert strengths[-1] == pytest.approx(3)
+    assert strengths == sorted(strengths)
+    assert sum(strengths) / 64 == pytest.approx(2)
+    assert {guidance(1.0, schedule, 64)(t) for t in range(64)} == {1.0}
+    assert guidance(2.5, "constant", 64)(0) == guidance(2.5, "constant", 64)(63) == 2.5

@@ -1,0 +1,249 @@
+"""Priors: one contract for all kinds, and what sets each apart."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from hpc.config import build, to_yaml
+from lesiongen.models import prior as module
+from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
+from lesiongen.models.gpt import GPTConfig
+from lesiongen.models.pixelcnn import PixelCNNConfig
+from lesiongen.models.pixelsnail import PixelSNAILConfig
+from lesiongen.models.prior import Prior, make
+from lesiongen.sampling import Choice, uniforms
+
+COMMON = {"layers": 2, "width": 32, "dropout": 0.1, "token_dropout": 0.1}
+PRIORS = {
+    "gpt": GPTConfig(heads=2, **COMMON),
+    "pixelcnn": PixelCNNConfig(kernel=5, **COMMON),
+    "gated_pixelcnn": GatedPixelCNNConfig(kernel=5, **COMMON),
+    "pixelsnail": PixelSNAILConfig(residual_blocks=2, heads=2, kernel=3, **COMMON),
+    "pixelsnail without attention": PixelSNAILConfig(residual_blocks=1, attention=False, kernel=5, **COMMON),
+}
+NONE = torch.zeros(1, 0, dtype=torch.long)  # no facts
+
+
+def prior(name: str, upper: bool = False, grid: tuple[int, int] = (4, 3), **changes) -> Prior:
+    torch.manual_seed(0)
+    above = ((7, (2, 2)),) if upper else ()
+    net = make(replace(PRIORS[name], **changes), grid=grid, entries=11, facts={"label": 5, "sex": 2}, upper=above)
+    for p in net.parameters():  # larger than at the start, so that differences would show
+        torch.nn.init.normal_(p, std=0.2)
+    return net
+
+
+def condition(upper: bool = False):
+    return torch.tensor([[0, 1], [4, -1], [-1, 0]]), [torch.randint(0, 7, (3, 2, 2))] if upper else []
+
+
+def gradients(net: Prior, codes: torch.Tensor, facts: torch.Tensor, above: list) -> tuple[float, dict]:
+    torch.manual_seed(1)  # dropout
+    net.zero_grad()
+    loss = net.loss(codes, facts, above)
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize("name", PRIORS)
+class TestPrior:
+    def test_causality(self, name, upper):
+        net = prior(name, upper).eval()
+        facts, above = condition(upper)
+        codes = torch.randint(0, 11, (3, 12))
+        logits = net(codes, net.context(facts, above))
+        for t in range(12):
+            changed = codes.clone()
+            changed[:, t] = (changed[:, t] + 1) % 11
+            other = net(changed, net.context(facts, above))
+            assert torch.equal(other[:, : t + 1], logits[:, : t + 1])
+            assert t == 11 or not torch.allclose(other[:, t + 1 :], logits[:, t + 1 :])
+
+    def test_cached_equals_uncached(self, name, upper):
+        net = prior(name, upper).eval()
+        facts, above = condition(upper)
+        seen = []
+
+        def greedy(logits, _):
+            seen.append(logits)
+            return logits.argmax(-1)
+
+        codes = net.sample(facts, above, torch.zeros(3, 12), greedy)
+        logits = net(codes.flatten(1), net.context(facts, above))
+        assert (torch.stack(seen, 1) - logits).abs().max() < 1e-5
+        assert torch.equal(codes.flatten(1), logits.argmax(-1))
+
+    def test_conditions_matter(self, name, upper):
+        net = prior(name, upper).eval()
+        facts, above = condition(upper)
+        codes = torch.randint(0, 11, (3, 12))
+
+        def moved(facts, above) -> torch.Tensor:
+            """How far the logits of each position are from what they were, [B, T]."""
+            return (net(codes, net.context(facts, above)) - base).abs().amax(-1)
+
+        base = net(codes, net.context(facts, above))
+        for place in range(2):
+            other = facts.clone()
+            other[:, place] = (other[:, place] + 1) % 2
+            assert (moved(other, above) > 1e-3).all()
+        if upper:
+            assert (moved(facts, [(above[0] + 1) % 7]) > 1e-3).all()
+
+    def test_loss_is_minus_log_likelihood_without_dropout(self, name, upper):
+        net = prior(name, upper).eval()
+        facts, above = condition(upper)
+        codes = torch.randint(0, 11, (3, 4, 3))
+        assert net.loss(codes, facts, above).item() == pytest.approx(-net.log_likelihood(codes, facts, above).mean().item())
+
+    def test_guidance_one_changes_nothing_and_more_does(self, name, upper):
+        net = prior(name, upper).eval()
+        facts, above = condition(upper)
+        numbers = uniforms(0, range(3), (4, 3))
+        plain = net.sample(facts, above, numbers, Choice())
+        assert torch.equal(plain, net.sample(facts, above, numbers, Choice(), guidance=lambda t: 1.0))
+        assert not torch.equal(plain, net.sample(facts, above, numbers, Choice(), guidance=lambda t: 4.0))
+
+    def test_a_sample_does_not_depend_on_its_batch(self, name, upper):
+        net = prior(name, upper).eval()
+        facts, above = condition(upper)
+        numbers = uniforms(0, range(3), (4, 3))
+        together = net.sample(facts, above, numbers, Choice())
+        alone = net.sample(facts[1:2], [a[1:2] for a in above], numbers[1:2], Choice())
+        assert torch.equal(together[1:2], alone)
+
+    def test_gradients_reach_every_parameter(self, name, upper):
+        facts, above = condition(upper)
+        _, found = gradients(prior(name, upper).train(), torch.randint(0, 11, (3, 4, 3)), facts, above)
+        assert [n for n, g in found.items() if not g.abs().sum() > 0] == []
+
+    def test_recomputed_activations_give_the_same_gradients(self, name, upper):
+        facts, above = condition(upper)
+        codes = torch.randint(0, 11, (3, 4, 3))
+        loss, expected = gradients(prior(name, upper).train(), codes, facts, above)
+        calls = []
+        net = prior(name, upper, checkpoint=True).train()
+        net.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        again, found = gradients(net, codes, facts, above)
+        assert len(calls) == 2
+        assert again == loss
+        assert all(torch.equal(found[n], g) for n, g in expected.items())
+
+    def test_a_loss_in_chunks_is_the_same(self, name, upper, monkeypatch):
+        facts, above = condition(upper)
+        codes = torch.randint(0, 11, (3, 4, 3))
+        net = prior(name, upper).train()
+        loss, expected = gradients(net, codes, facts, above)
+        monkeypatch.setattr(module, "CHUNK", 5 * 11)  # 36 tokens by fives
+        chunked, found = gradients(net, codes, facts, above)
+        assert chunked == pytest.approx(loss, rel=1e-6)
+        for n, g in expected.items():
+            assert torch.allclose(found[n], g, rtol=1e-4, atol=1e-6), n
+
+
+@pytest.mark.parametrize("name", PRIORS)
+class TestEachPrior:
+    @pytest.mark.parametrize("grid", [(1, 1), (1, 5), (5, 1), (2, 6), (6, 2)])
+    def test_any_grid(self, name, grid):
+        net = prior(name, upper=True, grid=grid).eval()
+        facts, above = condition(upper=True)
+        seen = []
+
+        def note(logits, uniform):
+            seen.append(logits)
+            return Choice()(logits, uniform)
+
+        codes = net.sample(facts, above, uniforms(0, range(3), grid), note)
+        assert codes.shape == (3, *grid)
+        logits = net(codes.flatten(1), net.context(facts, above))
+        assert (torch.stack(seen, 1) - logits).abs().max() < 1e-5
+
+    def test_no_position_sees_itself_or_what_follows(self, name):
+        net = prior(name, grid=(3, 5)).eval()
+        for t in range(15):
+            assert not influence(net, t)[t:].any()
+
+    def test_its_config_comes_back_from_yaml(self, name):
+        config = PRIORS[name]
+        assert build(type(config), yaml.safe_load(to_yaml(config))) == config
+
+    def test_it_learns_a_simple_language(self, name):
+        """Rows that repeat their label: bits fall well below a uniform guess's."""
+        torch.manual_seed(0)
+        config = replace(PRIORS[name], layers=1, dropout=0.0, token_dropout=0.0)
+        net = make(config, grid=(3, 3), entries=5, facts={"label": 5})
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        for _ in range(60):
+            label = torch.randint(0, 5, (32,))
+            loss = net.loss(label[:, None, None].expand(-1, 3, 3), label[:, None], [])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss.item() / math.log(2) < 0.3
+
+    def test_it_learns_from_the_codes_before(self, name):
+        """A code repeats the one above it, and nothing else tells: all but the first row can be known."""
+        torch.manual_seed(0)
+        config = replace(PRIORS[name], layers=2, dropout=0.0, token_dropout=0.0)
+        net = make(config, grid=(3, 3), entries=4, facts={})
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+        for _ in range(80):
+            codes = torch.randint(0, 4, (32, 1, 3)).expand(-1, 3, 3)
+            found = net.log_likelihood(codes, NONE.expand(32, 0), [])
+            optimizer.zero_grad()
+            (-found.mean()).backward()
+            optimizer.step()
+        assert -found[:, 3:].mean().item() / math.log(2) < 0.5
+
+
+def influence(net: Prior, t: int) -> torch.Tensor:
+    """How much each token moves the features of position t, [T], by gradient."""
+    kept = []
+    hook = net.tokens.register_forward_hook(lambda *args: args[2].retain_grad() or kept.append(args[2]))
+    codes = torch.arange(net.length)[None] % 11
+    net.features(codes, net.context(torch.zeros(1, len(net.facts), dtype=torch.long), []))[:, t].sum().backward()
+    hook.remove()
+    found = kept[0].grad.abs().sum(-1)[0]
+    return torch.nn.functional.pad(found, (0, net.length - len(found)))
+
+
+def sees(name: str, **changes) -> torch.Tensor:
+    """What the middle of a 5×7 grid sees, [5, 7]."""
+    net = prior(name, grid=(5, 7), layers=4, kernel=3, **changes).double().eval()
+    return influence(net, 2 * 7 + 3).view(5, 7) > 0
+
+
+def test_gated_pixelcnn_sees_all_that_came_before():
+    """Three rows up and down, three columns to each side: within reach of four 3×3 layers."""
+    assert torch.equal(sees("gated_pixelcnn").flatten(), torch.arange(35) < 2 * 7 + 3)
+
+
+def test_pixelcnn_has_a_blind_spot():
+    row = [[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0], [0] * 7, [0] * 7]
+    assert sees("pixelcnn").int().tolist() == row
+
+
+def test_attention_leaves_pixelsnail_no_blind_spot():
+    before = torch.arange(35) < 2 * 7 + 3
+    assert not torch.equal(sees("pixelsnail", attention=False).flatten(), before)
+    assert torch.equal(sees("pixelsnail").flatten(), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (PixelCNNConfig, {"kernel": 4}, "must be odd"),
+        (PixelCNNConfig, {"width": 33}, "must be even"),
+        (GatedPixelCNNConfig, {"kernel": 1}, "at least 3"),
+        (PixelSNAILConfig, {"heads": 7}, "multiple of 2 × heads"),
+        (PixelSNAILConfig, {"residual_blocks": 0}, "at least 1"),
+        (GPTConfig, {"heads": 7}, "multiple of 4 × heads"),
+    ],
+)
+def test_a_config_says_what_to_change(kind, changes, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**changes)
