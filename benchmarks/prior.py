@@ -1,0 +1,202 @@
+"""A GPT prior's training step beside nanoGPT's: tokens a second through forward, backward and AdamW.
+
+    git clone https://github.com/karpathy/nanoGPT NANOGPT
+    OMP_NUM_THREADS=1 python -m benchmarks.prior --nanogpt NANOGPT [--compile]
+
+Both nets have the same length, vocabulary, layers, width and heads, no biases and no dropout, and non-embedding parameters
+within 1 %: ours has SwiGLU, RMSNorm and 2-D rotary positions, theirs GELU, LayerNorm and learned ones. Each steps with the
+optimizer of its own project; "engine" is ours as shipped, through DeepSpeed with clipping and a look at every gradient. All
+take their turn in every round; printed are medians, and ratios within rounds. fp32 on the CPU; on a GPU bf16 autocast for
+all, a prior of 350 M parameters besides, and MFU where the device's peak is known.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hpc import dist
+from hpc.dist import Topology
+from hpc.engine import Engine, EngineConfig
+from hpc.flops import peak_flops, training_flops
+from hpc.optim import OptimConfig, optimizer
+from lesiongen.models.gpt import GPTConfig
+from lesiongen.models.prior import make
+from lesiongen.stages.prior import Objective
+
+DEVICE = Topology().device
+PRECISION = "bf16" if DEVICE.type == "cuda" else "fp32"
+OPTIM = OptimConfig(lr=3e-4, weight_decay=0.1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both nets have in common."""
+
+    grid: tuple[int, int]
+    batch: int
+    layers: int = 6
+    width: int = 384
+    heads: int = 6
+    entries: int = 512
+
+    @property
+    def length(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+CASES = {
+    "small": Case((16, 16), 8, layers=4, width=192, heads=3),
+    "medium": Case((32, 32), 2),
+    "350m": Case((32, 32), 16, layers=24, width=1024, heads=16),
+}
+
+
+def our_net(case: Case) -> Objective:
+    config = GPTConfig(layers=case.layers, width=case.width, heads=case.heads, dropout=0.0)
+    return Objective(make(config, grid=case.grid, entries=case.entries, facts={"label": 7}))
+
+
+def their_net(case: Case, module) -> nn.Module:
+    """module: nanoGPT's model.py."""
+    shape = {"n_layer": case.layers, "n_head": case.heads, "n_embd": case.width, "dropout": 0.0, "bias": False}
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells its size
+        return module.GPT(module.GPTConfig(block_size=case.length, vocab_size=case.entries, **shape))
+
+
+def load_nanogpt(folder: Path):
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def non_embedding(net: nn.Module, entries: int) -> int:
+    """Parameters but for the embeddings and the head, which nanoGPT ties."""
+    matrices = {id(m.weight): m.weight.numel() for m in net.modules() if isinstance(m, nn.Embedding)}
+    matrices |= {id(m.weight): m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear) and len(m.weight) == entries}
+    return sum(p.numel() for p in net.parameters()) - sum(matrices.values())
+
+
+def blank(case: Case) -> dict:
+    """A batch, on the default device."""
+    codes = torch.randint(case.entries, (case.batch, *case.grid))
+    return {"codes": codes, "facts": torch.zeros(case.batch, 1, dtype=torch.long), "upper": []}
+
+
+def plain_step(net: nn.Module, loss_of: Callable, optimizer: torch.optim.Optimizer) -> Callable[[dict], None]:
+    def step(batch: dict) -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=PRECISION == "bf16"):
+            loss = loss_of(net, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def ours(case: Case, compiled: bool = False) -> Callable[[dict], None]:
+    torch.manual_seed(0)
+    net = our_net(case).to(DEVICE)
+    forward = torch.compile(net) if compiled else net
+    return plain_step(forward, lambda net, batch: net(batch)["loss"], optimizer(net, OPTIM))
+
+
+def engine(case: Case, compiled: bool = False) -> Callable[[dict], None]:
+    torch.manual_seed(0)
+    dist.init(Topology())
+    net = our_net(case)
+    made = Engine(net, optimizer(net, OPTIM), EngineConfig(compile=compiled, precision=PRECISION), case.batch)
+    return lambda batch: made.step([batch], OPTIM.lr, {"stop": 0})
+
+
+def theirs(case: Case, module, compiled: bool = False) -> Callable[[dict], None]:
+    torch.manual_seed(0)
+    net = their_net(case, module).to(DEVICE)
+    with contextlib.redirect_stdout(io.StringIO()):
+        adamw = net.configure_optimizers(OPTIM.weight_decay, OPTIM.lr, OPTIM.betas, DEVICE.type)
+
+    def loss_of(net: nn.Module, batch: dict) -> torch.Tensor:
+        return net(batch["codes"].flatten(1), batch["codes"].flatten(1))[1]
+
+    return plain_step(torch.compile(net) if compiled else net, loss_of, adamw)
+
+
+def timed(step: Callable[[dict], None], batch: dict, number: int) -> float:
+    """Seconds of one step."""
+    began = time.perf_counter()
+    for _ in range(number):
+        step(batch)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / number
+
+
+def flops(case: Case, module) -> dict[str, int]:
+    """Of a training step, for ours and theirs."""
+    with torch.device("meta"):
+        batch = blank(case)
+        mine, other = our_net(case).eval(), their_net(case, module)
+        codes = batch["codes"].flatten(1)
+        return {"ours": training_flops(lambda: mine(batch)), "nanoGPT": training_flops(lambda: other(codes, codes))}
+
+
+def measure(name: str, args, module) -> None:
+    case = CASES[name]
+    sizes = [non_embedding(net, case.entries) for net in (our_net(case), their_net(case, module))]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.01, sizes
+    kinds = {"ours": ours, "ours, engine": engine, "nanoGPT": lambda case, c=False: theirs(case, module, c)}
+    steps = {kind: start(case) for kind, start in kinds.items()}
+    if args.compile:
+        steps |= {f"{kind}, compiled": start(case, True) for kind, start in kinds.items()}
+    batch = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in blank(case).items()}
+    for step in steps.values():  # the first steps allocate, tune and compile
+        timed(step, batch, 3)
+    found: dict[str, list[float]] = {}
+    for _ in range(args.rounds):
+        for kind, step in steps.items():
+            found.setdefault(kind, []).append(timed(step, batch, args.number))
+    print(
+        f"\n{name}: {case.length:,} tokens, batch {case.batch}, {case.layers} layers, width {case.width}, K {case.entries}, ",
+        end="",
+    )
+    print(f"{PRECISION}; {args.rounds} rounds of {args.number} steps, {torch.get_num_threads()} threads, {DEVICE}")
+    print(f"non-embedding parameters: ours {sizes[0]:,}, nanoGPT {sizes[1]:,}\n")
+    print("| | ms per step | tokens/s | ÷ nanoGPT alike | MFU |\n|---|---|---|---|---|")
+    work, peak = flops(case, module), peak_flops(DEVICE)
+    for kind, seconds in found.items():
+        peer = found["nanoGPT, compiled" if "compiled" in kind else "nanoGPT"]
+        ratio = statistics.median(b / a for a, b in zip(seconds, peer, strict=True))
+        middle = statistics.median(seconds)
+        mfu = f"{work[kind.split(',')[0]] / middle / peak:.1%}" if peak else "–"
+        row = f"{middle * 1e3:.1f} | {case.batch * case.length / middle:,.0f} | {ratio:.2f} | {mfu}"
+        print(f"| {kind} | {row} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--nanogpt", type=Path, required=True, help="folder of nanoGPT's model.py")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: small and medium, on a GPU 350m too")
+    parser.add_argument("--compile", action="store_true", help="compiled beside compiled as well")
+    parser.add_argument("--number", type=int, default=3, help="steps timed in each round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="one round of the small one, to see that all runs")
+    args = parser.parse_args()
+    cases = args.cases or (list(CASES) if DEVICE.type == "cuda" else ["small", "medium"])
+    if args.quick:
+        cases, args.number, args.rounds = ["small"], 1, 1
+    torch.set_float32_matmul_precision("high")  # as nanoGPT's train.py; fp32 on a CPU stays fp32
+    for name in cases:
+        measure(name, args, load_nanogpt(args.nanogpt))
+
+
+if __name__ == "__main__":
+    main()

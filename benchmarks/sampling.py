@@ -1,0 +1,197 @@
+"""Sampling codes from priors: seconds of one batch beside nanoGPT, transformers and rosinality's PixelSNAIL.
+
+    git clone https://github.com/karpathy/nanoGPT NANOGPT
+    git clone https://github.com/rosinality/vq-vae-2-pytorch PEER
+    pip install --target HF transformers        (no dependency of the project)
+    OMP_NUM_THREADS=1 PYTHONPATH=HF python -m benchmarks.sampling --nanogpt NANOGPT --peer PEER
+
+GPT: 1,280 tokens of a 32×40 grid, six layers of width 384, against nanoGPT's generate(), which computes the prefix again for
+each token, and GPT-2 of transformers with its key-value cache. Convolutional priors: 32×32, against the usual sampler, which
+runs the whole net for each token: rosinality's over the rows so far, and our own nets over the whole grid. Ours and
+transformers draw all tokens; what runs again from the start is timed at some prefixes, a parabola through them is summed, and
+the table says "reckoned". Untrained weights: none of the samplers looks at what it draws. Those compared take their turn
+in every round; printed are medians, and ratios within rounds.
+"""
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.prior import Case, load_nanogpt, their_net
+from hpc.dist import Topology
+from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
+from lesiongen.models.gpt import GPTConfig
+from lesiongen.models.pixelcnn import PixelCNNConfig
+from lesiongen.models.pixelsnail import PixelSNAILConfig
+from lesiongen.models.prior import Prior, PriorShape, make
+from lesiongen.sampling import Choice, uniforms
+
+DEVICE = Topology().device
+ENTRIES, CHANNELS = 512, 128
+Timer = Callable[[], float]  # seconds of one batch
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def reckoned(work: Callable[[int], object], points: list[int], last: int, times: int = 1) -> float:
+    """Seconds of work(1) + … + work(last), each `times` over, from some of them: what attends costs a parabola."""
+    seconds = [timed(lambda n=n: work(n)) for n in points]
+    found = np.polynomial.Polynomial.fit(points, seconds, min(2, len(points) - 1))
+    return float(found(np.arange(1, last + 1)).sum()) * times
+
+
+def blank(net: Prior, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Facts and uniform numbers."""
+    return torch.zeros(batch, 1, dtype=torch.long, device=DEVICE), uniforms(0, range(batch), net.grid).to(DEVICE)
+
+
+def our_net(config: PriorShape, grid: tuple[int, int]) -> Prior:
+    torch.manual_seed(0)
+    return make(config, grid=grid, entries=ENTRIES, facts={"label": 7}).to(DEVICE).eval()
+
+
+def ours(net: Prior, batch: int) -> Timer:
+    facts, numbers = blank(net, batch)
+    return lambda: timed(lambda: net.sample(facts, [], numbers, Choice()))
+
+
+def whole_grid(net: Prior, batch: int) -> Timer:
+    """The usual sampler on our own net. Each token costs the same."""
+    facts, numbers = blank(net, batch)
+    codes, choose = torch.zeros(batch, net.length, dtype=torch.long, device=DEVICE), Choice()
+
+    @torch.no_grad()
+    def token(t: int) -> None:
+        features = net.features(codes, net.context(facts, []))
+        codes[:, t - 1] = choose(net.head(features[:, t - 1]), numbers[:, t - 1])
+
+    return lambda: timed(lambda: token(1)) * net.length
+
+
+def nanogpt(folder: Path, case: Case) -> Timer:
+    net = their_net(case, load_nanogpt(folder)).to(DEVICE).eval()
+    codes = torch.randint(ENTRIES, (case.batch, case.length), device=DEVICE)
+    points = [1 + i * (case.length - 1) // 4 for i in range(5)]
+    return lambda: reckoned(lambda n: net.generate(codes[:, :n], 1), points, case.length)
+
+
+def gpt2(case: Case) -> Timer:
+    """transformers' generate(); its end-of-text token is one that is never drawn."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    shape = {"n_layer": case.layers, "n_head": case.heads, "n_embd": case.width, "n_positions": case.length + 1}
+    config = GPT2Config(vocab_size=ENTRIES, bos_token_id=0, eos_token_id=None, **shape)
+    net = GPT2LMHeadModel(config).to(DEVICE).eval()
+    start = torch.zeros(case.batch, 1, dtype=torch.long, device=DEVICE)
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True, "pad_token_id": 0}
+
+    def generate() -> None:
+        found = net.generate(start, max_new_tokens=case.length, **how)
+        assert found.shape == (case.batch, case.length + 1), found.shape
+
+    return lambda: timed(generate)
+
+
+def rosinality(peer: Path, grid: tuple[int, int], batch: int) -> tuple[Timer, int]:
+    """Also the net's number of parameters."""
+    sys.path.insert(0, str(peer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # their weight_norm is deprecated
+        import pixelsnail
+
+        net = pixelsnail.PixelSNAIL(grid, ENTRIES, CHANNELS, 5, 4, 4, CHANNELS).to(DEVICE).eval()
+    codes = torch.zeros(batch, *grid, dtype=torch.long, device=DEVICE)
+
+    @torch.no_grad()
+    def token(rows: int) -> None:
+        """As in their sample.py: the rows so far."""
+        logits, _ = net(codes[:, :rows])
+        torch.multinomial(logits[:, :, rows - 1, 0].softmax(1), 1)
+
+    points = [1, grid[0] // 2, grid[0]]
+    return lambda: reckoned(token, points, grid[0], times=grid[1]), size(net)
+
+
+def size(net: torch.nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def compare(title: str, contenders: dict[str, Timer], rounds: int, tokens: int) -> None:
+    """The first one is ours; ratios are theirs over ours."""
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, timer in contenders.items():
+            found.setdefault(name, []).append(timer())
+    print(f"\n{title}; {rounds} rounds, {torch.get_num_threads()} threads, {DEVICE}\n")
+    print("| | seconds | tokens/s | ours is so many times as fast |\n|---|---|---|---|")
+    first = next(iter(found.values()))
+    for name, seconds in found.items():
+        middle = statistics.median(seconds)
+        ratio = statistics.median(b / a for a, b in zip(first, seconds, strict=True))
+        print(f"| {name} | {middle:,.1f} | {tokens / middle:,.1f} | {ratio:.2f} |", flush=True)
+
+
+def gpt(args) -> None:
+    case = Case((4, 8), args.batch, layers=2) if args.quick else Case((32, 40), args.batch)
+    net = our_net(GPTConfig(layers=case.layers, width=case.width, heads=case.heads), case.grid)
+    contenders = {"ours": ours(net, case.batch)}
+    if importlib.util.find_spec("transformers"):
+        contenders["transformers, GPT-2 with its cache"] = gpt2(case)
+    if args.nanogpt:
+        contenders["nanoGPT, generate(), reckoned from 5 prefixes"] = nanogpt(args.nanogpt, case)
+    title = f"GPT: {case.length:,} tokens × {case.batch}, {case.layers} layers, width {case.width}, K {ENTRIES}"
+    compare(title, contenders, args.rounds, case.length * case.batch)
+
+
+def convolutional(args) -> None:
+    grid = (4, 8) if args.quick else (32, 32)
+    kinds = {
+        "PixelCNN": PixelCNNConfig(),
+        "Gated PixelCNN": GatedPixelCNNConfig(),
+        "PixelSNAIL": PixelSNAILConfig(width=176),
+    }
+    for name, config in kinds.items():
+        net = our_net(config, grid)
+        contenders = {f"ours ({size(net) / 1e6:.1f} M)": ours(net, args.batch)}
+        contenders["the same net, whole grid for each token, reckoned from 1"] = whole_grid(net, args.batch)
+        if name == "PixelSNAIL" and args.peer:
+            timer, number = rosinality(args.peer, grid, args.batch)
+            contenders[f"rosinality's ({number / 1e6:.1f} M), rows so far, reckoned from 3"] = timer
+        title = f"{name}: {grid[0]}×{grid[1]} × {args.batch}, K {ENTRIES}"
+        compare(title, contenders, args.rounds, net.length * args.batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", nargs="?", choices=["all", "gpt", "convolutional"], default="all")
+    parser.add_argument("--nanogpt", type=Path, help="folder of nanoGPT's model.py")
+    parser.add_argument("--peer", type=Path, help="folder of rosinality's pixelsnail.py")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round of small grids, to see that all runs")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds = 1
+    for name, work in {"gpt": gpt, "convolutional": convolutional}.items():
+        if args.what in (name, "all"):
+            work(args)
+
+
+if __name__ == "__main__":
+    main()
