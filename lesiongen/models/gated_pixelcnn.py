@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lesiongen.models.causal import CausalConv, RowConv, Window, check_kernel
 from lesiongen.models.prior import Prior, PriorShape
@@ -85,10 +84,7 @@ class GatedPixelCNN(Prior):
         # The vertical stack is a row late: then it may see rows whole.
         v_BhwD, x_BhwD = self.down(F.pad(tokens_BhwD[:, :-1], (0, 0, 0, 0, 1, 0))), self.right(tokens_BhwD)
         for block in self.blocks:
-            if self.config.checkpoint and self.training:
-                v_BhwD, x_BhwD = checkpoint(block, v_BhwD, x_BhwD, known_BhwD, use_reentrant=False)
-            else:
-                v_BhwD, x_BhwD = block(v_BhwD, x_BhwD, known_BhwD)
+            v_BhwD, x_BhwD = self.run(block, v_BhwD, x_BhwD, known_BhwD)
         return self._out(x_BhwD).flatten(1, 2)
 
     def _out(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lesiongen.models.prior import Prior, PriorShape
 
@@ -84,10 +83,7 @@ class GPT(Prior):
         # Position t sees token t-1; position 0 sees what is known alone.
         x_BTD = F.pad(self.tokens(codes_BT[:, :-1]), (0, 0, 1, 0)) + known_BTD
         for block in self.blocks:
-            if self.config.checkpoint and self.training:
-                x_BTD = checkpoint(block, x_BTD, self.table, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, self.table)
+            x_BTD = self.run(block, x_BTD, self.table)
         return self.norm(x_BTD)
 
     def new_cache(self, known_BTD: torch.Tensor) -> list[torch.Tensor]:

@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lesiongen.models.causal import CausalConv, Window, check_kernel
 from lesiongen.models.prior import Prior, PriorShape
@@ -59,10 +58,7 @@ class PixelCNN(Prior):
         x_BhwD = self.first(self.tokens(codes_BT).unflatten(1, self.grid))
         known_BhwD = known_BTD.unflatten(1, self.grid)
         for block in self.blocks:
-            if self.config.checkpoint and self.training:
-                x_BhwD = checkpoint(block, x_BhwD, known_BhwD, use_reentrant=False)
-            else:
-                x_BhwD = block(x_BhwD, known_BhwD)
+            x_BhwD = self.run(block, x_BhwD, known_BhwD)
         return self._out(x_BhwD).flatten(1, 2)
 
     def _out(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hpc.config import volatile
+
 CHUNK = 2**24  # logits held at once in the loss; the rest is computed again in the backward pass
 
 
@@ -28,7 +30,7 @@ class PriorShape:
     dropout: float = 0.1
     label_dropout: float = 0.1  # share of training images shown without their facts, for classifier-free guidance
     token_dropout: float = 0.0  # share of input tokens replaced by "unknown" in training
-    checkpoint: bool = False  # recompute activations in the backward pass
+    checkpoint: bool = volatile(False)  # compute activations again in the backward pass: less memory, a third more time
 
     def __post_init__(self):
         if min(self.layers, self.width) < 1:
@@ -89,6 +91,11 @@ class Prior(nn.Module, ABC):
     @abstractmethod
     def step(self, previous_B: torch.Tensor | None, known_BTD: torch.Tensor, cache, t: int) -> torch.Tensor:
         """Features [B, D] of token t, given token t-1 (none for the first) and the cache of those before."""
+
+    def run(self, block: nn.Module, *x: torch.Tensor):
+        """A block of features(), computed again in the backward pass where that was asked for."""
+        again = self.config.checkpoint and self.training
+        return checkpoint(block, *x, use_reentrant=False) if again else block(*x)
 
     def forward(self, codes_BT: torch.Tensor, known_BTD: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, K]."""

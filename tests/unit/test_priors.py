@@ -191,7 +191,8 @@ class TestEachPrior:
         config = replace(PRIORS[name], layers=2, dropout=0.0, token_dropout=0.0)
         net = make(config, grid=(3, 3), entries=4, facts={})
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-        for _ in range(80):
+        for step in range(160):
+            optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 160)
             codes = torch.randint(0, 4, (32, 1, 3)).expand(-1, 3, 3)
             found = net.log_likelihood(codes, NONE.expand(32, 0), [])
             optimizer.zero_grad()
