@@ -103,9 +103,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def command() -> None:
     """Entry point of the process."""
-    from launch.work import end
+    code = main()
+    from launch.work import end  # not before: it imports torch, which `--help` does not wait for
 
-    end(main())
+    end(code)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class StageJob:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-        atexit.register(os._exit, code)  # after submitit has written the result; why is said in launch.work.end
+        # After submitit has written the result; why is said in launch.work.end. Slurm ends the data workers.
+        atexit.register(os._exit, code)
         return "done"
 
     def _run(self) -> int:

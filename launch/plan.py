@@ -38,7 +38,7 @@ def tokenizer_parameters(config: TokenizerModel, channels: int) -> dict[str, int
     """Trainable parameters of each part, and the codebooks' buffers."""
     with torch.device("meta"):
         net = make(config, channels, batch=1)
-    return parts_of(net) | {"codebooks (buffers)": sum(b.numel() for b in net.buffers())}
+    return parts_of(net) | {"buffers": sum(b.numel() for b in net.buffers())}
 
 
 def prior_parameters(config: prior.PriorShape, shape: dict) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """One stage on this rank: run it, follow it in MLflow, and turn every kind of ending into its exit code."""
 
 import atexit
+import contextlib
 import errno
 import os
 import sys
@@ -54,6 +55,8 @@ def code_of(error: BaseException) -> int:
 
 def explain(error: BaseException) -> None:
     """One paragraph for what a person can mend, a traceback for what only we can."""
+    if isinstance(error, BrokenPipeError):  # `lesiongen logs RUN | head`
+        return
     if isinstance(error, (errors.UserError, errors.Stopped, errors.Diverged, TimeoutError)):
         print(f"lesiongen: {error}", file=sys.stderr, flush=True)
     elif isinstance(error, KeyboardInterrupt):
@@ -69,8 +72,9 @@ def end(code: int) -> NoReturn:
     """Ends the process without taking the interpreter apart: a thread of gloo, of a queue or of a library that wakes up
     in the midst of that aborts it, after all its work was done."""
     atexit._run_exitfuncs()  # data workers are sent home
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -41,6 +41,8 @@ def near_duplicates(records: list[Record], folder: Path, packed: dict, suffix: s
             progress.update()
             if thumbnail is not None:
                 found[image] = thumbnail
+    if not found:
+        return []
     pairs = duplicates.find(list(found), np.stack(list(found.values())), new_from=len(packed))
     if pairs:
 

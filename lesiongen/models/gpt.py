@@ -1,4 +1,4 @@
-"""GPT prior over a grid of codes: RMSNorm, SwiGLU, 2-D rotary positions, facts as the first token, static KV cache.
+"""GPT prior over a grid of codes: RMSNorm, SwiGLU, 2-D rotary positions, facts at every position, static KV cache.
 
 Shapes as in prior.py, and H heads, E head dimension.
 """

@@ -138,7 +138,7 @@ class Prior(nn.Module, ABC):
         without the facts; no strength but 1 anywhere costs nothing."""
         batch, length = uniform_BT.shape
         strengths = [guidance(t) for t in range(length)]
-        guided = any(s != 1.0 for s in strengths)
+        guided = len(self.facts) > 0 and any(s != 1.0 for s in strengths)
         known = self.context(facts_BF, upper)
         if guided:
             known = torch.cat([known, self.context(torch.full_like(facts_BF, -1), upper)])

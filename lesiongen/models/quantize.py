@@ -29,7 +29,9 @@ class QuantizerConfig:
     estimator: Literal["straight-through", "rotation"] = "straight-through"  # of the encoder's gradient; fsq needs none
     commitment: float = 0.25  # weight of the pull of vectors to their codes; fsq has no such loss
     decay: float = 0.99  # of the averages of ema and cosine, and of gradient's counts
-    revive_below: float = 0.1  # all but fsq: a code used less than this fraction of the average is revived
+    revive_below: float = (
+        0.1  # all but fsq: a code used less than this fraction of the average is revived, or pulled to the batch
+    )
     fsq_levels: tuple[int, ...] = (8, 8, 8)  # values of each of fsq's dimensions; their product is `entries`
     kmeans: bool = False  # start from k-means centres of the untrained encoder's vectors
 
@@ -272,7 +274,8 @@ class Book(nn.Embedding):
 
     def forward(self, z_ND, target_KD, idle_K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(codes [N], their vectors [N, D], the loss that pulls idle codes to their targets)."""
-        book_KD = self.weight * self.GAIN
+        # Its value is weight · GAIN, its gradient that of the codes: the rate is GAIN times as high under Adam and SGD alike.
+        book_KD = Replace.apply(self.weight, self.weight.detach() * self.GAIN)
         codes_N = nearest(z_ND, book_KD.detach())
         pull = ((book_KD - target_KD).square() * idle_K[:, None]).mean()
         return codes_N, F.embedding(codes_N, book_KD), pull

@@ -82,7 +82,9 @@ def plan_facts(own: SampleConfig, priors: list[Known]) -> list[dict[str, str]]:
     for i, label in enumerate(labels):
         rng = torch.Generator().manual_seed(sample_seed(own.seed * 1009 + 1008, i))  # no level's stream: those count from 0
         sample = {"label": label} | own.facts
-        for prior in priors:
+        for prior in sorted(
+            priors, key=lambda prior: "label" not in prior.values
+        ):  # facts go with the label where one knows it
             sample |= prior.complete(sample, float(torch.rand((), generator=rng)))
         wanted.append(sample)
     return wanted

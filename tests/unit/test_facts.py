@@ -97,6 +97,11 @@ def test_levels_may_know_other_facts():
     assert bottom.numbers({"label": "mel", "sex": "male", "age_band": ""}) == [-1, 1]
 
 
+def test_facts_go_with_the_label_though_the_first_level_does_not_know_it():
+    wanted = plan_facts(SampleConfig(labels=("nv",), number=200), [known("sex"), known("label", "sex")])
+    assert {w["sex"] for w in wanted} == {"male", ""}, "no nv is of a woman"
+
+
 @pytest.mark.parametrize(
     ("facts", "message"),
     [({"site": "back"}, "not trained with 'site'; they know sex"), ({"sex": "f"}, "no 'f' among .* sex: female, male")],
