@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lesiongen.models.quantize import Quantized
+from lesiongen.models.quantizer import Quantized
 
 
 class Tokenizer(nn.Module, ABC):

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lesiongen.models.blocks import Shape, decoder, encoder
-from lesiongen.models.quantize import Quantized, QuantizerConfig, build
+from lesiongen.models.quantize import build
+from lesiongen.models.quantizer import Quantized, QuantizerConfig
 from lesiongen.models.tokenizer import Tokenizer
 
 NAMES = {1: ("codes",), 2: ("bottom", "top"), 3: ("bottom", "middle", "top")}

@@ -8,7 +8,8 @@ from hpc import dist
 from hpc.engine import Engine, EngineConfig
 from hpc.optim import OptimConfig, optimizer
 from lesiongen.models import quantize
-from lesiongen.models.quantize import EMAQuantizer, QuantizerConfig
+from lesiongen.models.quantize import EMAQuantizer
+from lesiongen.models.quantizer import QuantizerConfig
 
 BATCH, STEPS, ENTRIES, DIM = 16, 6, 32, 8
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from lesiongen.models import quantize
 from lesiongen.models.kmeans import kmeans, nearest
-from lesiongen.models.quantize import QUANTIZERS, QuantizerConfig
+from lesiongen.models.quantize import QUANTIZERS
+from lesiongen.models.quantizer import Quantizer, QuantizerConfig, rotated
 from lesiongen.models.vqvae2 import VQVAE2, VQVAE2Config
 
 B, D, K = 8, 4, 16
@@ -17,7 +18,7 @@ AVERAGED = ["ema", "cosine"]
 LEVELS = {"fsq_levels": (4, 4)}  # K codes
 
 
-def make(name: str, **more) -> quantize.Quantizer:
+def make(name: str, **more) -> Quantizer:
     torch.manual_seed(0)
     return quantize.build(QuantizerConfig(quantizer=name, dim=D, entries=K, **LEVELS, **more), B)
 
@@ -150,7 +151,7 @@ def test_rotation_is_the_papers():
     torch.manual_seed(0)
     z, q, g = torch.randn(3, 6, 5, dtype=torch.float64).unbind()
     z.requires_grad_()
-    y = quantize.rotated(z, q)
+    y = rotated(z, q)
     assert torch.allclose(y, q)
     y.backward(g)
     for i in range(6):
