@@ -109,4 +109,4 @@ def optimizer(module: nn.Module, config: OptimConfig) -> Skippable:
     groups = [g for g in groups if g["params"]]
     if config.name == "sgd":
         return SGD(groups, {"lr": config.lr, "momentum": config.momentum})
-    return {"adamw": AdamW, "adam": Adam}[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return {"adamw": AdamW, "adam": Adam}[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -1,4 +1,4 @@
-"""GPT prior over a grid of codes: RMSNorm, SwiGLU, 2-D rotary positions, facts at every position, static KV cache.
+"""GPT prior over a grid of codes: SwiGLU, 2-D rotary positions, facts at every position, static KV cache.
 
 Shapes as in prior.py, and H heads, E head dimension.
 """
@@ -32,10 +32,31 @@ def rotary_table(grid: tuple[int, int], head_dim: int) -> torch.Tensor:
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x_BHTE: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+class Rotate(torch.autograd.Function):
+    """Pairs turned by their angles. Written out, since it is half the passes over memory that autograd would make."""
+
+    @staticmethod
+    def forward(ctx, x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turned(x_BHTE, cos, sin)
+
+    @staticmethod
+    def backward(ctx, gradient_BHTE: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turned(gradient_BHTE, cos, -sin), None, None
+
+
+def turned(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     a, b = x_BHTE.chunk(2, -1)
-    cos, sin = table.to(x_BHTE.dtype)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1)
+
+
+class Gate(nn.Linear):
+    """SwiGLU's first half. Two products: the gradients of their results, the largest tensors, are never put together."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        a, b = (F.linear(x_BTD, half) for half in self.weight.chunk(2))
+        return F.silu(a) * b
 
 
 class Block(nn.Module):
@@ -43,15 +64,16 @@ class Block(nn.Module):
         super().__init__()
         width, hidden = config.width, -(-config.width * 8 // 3 // 32) * 32
         self.heads, self.dropout = config.heads, config.dropout
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.gate, self.down = nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.gate, self.down = Gate(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BTD, table, cache=None, at: int = 0):
         """cache: [2, B, H, T, E] written in place at token `at`; None in training."""
         batch, length, width = x_BTD.shape
         q, k, v = self.qkv(self.norm1(x_BTD)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, table), rotate(k, table)
+        cos, sin = table.to(q.dtype)
+        q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
         if cache is not None:
             cache[0][:, :, at : at + length], cache[1][:, :, at : at + length] = k, v
             k, v = cache[0][:, :, : at + length], cache[1][:, :, : at + length]
@@ -59,15 +81,14 @@ class Block(nn.Module):
         # No dropout inside attention: it would leave the fused kernels (5 times slower on CPU).
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         x_BTD = x_BTD + F.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)), drop)
-        a, b = self.gate(self.norm2(x_BTD)).chunk(2, -1)
-        return x_BTD + F.dropout(self.down(F.silu(a) * b), drop)
+        return x_BTD + F.dropout(self.down(self.gate(self.norm2(x_BTD))), drop)
 
 
 class GPT(Prior):
     def __init__(self, config: GPTConfig, grid, entries, facts, upper=()):
         super().__init__(config, grid, entries, facts, upper)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width)
+        self.norm = nn.LayerNorm(config.width, bias=False)
         self.register_buffer("table", rotary_table(grid, config.width // config.heads), persistent=False)
         self.apply(self._init)
         for block in self.blocks:
