@@ -1,0 +1,16 @@
+"""Shared by the tests of MLflow."""
+
+import pytest
+
+from hpc import track
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One `runs` for all sqlite tests, since making a store takes seconds; a space in its path, as people have."""
+    patch = pytest.MonkeyPatch()
+    patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in track.ENVIRONMENT:
+        patch.setenv(name, track.ENVIRONMENT[name])
+    yield tmp_path_factory.mktemp("my runs")
+    patch.undo()

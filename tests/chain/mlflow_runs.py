@@ -1,0 +1,67 @@
+"""Runs that MLflow is told of, and what its stores then hold."""
+
+import json
+import time
+
+from hpc import track
+from hpc.record import Tracker, read_metrics
+from hpc.track import default_uri
+
+CONFIG = "name: {name}\nseed: 3\nbatch: [8, 8]\ntokenizer:\n  dim: 64\n  quantizer: {{kind: ema}}\nprior:\n  width: 128\n"
+
+
+def make_run(runs, name, stages=("tokenizer",), lines=4, experiment=None):
+    run = runs / name
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(CONFIG.format(name=experiment or name))
+    for stage in stages:
+        extend(run / stage, range(10, 10 * lines + 1, 10))
+    return run
+
+
+def extend(stage, counts, offset=0.0):
+    tracker = Tracker(stage)
+    for count in counts:
+        tracker.log(count // 10, count, {"train/loss": 1 / count + offset, "system/cpu_percent": 50.0})
+    tracker.close()
+
+
+def mark(stage, **record):
+    stage.mkdir(exist_ok=True)
+    (stage / "stage.json").write_text(json.dumps({"done": False, "created": 1.7e9} | record))
+
+
+def new_process():
+    track._checked.clear()  # all that a process remembers between two syncs
+
+
+def client_of(run, uri=None):
+    return track._client(uri or default_uri(run))
+
+
+def entry_of(run, stage="tokenizer", uri=None):
+    store = json.loads((run / "mlflow.json").read_text())["stores"][uri or default_uri(run)]
+    return store["stages"][stage] if stage else store["parent"]
+
+
+def history(run, stage="tokenizer", name="train/loss", uri=None):
+    points = client_of(run, uri).get_metric_history(entry_of(run, stage, uri)["id"], name)
+    return sorted((point.step, point.value) for point in points)
+
+
+def expected(run, stage="tokenizer", name="train/loss"):
+    return [(row["samples"], row[name]) for row in read_metrics(run / stage)]
+
+
+def runs_of(run, uri=None):
+    client = client_of(run, uri)
+    name = next(line for line in (run / "config.yaml").read_text().splitlines() if line.startswith("name:"))[6:]
+    return client.search_runs([client.get_experiment_by_name(name).experiment_id])
+
+
+def wait_for(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+    return found

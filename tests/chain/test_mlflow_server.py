@@ -1,0 +1,171 @@
+"""hpc/track.py against a real `mlflow server` on the loopback: killed in the middle, deaf, and as `lesiongen ui` starts it."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc import track
+from hpc.record import Tracker
+from hpc.track import Follower, link, sync
+from tests.chain.mlflow_runs import entry_of, expected, extend, history, make_run, new_process, runs_of, wait_for
+
+pytest.importorskip("sqlalchemy", reason="the http-only mlflow-skinny has no store of its own")
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def get(port, path):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def answers(port):
+    try:
+        return get(port, "/health")[0] == 200
+    except OSError:
+        return False
+
+
+class Server:
+    """A real one, whose store outlives it."""
+
+    def __init__(self, folder):
+        self.folder, self.port, self.process = folder, free_port(), None
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/s.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | track.ENVIRONMENT, start_new_session=True
+            )
+        wait_for(lambda: answers(self.port))
+
+    def kill(self):
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
+    server = Server(tmp_path)
+    run = make_run(tmp_path / "runs", "http", lines=1)
+    tracker, count, slowest = Tracker(run / "tokenizer"), 10, 0.0
+
+    def train(lines):
+        nonlocal count, slowest
+        for _ in range(lines):
+            count += 10
+            before = time.monotonic()
+            tracker.log(count // 10, count, {"train/loss": 1 / count})
+            slowest = max(slowest, time.monotonic() - before)
+            time.sleep(0.002)
+
+    def arrived():
+        state = run / "mlflow.json"
+        stored = json.loads(state.read_text())["stores"].get(server.uri, {}) if state.exists() else {}
+        return stored.get("stages", {}).get("tokenizer", {}).get("last", {}).get("samples", 0)
+
+    try:
+        server.start()
+        tracker.image("recon", 10, b"png")
+        follower = Follower(run, server.uri, interval=0.05)
+        train(50)
+        wait_for(lambda: arrived() > 10)
+        assert link(run, server.uri).startswith(f"{server.uri}/#/experiments/")
+        stop = threading.Timer(0.1, server.kill)  # in the middle of the sending
+        stop.start()
+        train(200)
+        stop.join()
+        wait_for(lambda: follower.failures > 1)
+        before = time.monotonic()
+        assert not follower.close(deadline=3)
+        assert time.monotonic() - before < 4
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 2
+        assert "Training goes on" in said[0]
+        assert "did not take the last lines" in said[1]
+        assert slowest < 0.5, "log() waited for the server"  # it is a write to a file; half a second is a busy machine
+        sent = arrived()
+        train(10)
+
+        server.start()
+        new_process()
+        assert sync(run, server.uri).metrics > 0
+        assert history(run, uri=server.uri) == expected(run)
+        assert sent < count
+        assert len(expected(run)) == 261
+        assert len(runs_of(run, server.uri)) == 2
+        child = entry_of(run, uri=server.uri)["id"]
+        [picture] = (tmp_path / "artifacts").rglob("recon-000000010.png")
+        assert picture.read_bytes() == b"png"
+        assert child in str(picture)
+        assert sync(run, server.uri) == track.SyncResult()
+    finally:
+        server.kill()
+
+
+def test_a_server_that_hangs_does_not_hold_up_the_exit(runs, tmp_path):
+    """It takes the connection and never answers."""
+    run = make_run(tmp_path, "hang")
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        code = (
+            "import mlflow, sys, time; from hpc.track import Follower\n"
+            "follower = Follower(sys.argv[1], sys.argv[2], interval=0.01)\n"
+            "time.sleep(0.3); before = time.monotonic()\n"
+            "assert not follower.close(deadline=0.5); print(time.monotonic() - before); print(time.time())\n"
+        )
+        uri = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(run), uri], capture_output=True, text=True, timeout=60, check=True
+        )
+        ended = time.time()
+    closing, left = map(float, done.stdout.split())
+    assert 0.4 < closing < 1.5
+    assert ended - left < 2.0
+    assert "did not take the last lines" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_serve_shows_what_is_there_and_what_comes(tmp_path):
+    """What `lesiongen ui` does, on a store that does not exist yet, beside a run that goes on."""
+    runs, port = tmp_path / "runs", free_port()
+    run = make_run(runs, "ham")
+    Tracker(run / "tokenizer").image("recon", 10, b"a picture")
+    code = f"import sys; from launch.ui import serve; serve(sys.argv[1], port={port})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(runs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == f"MLflow shows {runs} at http://127.0.0.1:{port} (Ctrl-C ends it)\n"
+        wait_for(lambda: (run / "mlflow.json").exists() and '"offset"' in (run / "mlflow.json").read_text())
+        child = entry_of(run)["id"]
+        where = f"/get-artifact?path=images/recon-000000010.png&run_uuid={child}"
+        wait_for(lambda: get(port, where) == (200, b"a picture"))
+        extend(run / "tokenizer", [50])
+        url = f"/api/2.0/mlflow/metrics/get-history?run_id={child}&metric_key=samples"
+        wait_for(lambda: len(json.loads(get(port, url)[1])["metrics"]) == 5)
+        assert get(port, "/")[0] == 200
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "", "")
+    assert not answers(port)
+    assert Path(runs / "mlflow.db").exists()
