@@ -15,7 +15,6 @@ import contextlib
 import importlib.util
 import io
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.timing import DEVICE, timed
 from hpc import dist
 from hpc.dist import Topology
 from hpc.engine import Engine, EngineConfig
@@ -32,7 +32,6 @@ from lesiongen.models.gpt import GPTConfig
 from lesiongen.models.prior import make
 from lesiongen.stages.prior import Objective
 
-DEVICE = Topology().device
 PRECISION = "bf16" if DEVICE.type == "cuda" else "fp32"
 OPTIM = OptimConfig(lr=3e-4, weight_decay=0.1)
 
@@ -130,16 +129,6 @@ def theirs(case: Case, module, compiled: bool = False) -> Callable[[dict], None]
     return plain_step(torch.compile(net) if compiled else net, loss_of, adamw)
 
 
-def timed(step: Callable[[dict], None], batch: dict, number: int) -> float:
-    """Seconds of one step."""
-    began = time.perf_counter()
-    for _ in range(number):
-        step(batch)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / number
-
-
 def flops(case: Case, module) -> dict[str, int]:
     """Of a training step, for ours and theirs."""
     with torch.device("meta"):
@@ -159,11 +148,11 @@ def measure(name: str, args, module) -> None:
         steps |= {f"{kind}, compiled": start(case, True) for kind, start in kinds.items()}
     batch = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in blank(case).items()}
     for step in steps.values():  # the first steps allocate, tune and compile
-        timed(step, batch, 3)
+        timed(lambda step=step: step(batch), 3)
     found: dict[str, list[float]] = {}
     for _ in range(args.rounds):
         for kind, step in steps.items():
-            found.setdefault(kind, []).append(timed(step, batch, args.number))
+            found.setdefault(kind, []).append(timed(lambda step=step: step(batch), args.number))
     print(
         f"\n{name}: {case.length:,} tokens, batch {case.batch}, {case.layers} layers, width {case.width}, K {case.entries}, ",
         end="",

@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.prior import Case, load_nanogpt, their_net
-from hpc.dist import Topology
+from benchmarks.timing import DEVICE, timed
 from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
 from lesiongen.models.gpt import GPTConfig
 from lesiongen.models.pixelcnn import PixelCNNConfig
@@ -34,17 +33,8 @@ from lesiongen.models.pixelsnail import PixelSNAILConfig
 from lesiongen.models.prior import Prior, PriorShape, make
 from lesiongen.sampling import Choice, uniforms
 
-DEVICE = Topology().device
 ENTRIES, CHANNELS = 512, 128
 Timer = Callable[[], float]  # seconds of one batch
-
-
-def timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def reckoned(work: Callable[[int], object], points: list[int], last: int, times: int = 1) -> float:

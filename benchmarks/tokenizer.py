@@ -15,14 +15,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.timing import DEVICE, timed
 from hpc import dist
 from hpc.dist import Topology
 from hpc.engine import Engine, EngineConfig
@@ -36,8 +36,6 @@ from lesiongen.models.losses import LossConfig
 from lesiongen.models.tokenizer import make
 from lesiongen.models.vqvae2 import VQVAE2Config
 from lesiongen.stages.tokenizer import Objective, to_float, to_unit
-
-DEVICE = Topology().device
 
 
 class Ours:
@@ -143,29 +141,19 @@ def random_batch(batch: int, size: int, number: int) -> dict:
     return {"image": image, "slot": slot, "position": slot + number * batch}
 
 
-def timed(work: Callable[[int], None], number: int) -> float:
-    """Seconds of one."""
-    began = time.perf_counter()
-    for i in range(number):
-        work(i)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / number
-
-
 def speed(args) -> None:
-    batches = [random_batch(args.batch, args.size, i) for i in range(4)]
+    batches = cycle([random_batch(args.batch, args.size, i) for i in range(4)])
     contenders = {"ours, eager": Ours(args.batch), "theirs, eager": Theirs(args.peer)}
     if args.compile:
         contenders |= {"ours, compiled": Ours(args.batch, compiled=True), "theirs, compiled": Theirs(args.peer, compiled=True)}
-    kinds = {"step": lambda net, i: net.step(batches[i % 4]), "encode": lambda net, i: net.codes(batches[i % 4]["image"])}
+    kinds = {"step": lambda net: net.step(next(batches)), "encode": lambda net: net.codes(next(batches)["image"])}
     found: dict[tuple[str, str], list[float]] = {}
     for net in contenders.values():  # the first steps allocate, tune and compile
-        timed(lambda i, net=net: net.step(batches[i % 4]), 3)
+        timed(lambda net=net: net.step(next(batches)), 3)
     for _ in range(args.rounds):
         for kind, work in kinds.items():
             for name, net in contenders.items():
-                seconds = timed(lambda i, net=net, work=work: work(net, i), args.number)
+                seconds = timed(lambda net=net, work=work: work(net), args.number)
                 found.setdefault((kind, name), []).append(args.batch / seconds)
     threads = torch.get_num_threads()
     print(f"{args.size} px, batch {args.batch}, {args.rounds} rounds of {args.number}, {threads} threads, {DEVICE}\n")
