@@ -78,13 +78,12 @@ def plan_facts(own: SampleConfig, priors: list[Known]) -> list[dict[str, str]]:
     facts than the first: these are drawn given the ones that it has."""
     refuse_unknown(own.facts, priors)
     labels = plan_labels(own, next((prior.values["label"] for prior in priors if "label" in prior.values), []))
+    ordered = sorted(priors, key=lambda prior: "label" not in prior.values)  # facts go with the label where one knows it
     wanted = []
     for i, label in enumerate(labels):
         rng = torch.Generator().manual_seed(sample_seed(own.seed * 1009 + 1008, i))  # no level's stream: those count from 0
         sample = {"label": label} | own.facts
-        for prior in sorted(
-            priors, key=lambda prior: "label" not in prior.values
-        ):  # facts go with the label where one knows it
+        for prior in ordered:
             sample |= prior.complete(sample, float(torch.rand((), generator=rng)))
         wanted.append(sample)
     return wanted
