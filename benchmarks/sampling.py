@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.prior import Case, load_nanogpt, their_net
 from benchmarks.timing import DEVICE, timed
+from lesiongen.graphs import Recorded
 from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
 from lesiongen.models.gpt import GPTConfig
 from lesiongen.models.pixelcnn import PixelCNNConfig
@@ -54,9 +55,20 @@ def our_net(config: PriorShape, grid: tuple[int, int]) -> Prior:
     return make(config, grid=grid, entries=ENTRIES, facts={"label": 7}).to(DEVICE).eval()
 
 
-def ours(net: Prior, batch: int) -> Timer:
+def ours(name: str, net: Prior, batch: int) -> dict[str, Timer]:
+    """On a GPU also as one CUDA graph."""
     facts, numbers = blank(net, batch)
-    return lambda: timed(lambda: net.sample(facts, [], numbers, Choice()))
+
+    def sample(facts: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        return net.sample(facts, [], numbers, Choice())
+
+    timers = {name: lambda: timed(lambda: sample(facts, numbers))}
+    if DEVICE.type == "cuda":
+        recorded = Recorded(sample)
+        for _ in range(2):  # a plain one, and the recording
+            recorded(facts, numbers)
+        timers[f"{name}, CUDA graph"] = lambda: timed(lambda: recorded(facts, numbers))
+    return timers
 
 
 def whole_grid(net: Prior, batch: int) -> Timer:
@@ -140,7 +152,7 @@ def compare(title: str, contenders: dict[str, Timer], rounds: int, tokens: int) 
 def gpt(args) -> None:
     case = Case((4, 8), args.batch, layers=2) if args.quick else Case((32, 40), args.batch)
     net = our_net(GPTConfig(layers=case.layers, width=case.width, heads=case.heads), case.grid)
-    contenders = {"ours": ours(net, case.batch)}
+    contenders = ours("ours", net, case.batch)
     if importlib.util.find_spec("transformers"):
         contenders["transformers, GPT-2 with its cache"] = gpt2(case)
     if args.nanogpt:
@@ -158,7 +170,7 @@ def convolutional(args) -> None:
     }
     for name, config in kinds.items():
         net = our_net(config, grid)
-        contenders = {f"ours ({size(net) / 1e6:.1f} M)": ours(net, args.batch)}
+        contenders = ours(f"ours ({size(net) / 1e6:.1f} M)", net, args.batch)
         contenders["the same net, whole grid for each token, reckoned from 1"] = whole_grid(net, args.batch)
         if name == "PixelSNAIL" and args.peer:
             timer, number = rosinality(args.peer, grid, args.batch)

@@ -82,7 +82,7 @@ class Pictures:
 
 
 class Real(Pictures):
-    """Splits of the shards, unaugmented, in their order, whole on this rank;"""
+    """Splits of the shards, unaugmented, in their order, whole on this rank."""
 
     def __init__(self, shards: Packed, names: list[str]):
         self.sets = [ImageShards(shards, name) for name in names]

@@ -28,6 +28,7 @@ from lesiongen.data import images
 from lesiongen.data.licences import strictest
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
 from lesiongen.facts import Known, refuse_unknown
+from lesiongen.graphs import Recorded
 from lesiongen.models.prior import Prior
 from lesiongen.sampling import Choice, guidance, uniforms
 from lesiongen.stages.base import Stage, digest_of, require
@@ -57,6 +58,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
             )
     data = next(iter(priors.values()))[1]["data"]
     provenance["licence_of_training_images"] = strictest(data["licences"])
+    writers = {level: Writer(prior, own, level, place) for place, (level, (prior, _)) in enumerate(priors.items())}
     batches = range(0, own.number, own.batch)[topology.rank :: topology.world]
     with bar(own.number, "sample", initial=0, shown=topology.leader) as progress:
         for first in batches:
@@ -64,8 +66,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
             paths = [folder / "images" / file_name(i, wanted[i]["label"]) for i in members]
             if not all(p.exists() for p in paths):
                 numbers = {level: [prior.numbers(wanted[i]) for i in members] for level, prior in known.items()}
-                nets = {level: prior for level, (prior, _) in priors.items()}
-                painted = draw(net, nets, own, numbers, members, topology.device)
+                painted = paint(net, writers, numbers, members)
                 for i, path, image in zip(members, paths, painted, strict=True):
                     atomic_write(path, png_with(image, provenance | wanted[i] | {"seed": str(own.seed), "index": str(i)}))
             progress.update(len(members) * (topology.world if topology.leader else 1))
@@ -102,19 +103,34 @@ def file_name(index: int, label: str) -> str:
     return f"{index:06d}-{label or 'any'}.png"
 
 
+class Writer:
+    """Writes the codes of one level. place: among the levels, from the coarsest."""
+
+    def __init__(self, prior: Prior, own: SampleConfig, level: str, place: int):
+        self.prior, settings = prior, own.at(level)
+        self.choice = Choice(settings.temperature, settings.top_k, settings.top_p)
+        self.guidance = guidance(settings.guidance, settings.guidance_schedule, prior.length)
+        self.seed = own.seed * 1009 + place  # another stream per level, so that levels do not share their luck
+        self.device = prior.head.weight.device
+        self.sample = Recorded(self._sample) if own.cuda_graphs and self.device.type == "cuda" else self._sample
+
+    def __call__(self, facts: list, upper: list[torch.Tensor], members: range) -> torch.Tensor:
+        """Codes [B, h, w] for global sample indices; facts [B, F]; upper: codes of the coarser levels."""
+        numbers = uniforms(self.seed, members, self.prior.grid).to(self.device)
+        facts_BF = torch.tensor(facts, dtype=torch.long, device=self.device).view(len(members), -1)
+        return self.sample(facts_BF, numbers, *upper)
+
+    def _sample(self, facts_BF: torch.Tensor, uniform_BT: torch.Tensor, *upper: torch.Tensor) -> torch.Tensor:
+        return self.prior.sample(facts_BF, list(upper), uniform_BT, self.choice, self.guidance)
+
+
 @torch.no_grad()
-def draw(net, priors: dict[str, Prior], own: SampleConfig, facts: dict[str, list], members: range, device) -> torch.Tensor:
-    """uint8 [B, C, H, W] for the given global sample indices: level by level, coarse to fine, then decoded. facts: of each
-    level's prior, [B, F]."""
+def paint(net, writers: dict[str, Writer], facts: dict[str, list], members: range) -> torch.Tensor:
+    """uint8 [B, C, H, W] for global sample indices: level by level, coarse to fine, then decoded. facts: of each level's
+    prior, [B, F]."""
     codes: dict[str, torch.Tensor] = {}
-    for place, (level, prior) in enumerate(priors.items()):
-        settings = own.at(level)
-        choice = Choice(settings.temperature, settings.top_k, settings.top_p)
-        strength = guidance(settings.guidance, settings.guidance_schedule, prior.length)
-        # Another stream per level, so that levels do not share their luck.
-        numbers = uniforms(own.seed * 1009 + place, members, prior.grid).to(device)
-        facts_BF = torch.tensor(facts[level], dtype=torch.long, device=device).view(len(members), -1)
-        codes[level] = prior.sample(facts_BF, list(codes.values()), numbers, choice, strength)
+    for level, write in writers.items():
+        codes[level] = write(facts[level], list(codes.values()), members)
     return to_uint8(net.decode_codes(codes)).cpu()
 
 

@@ -1,0 +1,97 @@
+"""Recorded: a stand-in for the GPU's graphs notes each operator while a call is recorded, and runs them again to play it."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lesiongen.graphs import Recorded
+from lesiongen.sampling import Choice, uniforms
+from tests.unit.test_priors import PRIORS, prior
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}  # refused while recording
+
+
+class Graph(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph on a CPU: fixed tensors, no Python when played, no looking at values."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name().split(".")[0] not in WAITS, f"{func} waits for the device"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if memory(old) != memory(new):
+                    old.copy_(new)
+
+    @torch.no_grad()
+    def forget(self):
+        """What a call computed while it was recorded: on a GPU that is nothing."""
+        for _, args, kwargs, out in self.calls:
+            given = set(map(memory, tree_leaves((args, kwargs))))
+            for x in tree_leaves(out):
+                if memory(x) not in given and x.is_floating_point():
+                    x.fill_(torch.nan)
+
+
+def memory(x) -> int | None:
+    return x.untyped_storage().data_ptr() if isinstance(x, torch.Tensor) else None
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    made = []
+
+    @contextlib.contextmanager
+    def graph(one):
+        made.append(one)
+        with one:
+            yield
+        one.forget()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return made
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_batches_are_those_of_the_plain_call(name, graphs):
+    net = prior(name, upper=True).eval()
+    how = Choice(temperature=0.9, top_k=8, top_p=0.9), lambda t: 1.5
+
+    def work(facts, numbers, upper):
+        return net.sample(facts, [upper], numbers, *how)
+
+    recorded = Recorded(work)
+    for size, first in ((3, 0), (3, 3), (3, 6), (2, 9), (3, 11)):  # the fourth is a last, smaller one
+        torch.manual_seed(first)
+        facts, upper = torch.randint(-1, 2, (size, 2)), torch.randint(7, (size, 2, 2))
+        given = facts, uniforms(0, range(first, first + size), net.grid), upper
+        assert torch.equal(recorded(*given), work(*given))
+    assert len(graphs) == 1
+
+
+def test_a_result_is_the_callers_own(graphs):
+    recorded = Recorded(lambda x: x * 2)
+    results = [recorded(torch.full((2,), float(i))) for i in range(4)]
+    assert [r.tolist() for r in results] == [[0, 0], [2, 2], [4, 4], [6, 6]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", PRIORS)
+def test_on_a_gpu(name):
+    net = prior(name).eval().cuda()
+    recorded = Recorded(lambda facts, numbers: net.sample(facts, [], numbers, Choice()))
+    for first in (0, 3, 6):
+        facts, numbers = torch.tensor([[0, 1], [4, -1], [-1, 0]]).cuda(), uniforms(0, range(first, first + 3), net.grid).cuda()
+        assert torch.equal(recorded(facts, numbers), recorded.work(facts, numbers))
