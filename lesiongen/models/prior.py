@@ -17,10 +17,6 @@ from hpc.config import volatile
 CHUNK = 2**24  # logits held at once in the loss; the rest is computed again in the backward pass
 
 
-def _conv(width: int) -> nn.Conv2d:
-    return nn.Conv2d(width, width, 3, padding=1)
-
-
 @dataclass(frozen=True)
 class PriorShape:
     """What all priors' configs share."""
