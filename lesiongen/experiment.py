@@ -131,6 +131,7 @@ class SampleConfig:
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear and cosine rise from none over the tokens
     levels: dict[str, LevelSampling] = field(default_factory=dict)
     batch: int = 64  # fixed, so that images do not depend on the number of ranks
+    cuda_graphs: bool = volatile(False)  # on a GPU: record a batch's kernels and play them for the others
 
     def __post_init__(self):
         if self.number < 1 or self.batch < 1 or self.top_k < 0 or self.temperature <= 0 or not 0 < self.top_p <= 1:
