@@ -259,12 +259,13 @@ def _png(figure) -> bytes:
 
 
 def curves(stages: dict[str, list[dict]]) -> bytes | None:
-    """Training beside held-out, one panel each, from the lines of each stage's metrics.jsonl. None without any."""
+    """Training beside held-out, classes in thin lines, one panel each, from the lines of each stage's metrics.jsonl. None
+    without any."""
     panels = [("tokenizer", "PSNR in dB", "train/psnr", "val/psnr")]
     panels += [("tokenizer", "mean squared error, images in [-1, 1]", "train/reconstruction", "val/mse")]
     keys = sorted({k for row in stages.get("tokenizer", []) for k in row})
     for what, title in (("usage", "share of codes used"), ("perplexity", "perplexity of codes")):
-        levels = sorted({k.partition("/")[2].partition("/")[2] for k in keys if f"/{what}/" in k})
+        levels = sorted({k.split("/")[2] for k in keys if f"/{what}/" in k})
         panels += [("tokenizer", f"{title}: {v}", f"train/{what}/{v}", f"val/{what}/{v}") for v in levels]
     for name in stages:
         if name.startswith("prior-"):
@@ -278,12 +279,15 @@ def curves(stages: dict[str, list[dict]]) -> bytes | None:
     rows = -(-len(panels) // columns)
     figure, axes = _figure(11 if columns == 3 else 5.2 * columns, (2.7 if columns > 1 else 3.6) * rows, rows, columns)
     for axis, (stage, title, *lines) in zip(axes, panels, strict=False):
-        for key, (colour, label, style) in zip(lines, LOOKS, strict=False):
+        shown = [(key, *look, 1.4) for key, look in zip(lines, LOOKS, strict=False)]
+        classes = sorted({key for row in stages[stage] for key in row if key.startswith(f"{lines[1]}/")})
+        shown += [(key, f"C{i % 10}", key.rpartition("/")[2], "-", 0.6) for i, key in enumerate(classes)]
+        for key, colour, label, style, width in shown:
             points = [(row["samples"], row[key]) for row in stages[stage] if key in row]
             if points:
-                axis.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=1.4)
+                axis.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=width)
         axis.set_title(title, fontsize=10)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=6 if classes else 8, frameon=False, ncols=2 if classes else 1)
         axis.tick_params(labelsize=8)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
