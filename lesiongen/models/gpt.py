@@ -33,7 +33,7 @@ def rotary_table(grid: tuple[int, int], head_dim: int) -> torch.Tensor:
 
 
 class Rotate(torch.autograd.Function):
-    """Pairs turned by their angles. Written out, since it is half the passes over memory that autograd would make."""
+    """Pairs turned by their angles. Its backward turns back: fewer passes over memory than autograd would make."""
 
     @staticmethod
     def forward(ctx, x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -47,8 +47,12 @@ class Rotate(torch.autograd.Function):
 
 
 def turned(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out_BHTE = x_BHTE * torch.cat([cos, cos], -1)
+    first, second = out_BHTE.chunk(2, -1)
     a, b = x_BHTE.chunk(2, -1)
-    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1)
+    first.addcmul_(b, sin, value=-1)
+    second.addcmul_(a, sin)
+    return out_BHTE
 
 
 class Gate(nn.Linear):

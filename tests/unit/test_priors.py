@@ -10,7 +10,7 @@ import yaml
 from hpc.config import build, to_yaml
 from lesiongen.models import prior as module
 from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
-from lesiongen.models.gpt import GPTConfig
+from lesiongen.models.gpt import GPTConfig, Rotate, rotary_table
 from lesiongen.models.pixelcnn import PixelCNNConfig
 from lesiongen.models.pixelsnail import PixelSNAILConfig
 from lesiongen.models.prior import Prior, make
@@ -248,3 +248,11 @@ def test_attention_leaves_pixelsnail_no_blind_spot():
 def test_a_config_says_what_to_change(kind, changes, message):
     with pytest.raises(ValueError, match=message):
         kind(**changes)
+
+
+def test_rotation_is_that_of_complex_numbers_and_so_is_its_gradient():
+    cos, sin = rotary_table((3, 2), 8).double()
+    x = torch.randn(2, 2, 6, 8, dtype=torch.double, requires_grad=True)
+    turned = torch.complex(*x.chunk(2, -1)) * torch.complex(cos, sin)
+    assert torch.allclose(Rotate.apply(x, cos, sin), torch.cat([turned.real, turned.imag], -1))
+    assert torch.autograd.gradcheck(Rotate.apply, (x, cos, sin))
