@@ -1,0 +1,23 @@
+"""A whole shard, made once, and copies of it to damage."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hpc.shards import write_shard
+from tests.faults.shards import SAMPLES, describe
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """A shard of six samples, its index and a manifest."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_shard(folder / "a.tar", [{**s, "__label__": i % 2} for i, s in enumerate(SAMPLES)])
+    describe(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(packed, tmp_path) -> Path:
+    return Path(shutil.copytree(packed, tmp_path / "shards"))
