@@ -281,11 +281,11 @@ def curves(stages: dict[str, list[dict]]) -> bytes | None:
     for axis, (stage, title, *lines) in zip(axes, panels, strict=False):
         shown = [(key, *look, 1.4) for key, look in zip(lines, LOOKS, strict=False)]
         classes = sorted({key for row in stages[stage] for key in row if key.startswith(f"{lines[1]}/")})
-        shown += [(key, f"C{i % 10}", key.rpartition("/")[2], "-", 0.6) for i, key in enumerate(classes)]
+        shown += [(key, f"C{i % 10}", key.rpartition("/")[2], ".-", 0.6) for i, key in enumerate(classes)]
         for key, colour, label, style, width in shown:
             points = [(row["samples"], row[key]) for row in stages[stage] if key in row]
             if points:
-                axis.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=width)
+                axis.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=width, markersize=4 * width)
         axis.set_title(title, fontsize=10)
         axis.legend(fontsize=6 if classes else 8, frameon=False, ncols=2 if classes else 1)
         axis.tick_params(labelsize=8)

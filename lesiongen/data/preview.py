@@ -42,7 +42,7 @@ def preview(config: Experiment, out: Path | None = None, rows: int = 8, columns:
     settings = {"tokenizer.augment": config.tokenizer.augment, "encode.augment": config.encode.augment}
     if config.encode.augment == config.tokenizer.augment:
         settings = {"tokenizer.augment and encode.augment": config.tokenizer.augment}
-    blocks = {"unaugmented": images.grid(torch.stack([centre(image, size) for _, image in chosen]), 1)}
+    blocks = {"original": images.grid(torch.stack([centre(image, size) for _, image in chosen]), 1)}
     for name, setting in settings.items():
         views = [
             augment(image, size, setting, torch.Generator().manual_seed(sample_seed(config.seed, row * columns + column)))
