@@ -10,7 +10,7 @@ from tests.faults.shards import SAMPLES, describe
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory) -> Path:
+def whole(tmp_path_factory) -> Path:
     """A shard of six samples, its index and a manifest."""
     folder = tmp_path_factory.mktemp("whole")
     write_shard(folder / "a.tar", [{**s, "__label__": i % 2} for i, s in enumerate(SAMPLES)])
@@ -19,5 +19,5 @@ def packed(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folder(packed, tmp_path) -> Path:
-    return Path(shutil.copytree(packed, tmp_path / "shards"))
+def folder(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "shards"))
