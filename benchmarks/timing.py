@@ -1,10 +1,13 @@
 """Seconds of work on the device that benchmarks run on: this machine's GPU where it has one."""
 
+import contextlib
 import time
 from collections.abc import Callable
 
 import torch
+import torch.multiprocessing as multiprocessing
 
+from hpc import allocator
 from hpc.dist import Topology
 
 DEVICE = Topology().device
@@ -18,3 +21,30 @@ def timed(work: Callable[[], object], number: int = 1) -> float:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - began) / number
+
+
+class Apart:
+    """A contender in a process of its own, as its users run it: neither shares the other's heap, threads or settings.
+    It sleeps while others are timed.
+
+    make(): its kinds of work, by name; picklable; keep: freed memory stays with the process, as this project has it"""
+
+    def __init__(self, make: Callable[[], dict[str, Callable[[], object]]], keep: bool):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        context.Process(target=_serve, args=(other, make, keep), daemon=True).start()
+        other.close()  # so that a contender that fails ends the benchmark
+
+    def timed(self, kind: str, number: int = 1) -> float:
+        self.pipe.send((kind, number))
+        return self.pipe.recv()
+
+
+def _serve(pipe, make: Callable, keep: bool) -> None:
+    if keep and DEVICE.type == "cpu":
+        allocator.keep_pages()
+    work = make()
+    with contextlib.suppress(EOFError):  # the benchmark is over
+        while True:
+            kind, number = pipe.recv()
+            pipe.send(timed(work[kind], number))

@@ -5,8 +5,9 @@
     python -m benchmarks.tokenizer quality --peer PEER --shards SHARDS [--size 64] [--steps 1000]
 
 Both nets have the same architecture: strides 4 and 2, hidden 128, two residual blocks of 32, K = 512, D = 64. Ours runs as
-shipped, through DeepSpeed with clipping and codebook statistics; theirs as published. Speed runs them one after another in
-every round and prints medians, and ratios within rounds. Quality trains both from the same batches and measures held-out
+shipped, through DeepSpeed with clipping and codebook statistics; theirs as published, and with the allocator's settings
+that our trainers have. For speed each has a process of its own; they take their turn in every round, and medians are
+printed, and ratios within rounds. Quality trains both from the same batches and measures held-out
 PSNR of the last weights; "repaired" is their net with our quantizer in place of theirs.
 """
 
@@ -15,6 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -22,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.timing import DEVICE, timed
+from benchmarks.timing import DEVICE, Apart
 from hpc import dist
 from hpc.dist import Topology
 from hpc.engine import Engine, EngineConfig
@@ -141,20 +144,26 @@ def random_batch(batch: int, size: int, number: int) -> dict:
     return {"image": image, "slot": slot, "position": slot + number * batch}
 
 
+def contender(make: Callable, size: int, batch: int) -> dict[str, Callable[[], object]]:
+    """What is timed of a net."""
+    net, batches = make(), cycle([random_batch(batch, size, i) for i in range(4)])
+    return {"step": lambda: net.step(next(batches)), "encode": lambda: net.codes(next(batches)["image"])}
+
+
 def speed(args) -> None:
-    batches = cycle([random_batch(args.batch, args.size, i) for i in range(4)])
-    contenders = {"ours, eager": Ours(args.batch), "theirs, eager": Theirs(args.peer)}
+    mine, other = partial(Ours, args.batch), partial(Theirs, args.peer)
+    kinds = {"ours, eager": (mine, True), "theirs, eager": (other, False), "theirs, eager, our allocator": (other, True)}
     if args.compile:
-        contenders |= {"ours, compiled": Ours(args.batch, compiled=True), "theirs, compiled": Theirs(args.peer, compiled=True)}
-    kinds = {"step": lambda net: net.step(next(batches)), "encode": lambda net: net.codes(next(batches)["image"])}
-    found: dict[tuple[str, str], list[float]] = {}
+        kinds |= {"ours, compiled": (partial(mine, compiled=True), True)}
+        kinds |= {"theirs, compiled": (partial(other, compiled=True), False)}
+    contenders = {name: Apart(partial(contender, make, args.size, args.batch), keep) for name, (make, keep) in kinds.items()}
     for net in contenders.values():  # the first steps allocate, tune and compile
-        timed(lambda net=net: net.step(next(batches)), 3)
+        net.timed("step", 3)
+    found: dict[tuple[str, str], list[float]] = {}
     for _ in range(args.rounds):
-        for kind, work in kinds.items():
+        for kind in ("step", "encode"):
             for name, net in contenders.items():
-                seconds = timed(lambda net=net, work=work: work(net), args.number)
-                found.setdefault((kind, name), []).append(args.batch / seconds)
+                found.setdefault((kind, name), []).append(args.batch / net.timed(kind, args.number))
     threads = torch.get_num_threads()
     print(f"{args.size} px, batch {args.batch}, {args.rounds} rounds of {args.number}, {threads} threads, {DEVICE}\n")
     print("| | images/s | ÷ theirs, eager |\n|---|---|---|")

@@ -8,7 +8,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from hpc import dist, errors, preempt, track
+from hpc import allocator, dist, errors, preempt, track
 from hpc.dist import Topology
 from lesiongen import stages
 from lesiongen.experiment import Experiment
@@ -17,6 +17,8 @@ from lesiongen.stages.base import execute
 
 def work(config: Experiment, name: str, topology: Topology) -> None:
     """Runs a stage on this rank, with a follower on rank 0. Raises what the stage raises."""
+    if topology.device.type == "cpu":
+        allocator.keep_pages()
     uri = track.default_uri(config.directory)
     # sqlite breaks on the parallel file systems of clusters: there the page's own process reads the JSONL.
     follows = topology.leader and (uri.startswith("http") or not on_slurm())

@@ -25,34 +25,21 @@ class GPTConfig(PriorShape):
 
 
 def rotary_table(grid: tuple[int, int], head_dim: int) -> torch.Tensor:
-    """cos and sin [2, T, E/2]: the first half of the pairs turns with the row, the second with the column."""
+    """cos and sin [T, E/2, 2]: the first half of the pairs turns with the row, the second with the column."""
     frequencies = 100.0 ** (-torch.arange(head_dim // 4).float() / (head_dim // 4))
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     angles = torch.cat([p.reshape(-1, 1) * frequencies for p in (rows, columns)], 1)
-    return torch.stack([angles.cos(), angles.sin()])
+    return torch.stack([angles.cos(), angles.sin()], -1)
 
 
-class Rotate(torch.autograd.Function):
-    """Pairs turned by their angles. Its backward turns back: fewer passes over memory than autograd would make."""
-
-    @staticmethod
-    def forward(ctx, x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return turned(x_BHTE, cos, sin)
-
-    @staticmethod
-    def backward(ctx, gradient_BHTE: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return turned(gradient_BHTE, cos, -sin), None, None
-
-
-def turned(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    out_BHTE = x_BHTE * torch.cat([cos, cos], -1)
-    first, second = out_BHTE.chunk(2, -1)
-    a, b = x_BHTE.chunk(2, -1)
-    first.addcmul_(b, sin, value=-1)
-    second.addcmul_(a, sin)
-    return out_BHTE
+def turned(x_BTHE: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Neighbouring pairs turned by the angles of their position."""
+    pairs = x_BTHE.unflatten(-1, (-1, 2))
+    table = table[:, None].to(pairs.dtype)
+    if pairs.dtype == torch.float32 and not torch.compiler.is_compiling():  # complex numbers take one pass over memory,
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table)).flatten(-2)
+    (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)  # but know no bf16, and no compiler fuses them
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 class Gate(nn.Linear):
@@ -75,9 +62,8 @@ class Block(nn.Module):
     def forward(self, x_BTD, table, cache=None, at: int = 0):
         """cache: [2, B, H, T, E] written in place at token `at`; None in training."""
         batch, length, width = x_BTD.shape
-        q, k, v = self.qkv(self.norm1(x_BTD)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        cos, sin = table.to(q.dtype)
-        q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+        q, k, v = self.qkv(self.norm1(x_BTD)).view(batch, length, 3, self.heads, -1).unbind(2)
+        q, k, v = (x.transpose(1, 2) for x in (turned(q, table), turned(k, table), v))
         if cache is not None:
             cache[0][:, :, at : at + length], cache[1][:, :, at : at + length] = k, v
             k, v = cache[0][:, :, : at + length], cache[1][:, :, : at + length]
@@ -121,5 +107,5 @@ class GPT(Prior):
         if previous_B is not None:
             x = x + self.tokens(previous_B)[:, None]
         for block, kv in zip(self.blocks, cache, strict=True):
-            x = block(x, self.table[:, t : t + 1], kv, t)
+            x = block(x, self.table[t : t + 1], kv, t)
         return self.norm(x)[:, 0]

@@ -10,7 +10,7 @@ import yaml
 from hpc.config import build, to_yaml
 from lesiongen.models import prior as module
 from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
-from lesiongen.models.gpt import GPTConfig, Rotate, rotary_table
+from lesiongen.models.gpt import GPTConfig, rotary_table, turned
 from lesiongen.models.pixelcnn import PixelCNNConfig
 from lesiongen.models.pixelsnail import PixelSNAILConfig
 from lesiongen.models.prior import Prior, make
@@ -250,9 +250,14 @@ def test_a_config_says_what_to_change(kind, changes, message):
         kind(**changes)
 
 
-def test_rotation_is_that_of_complex_numbers_and_so_is_its_gradient():
-    cos, sin = rotary_table((3, 2), 8).double()
-    x = torch.randn(2, 2, 6, 8, dtype=torch.double, requires_grad=True)
-    turned = torch.complex(*x.chunk(2, -1)) * torch.complex(cos, sin)
-    assert torch.allclose(Rotate.apply(x, cos, sin), torch.cat([turned.real, turned.imag], -1))
-    assert torch.autograd.gradcheck(Rotate.apply, (x, cos, sin))
+def test_rotation_is_the_same_by_complex_and_by_real_numbers():
+    table, x = rotary_table((3, 2), 8), torch.randn(2, 6, 2, 8)
+    assert torch.allclose(turned(x, table).double(), turned(x.double(), table), atol=1e-6)  # only fp32 goes by complex ones
+
+
+def test_rotated_scores_depend_on_the_way_between_two_positions_alone():
+    q, k = torch.randn(2, 8, dtype=torch.double)
+    at = [turned(x.expand(1, 12, 1, 8), rotary_table((4, 3), 8))[0, :, 0].view(4, 3, 8) for x in (q, k)]
+    score = {(a, b): float(at[0][a] @ at[1][b]) for a in ((0, 0), (1, 1), (2, 0)) for b in ((1, 1), (2, 2), (3, 1))}
+    assert score[(0, 0), (1, 1)] == pytest.approx(score[(1, 1), (2, 2)]) == pytest.approx(score[(2, 0), (3, 1)])
+    assert score[(0, 0), (1, 1)] != pytest.approx(score[(0, 0), (2, 2)], abs=1e-3)
