@@ -34,7 +34,7 @@ class EngineConfig:
     offload: bool = volatile(False)  # optimizer state in CPU memory (ZeRO 1 to 3)
     average: float = 0.0  # half-life, in samples, of the averaged weights that are evaluated and exported; 0 = none
     compile: bool = volatile(False)
-    channels_last: bool = volatile(False)  # layout of images and filters; convolutions may be faster
+    channels_last: bool = volatile(True)  # layout of images and filters that convolutions are fastest in
 
     def __post_init__(self):
         if self.accumulation < 1 or self.clip < 0 or self.average < 0:

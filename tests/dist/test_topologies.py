@@ -58,8 +58,8 @@ def test_four_ranks_then_two_then_one(pools, packed, references, tmp_path, name,
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_channels_last(pools, packed, references, zero):
-    compare(pools(2).run(cases.leg, str(packed), engine(2, zero, channels_last=True), 6)[0], references["adamw"])
+def test_images_with_channels_first(pools, packed, references, zero):
+    compare(pools(2).run(cases.leg, str(packed), engine(2, zero, channels_last=False), 6)[0], references["adamw"])
 
 
 @pytest.mark.long
