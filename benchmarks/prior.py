@@ -4,10 +4,11 @@
     OMP_NUM_THREADS=1 python -m benchmarks.prior --nanogpt NANOGPT [--compile]
 
 Both nets have the same length, vocabulary, layers, width and heads, no biases and no dropout, and non-embedding parameters
-within 1 %: ours has SwiGLU, RMSNorm and 2-D rotary positions, theirs GELU, LayerNorm and learned ones. Each steps with the
-optimizer of its own project; "engine" is ours as shipped, through DeepSpeed with clipping and a look at every gradient. All
-take their turn in every round; printed are medians, and ratios within rounds. fp32 on the CPU; on a GPU bf16 autocast for
-all, a prior of 350 M parameters besides, and MFU where the device's peak is known.
+within 1 %: ours has SwiGLU and 2-D rotary positions, theirs GELU and learned ones. Each steps with the optimizer of its own
+project; "engine" is ours as shipped, through DeepSpeed with clipping and a look at every gradient. Each has a process of its
+own, ours with our trainers' settings of the allocator, and nanoGPT once more with them. All take their turn in every round;
+printed are medians, and ratios within rounds. fp32 on the CPU; on a GPU bf16 autocast for all, a prior of 350 M parameters
+besides, and MFU where the device's peak is known.
 """
 
 import argparse
@@ -17,12 +18,13 @@ import io
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.timing import DEVICE, timed
+from benchmarks.timing import DEVICE, Apart
 from hpc import dist
 from hpc.dist import Topology
 from hpc.engine import Engine, EngineConfig
@@ -33,6 +35,7 @@ from lesiongen.models.prior import make
 from lesiongen.stages.prior import Objective
 
 PRECISION = "bf16" if DEVICE.type == "cuda" else "fp32"
+OUR_ALLOCATOR = "nanoGPT, our allocator"
 OPTIM = OptimConfig(lr=3e-4, weight_decay=0.1)
 
 
@@ -117,9 +120,9 @@ def engine(case: Case, compiled: bool = False) -> Callable[[dict], None]:
     return lambda batch: made.step([batch], OPTIM.lr, {"stop": 0})
 
 
-def theirs(case: Case, module, compiled: bool = False) -> Callable[[dict], None]:
+def theirs(case: Case, compiled: bool = False, *, folder: Path) -> Callable[[dict], None]:
     torch.manual_seed(0)
-    net = their_net(case, module).to(DEVICE)
+    net = their_net(case, load_nanogpt(folder)).to(DEVICE)
     with contextlib.redirect_stdout(io.StringIO()):
         adamw = net.configure_optimizers(OPTIM.weight_decay, OPTIM.lr, OPTIM.betas, DEVICE.type)
 
@@ -127,6 +130,13 @@ def theirs(case: Case, module, compiled: bool = False) -> Callable[[dict], None]
         return net(batch["codes"].flatten(1), batch["codes"].flatten(1))[1]
 
     return plain_step(torch.compile(net) if compiled else net, loss_of, adamw)
+
+
+def contender(make: Callable, case: Case) -> dict[str, Callable[[], None]]:
+    torch.set_float32_matmul_precision("high")  # as nanoGPT's train.py; fp32 on a CPU stays fp32
+    step = make(case)
+    batch = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in blank(case).items()}
+    return {"step": lambda: step(batch)}
 
 
 def flops(case: Case, module) -> dict[str, int]:
@@ -138,21 +148,22 @@ def flops(case: Case, module) -> dict[str, int]:
         return {"ours": training_flops(lambda: mine(batch)), "nanoGPT": training_flops(lambda: other(codes, codes))}
 
 
-def measure(name: str, args, module) -> None:
+def measure(name: str, args) -> None:
     case = CASES[name]
+    module = load_nanogpt(args.nanogpt)
     sizes = [non_embedding(net, case.entries) for net in (our_net(case), their_net(case, module))]
     assert abs(sizes[0] / sizes[1] - 1) < 0.01, sizes
-    kinds = {"ours": ours, "ours, engine": engine, "nanoGPT": lambda case, c=False: theirs(case, module, c)}
-    steps = {kind: start(case) for kind, start in kinds.items()}
+    their = partial(theirs, folder=args.nanogpt)
+    kinds = {"ours": (ours, True), "ours, engine": (engine, True), "nanoGPT": (their, False), OUR_ALLOCATOR: (their, True)}
     if args.compile:
-        steps |= {f"{kind}, compiled": start(case, True) for kind, start in kinds.items()}
-    batch = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in blank(case).items()}
-    for step in steps.values():  # the first steps allocate, tune and compile
-        timed(lambda step=step: step(batch), 3)
+        kinds |= {f"{kind}, compiled": (partial(kinds[kind][0], compiled=True), kinds[kind][1]) for kind in list(kinds)[:3]}
+    contenders = {kind: Apart(partial(contender, make, case), keep) for kind, (make, keep) in kinds.items()}
+    for each in contenders.values():  # the first steps allocate, tune and compile
+        each.timed("step", 3)
     found: dict[str, list[float]] = {}
     for _ in range(args.rounds):
-        for kind, step in steps.items():
-            found.setdefault(kind, []).append(timed(lambda step=step: step(batch), args.number))
+        for kind, each in contenders.items():
+            found.setdefault(kind, []).append(each.timed("step", args.number))
     print(
         f"\n{name}: {case.length:,} tokens, batch {case.batch}, {case.layers} layers, width {case.width}, K {case.entries}, ",
         end="",
@@ -182,9 +193,8 @@ def main() -> None:
     cases = args.cases or (list(CASES) if DEVICE.type == "cuda" else ["small", "medium"])
     if args.quick:
         cases, args.number, args.rounds = ["small"], 1, 1
-    torch.set_float32_matmul_precision("high")  # as nanoGPT's train.py; fp32 on a CPU stays fp32
     for name in cases:
-        measure(name, args, load_nanogpt(args.nanogpt))
+        measure(name, args)
 
 
 if __name__ == "__main__":
