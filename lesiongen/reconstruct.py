@@ -40,7 +40,7 @@ def reconstruct(config: Experiment, paths: list[Path], out: Path, batch: int = 3
             named, stack = [], []
             for file in files[first : first + batch]:
                 try:
-                    image = images.shrink(images.decode(file.read_bytes(), facts["channels"]), larger)
+                    image = images.shrink(images.read(file, facts["channels"]), larger)
                 except (OSError, images.BadImage) as error:
                     refused.append(f"{file}: {error}")
                     continue

@@ -3,6 +3,7 @@
 import io
 import warnings
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -10,6 +11,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # a 100-byte file can claim a billion; each takes up to 16 bytes of memory
+MAX_BYTES = 1 << 29  # of a file: an uncompressed image of that many pixels has less
 MIN_SIDE = 8
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # MPO comes as a JPEG
 METADATA = (b"Exif\0", b"ICC_PROFILE\0", b"tiff:Orientation")  # what turns or recolours the pixels of a JPEG
@@ -18,6 +20,13 @@ PLAIN = {("YCbCr", 3): "RGB", ("Gray", 1): "GRAY"}  # (colours in the file, chan
 
 class BadImage(ValueError):
     """An image that cannot be used, and why."""
+
+
+def read(path: Path, channels: int = 3, size: int = 0) -> Image.Image:
+    """decode() of a file. Raises BadImage, OSError."""
+    if path.stat().st_size > MAX_BYTES:
+        raise BadImage(f"a file of more than {MAX_BYTES >> 20} MiB")
+    return decode(path.read_bytes(), channels, size)
 
 
 def decode(content: bytes, channels: int = 3, size: int = 0) -> Image.Image:

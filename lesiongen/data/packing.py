@@ -72,7 +72,7 @@ def _pack(work: dict, shard: Path) -> dict:
     def samples() -> Iterator[dict]:
         for record in (Record(**r) for r in work["records"]):
             try:
-                image = images.decode(Path(record.path).read_bytes(), channels, larger)
+                image = images.read(Path(record.path), channels, larger)
             except (images.BadImage, OSError) as error:
                 rejected.append({"image": record.image, "reason": str(error)})
                 continue

@@ -67,6 +67,6 @@ def near_duplicates(records: list[Record], folder: Path, packed: dict, suffix: s
 def _thumbnail(path: Path) -> np.ndarray | None:
     """None for what packing will reject."""
     try:
-        return duplicates.thumbnail(images.decode(path.read_bytes(), size=duplicates.SIDE))
+        return duplicates.thumbnail(images.read(path, size=duplicates.SIDE))
     except (images.BadImage, OSError):
         return None

@@ -80,7 +80,7 @@ def _from_files(config: Experiment) -> Iterator[tuple[str, torch.Tensor]]:
     records = catalog.read(Path(data.images), metadata, data.columns, data.classes, data.licences, rename=data.rename).records
     for i in _spread([r.dx for r in records], config.seed):
         try:
-            image = images.decode(Path(records[i].path).read_bytes(), data.channels)
+            image = images.read(Path(records[i].path), data.channels)
         except (images.BadImage, OSError):
             continue  # packing lists it
         shrunk = images.shrink(image, round(data.size / prepare.centre))

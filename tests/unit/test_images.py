@@ -254,6 +254,14 @@ def test_tiffs_that_claim_gigabytes_elsewhere():
     refused(raw_tiff([*size, (259, 1, 8), (273, 1, 8), (278, 1, 2**31), (279, 1, 2**31)]), "not a")
 
 
+def test_a_huge_file_is_refused_unread(tmp_path):
+    path = tmp_path / "a.jpg"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # takes no room; reading it would end the process
+    with pytest.raises(images.BadImage, match="512 MiB"):
+        images.read(path)
+
+
 def test_small_files_that_unpack_to_much():
     bomb = zlib.compress(bytes(1 << 26))  # 64 kB → 64 MB
     rows = bytes(24 * 97)
