@@ -14,6 +14,11 @@ METRICS = "metrics.jsonl"
 NAME = re.compile(r"(?=.{1,250}$)[\w\-.: ]+(/[\w\-.: ]+)*")  # what MLflow takes as a metric's name
 
 
+def metric_name(name: str) -> str:
+    """One part of a metric's name, whatever people call a thing: "Melanoma, NOS" → "Melanoma_ NOS"."""
+    return re.sub(r"[^\w\-.: ]", "_", name)[:100] or "none"
+
+
 class Tracker:
     """Writes one stage's metrics.jsonl and images/. For rank 0: with enabled=False every method does nothing."""
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc import errors
+from hpc.config import differences, digest, override, plain
 from hpc.errors import UserError
 from launch import executors, pipeline, status
 from lesiongen import experiment
-from lesiongen.experiment import Experiment
+from lesiongen.experiment import Experiment, SampleConfig
 from lesiongen.stages import stages
 from lesiongen.stages.base import Stage
 
@@ -50,15 +51,17 @@ def pack(options: argparse.Namespace) -> int:
     if options.config and options.images:
         raise UserError("Give either a config or --images with --out, not both.")
     if options.config:
-        config = experiment.load(options.config, options.overrides)
+        if options.out:
+            raise UserError("--out goes with --images; a config's shards lie in its run (runs=DIR name=NAME).")
+        given = {"metadata": options.metadata, "size": options.size, "near_duplicates": options.near_duplicates or None}
+        overrides = [f"data.{key}={value}" for key, value in given.items() if value is not None]
+        config = experiment.load(options.config, [*options.overrides, *overrides])
         if not options.append:
             return some(config, ["shards"], options.fresh)
         pipeline.add_to(config, config.directory / "shards")
         return errors.DONE
     if not (options.images and options.out):
         raise UserError("Say what to pack: lesiongen pack CONFIG, or --images DIR --metadata CSV --out SHARDS.")
-    from hpc.config import override
-
     out = Path(options.out).absolute()
     data = pipeline.packed_settings(out) if options.append else {}
     data |= {"images": options.images, "metadata": options.metadata}
@@ -128,8 +131,11 @@ def sample(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     name = f"samples-{'-'.join(own.labels) or 'all'}-{own.number}-seed{own.seed}"
+    standard = replace(SampleConfig(), labels=own.labels, number=own.number, seed=own.seed)
+    if changed := differences(*(plain(s, volatile=False) for s in (standard, own))):  # other settings, another directory
+        name += f"-{digest(changed)[:6]}"
     folder = Path(options.out) if options.out else config.directory / name
-    pipeline.sample_into(replace(config, sample=own), folder)
+    pipeline.sample_into(replace(config, sample=own), folder, bool(options.fresh))
     print(f"{own.number} samples in {folder}; {folder / 'contact.png'} shows some")
     return errors.DONE
 

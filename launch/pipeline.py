@@ -72,12 +72,14 @@ def clear(config: Experiment, fresh: tuple[str, ...]) -> None:
         directory(config, stages(config)[name]).clear()
 
 
-def sample_into(config: Experiment, folder: Path) -> None:
+def sample_into(config: Experiment, folder: Path, fresh: bool = False) -> None:
     """Samples with other settings than the run's own, into a directory of their own."""
     stage = sample.stage(config)
     if missing := [name for name in stage.needs if digest_of(config, name) is None]:
         raise UserError(f"{config.directory / missing[0]} is not finished; train it first.")
     place = replace(directory(config, stage), path=folder)
+    if fresh:
+        place.clear()
     with rundir.lock(folder):
         place.begin()
         place.finish(sample.run(config, Topology(), folder))

@@ -21,6 +21,16 @@ def conditions(name: str) -> int:
     return 1 + ("SA" in parts) + 4 * ("NC" in parts) + 2 * ("ND" in parts) if parts[0] == "CC" else 100 + (not name)
 
 
+def together(*abouts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """{"licences": {name: images}, …} of what came from several sets that may share images: the larger count of each."""
+    found = {key: dict(counts) for key, counts in abouts[0].items()}
+    for about in abouts[1:]:
+        for key, counts in found.items():
+            for name, number in about[key].items():
+                counts[name] = max(number, counts.get(name, 0))
+    return found
+
+
 def strictest(names: Iterable[str]) -> str:
     """The licence among `names` with the most conditions, as it may be shown."""
     worst = max(names, key=conditions, default="")

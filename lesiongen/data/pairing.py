@@ -50,15 +50,18 @@ def near_duplicates(records: list[Record], folder: Path, packed: dict, suffix: s
             return images.decode(paths[image].read_bytes() if image in paths else stored(image))
 
         table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([("a", "b", "score"), *((p.a, p.b, p.score) for p in pairs)])
+        own = {r.image: r.own_group for r in records} | {image: place[0] for image, place in packed.items()}
+        rows = [(p.a, p.b, p.score, "yes" if own[p.a] == own[p.b] else "no") for p in pairs]
+        csv.writer(table, lineterminator="\n").writerows([("a", "b", "score", "same_group_already"), *rows])
+        doubtful = sorted(pairs, key=lambda p: (own[p.a] == own[p.b], p.score))  # those to look at come first
         atomic_write(folder / f"near-duplicates{suffix}.csv", table.getvalue().encode())
-        atomic_write(folder / f"near-duplicates{suffix}.png", images.png(duplicates.sheet(pairs, load)))
+        atomic_write(folder / f"near-duplicates{suffix}.png", images.png(duplicates.sheet(doubtful, load)))
     print(f"{len(pairs):,} pairs of near duplicates" + (f", see {folder / f'near-duplicates{suffix}.png'}" if pairs else ""))
     groups = Groups({})
     for pair in pairs:
         groups.join(pair.a, pair.b)
     joined = Counter(groups.find(image) for image in {image for pair in pairs for image in (pair.a, pair.b)})
-    for image, number in joined.most_common(1):
+    for image, number in joined.most_common():
         if number > MANY:
             print(f"warning: {number} images are joined to {image}; look whether they show one lesion")
     return [(pair.a, pair.b) for pair in pairs]

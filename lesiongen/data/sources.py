@@ -30,7 +30,7 @@ class Layout:
     columns: dict[str, str]
     one_hot: dict[str, str] = field(default_factory=dict)
     default: str = ""  # diagnosis where no column of one_hot is set
-    coarse: str = ""  # column that tells at least benign from malignant where the diagnosis is unknown
+    coarse: tuple[str, ...] = ()  # columns that tell at least benign from malignant where the diagnosis is unknown
     words: dict[str, str] = field(default_factory=dict)  # diagnosis as written → as meant
     companion: bool = False  # says more of images whose diagnosis stands elsewhere
     licence: str = ""
@@ -92,7 +92,7 @@ LAYOUTS = (
         "ISIC 2020",
         ("image_name", "patient_id", "benign_malignant"),
         _ARCHIVE | {"image": "image_name", "site": "anatom_site_general_challenge"},
-        coarse="benign_malignant",
+        coarse=("benign_malignant",),
         licence="CC-BY-NC",
         attribution=ISIC,
     ),
@@ -172,8 +172,8 @@ def recognise(header: list[str]) -> Layout | None:
         if all(c in header for c in layout.needs) and not (layout.companion and {"dx", "diagnosis"} & set(header)):
             if layout.columns.get("dx") not in (None, *header):
                 # The ISIC archive now gives diagnoses in levels, coarse to fine.
-                finest = next((d for d in ("diagnosis_3", "diagnosis_2", "diagnosis_1") if d in header), None)
-                return replace(layout, columns=layout.columns | {"dx": finest}) if finest else layout
+                finest, *coarse = [d for d in ("diagnosis_3", "diagnosis_2", "diagnosis_1") if d in header] or [""]
+                return replace(layout, columns=layout.columns | {"dx": finest}, coarse=tuple(coarse)) if finest else layout
             return layout
     if len(header) == 2 and re.match(r"ISIC_\d{7}$", header[0]):
         return _2016
@@ -218,8 +218,9 @@ def _take(table: Table, path: Path, layout: Layout, rows: list[dict]) -> None:
                 table.odd.append((image, f"several diagnoses on line {row['line']}"))
                 continue
         value["dx"] = layout.words.get(value["dx"], value["dx"])
-        if layout.coarse and value["dx"].lower() in UNKNOWN:
-            value["dx"] = row[layout.coarse].strip()
+        for column in layout.coarse:
+            if value["dx"].lower() in UNKNOWN:
+                value["dx"] = (row.get(column) or "").strip()
         for name in ("dx", "lesion", "patient", "sex", "site"):
             value[name] = "" if value[name].lower() in UNKNOWN else value[name]
         value["licence"] = value["licence"] or layout.licence

@@ -8,7 +8,6 @@ import csv
 import json
 import math
 import os
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +19,13 @@ from hpc.config import digest, plain, read_yaml
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.progress import bar
-from hpc.record import Tracker, read_metrics
+from hpc.record import Tracker, metric_name, read_metrics
 from hpc.rundir import atomic_write
 from hpc.shards import BadSample
 from lesiongen import report
 from lesiongen.data import images
 from lesiongen.data.augment import centre
+from lesiongen.data.licences import together
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
@@ -46,12 +46,12 @@ def stage(config: Experiment) -> Stage:
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """The tokenizer's figures are taken by all ranks, the rest by rank 0. Returns the digest of all figures."""
-    net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
+    net, facts = load_tokenizer(require(config, "tokenizer"), topology.device)
     test = ImageShards(packed(config), "test")
     if topology.leader:
         print(f"reconstructing {len(test):,} test images")
     figures, shown = held_out_figures(net, test, config.evaluate.batch)
-    return dist.leader_does(_evaluate, config, folder, net, figures, shown)
+    return dist.leader_does(_evaluate, config, folder, net, facts["data"], figures, shown)
 
 
 class Pictures:
@@ -153,7 +153,7 @@ class Samples(Pictures):
         return self.numbers.get(facts["label"], -1)
 
 
-def _evaluate(config: Experiment, folder: Path, net, tokenizer: dict, shown: dict[str, bytes]) -> str:
+def _evaluate(config: Experiment, folder: Path, net, about: dict, tokenizer: dict, shown: dict[str, bytes]) -> str:
     shards, device = packed(config), next(net.parameters()).device
     classes = shards.classes
     train = Real(shards, ["train"])
@@ -182,7 +182,7 @@ def _evaluate(config: Experiment, folder: Path, net, tokenizer: dict, shown: dic
         "held_out": copies.copy_rate(theirs, below)
         | {"median_distance": float(theirs.median()), "least_distance": float(theirs.min())},
     }
-    metrics["data"] = _data(shards, samples)
+    metrics["data"] = _data(shards, samples) | together(shards.about, about)  # a tokenizer of another run has its own
     metrics = _clean(metrics)
 
     closest = ours.argsort()[:TILES].tolist()
@@ -265,7 +265,6 @@ def _data(shards: Packed, samples: Samples) -> dict:
         "lesions": shards.groups,
         "lesions_in_two_splits": 0,  # refused above
         "rejected": shards.rejected,
-        **shards.about,
         "generated": dict(Counter(row["label"] for row in samples.rows)),
     }
 
@@ -280,7 +279,7 @@ def _clean(value):
 def _flat(value: dict, prefix: str = ""):
     """Numbers of a nested structure, under names that MLflow takes."""
     for key, item in value.items():
-        name = prefix + (re.sub(r"[^\w\-.: /]", "_", key) or "none")
+        name = prefix + "/".join(metric_name(part) for part in key.split("/"))
         if isinstance(item, dict):
             yield from _flat(item, f"{name}/")
         elif isinstance(item, (int, float)):

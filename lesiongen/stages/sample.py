@@ -25,7 +25,7 @@ from hpc.progress import bar
 from hpc.rundir import atomic_write
 from lesiongen.card import card
 from lesiongen.data import images
-from lesiongen.data.licences import strictest
+from lesiongen.data.licences import strictest, together
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
 from lesiongen.facts import Known, refuse_unknown
 from lesiongen.graphs import Recorded
@@ -44,7 +44,7 @@ def stage(config: Experiment) -> Stage:
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """Batches of a fixed size are divided among ranks; those already written are kept. Returns the table's digest."""
     own = config.sample
-    net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
+    net, painter = load_tokenizer(require(config, "tokenizer"), topology.device)
     priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
     known = {level: Known(prior["facts"], prior["training_facts"]) for level, (_, prior) in priors.items()}
     wanted = plan_facts(own, list(known.values()))
@@ -56,7 +56,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
                 f"prior-{level} was trained on codes of tokenizer {prior['tokenizer']}, this run's tokenizer is "
                 f"{provenance['tokenizer']}. Train the prior on this tokenizer's codes, or set inputs.tokenizer."
             )
-    data = next(iter(priors.values()))[1]["data"]
+    data = together(painter["data"], *(prior["data"] for _, prior in priors.values()))
     provenance["licence_of_training_images"] = strictest(data["licences"])
     writers = {level: Writer(prior, own, level, place) for place, (level, (prior, _)) in enumerate(priors.items())}
     batches = range(0, own.number, own.batch)[topology.rank :: topology.world]

@@ -14,6 +14,7 @@ from hpc.config import build, digest, plain, read_yaml
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.loop import train
+from hpc.record import metric_name
 from hpc.rundir import atomic_write
 from lesiongen import figures, report
 from lesiongen.card import card
@@ -177,11 +178,12 @@ def held_out_figures(net: Tokenizer, data: ImageShards, micro: int) -> tuple[dic
     counts = packed[6:].view_as(counts)
     for name, by_class in zip(net.names, counts, strict=True):
         metrics[f"usage/{name}"], metrics[f"perplexity/{name}"] = usage_and_perplexity(by_class.sum(0))
-        metrics[f"collapsed/{name}"] = float(metrics[f"perplexity/{name}"] < COLLAPSED * entries)
+        metrics[f"collapsed/{name}"] = float(metrics[f"perplexity/{name}"] < max(COLLAPSED * entries, min(2, entries / 4)))
         for label, count in zip(classes, by_class, strict=False):
             if count.sum():
                 found = usage_and_perplexity(count)
-                metrics[f"usage/{name}/{label}"], metrics[f"perplexity/{name}/{label}"] = found
+                own = f"{name}/{metric_name(label)}"
+                metrics[f"usage/{own}"], metrics[f"perplexity/{own}"] = found
     if not shown:
         return metrics, {}
     books = {name: (net.codebook(name).cpu(), c.sum(0)) for name, c in reversed(list(zip(net.names, counts, strict=True)))}
