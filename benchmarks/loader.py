@@ -67,7 +67,7 @@ class Loop(IterableDataset):
             yield {"image": list(islice(each, BATCH))}
 
 
-def ours(shards: Path, size: int, workers: int) -> Iterator:
+def ours(shards: Path, workers: int) -> Iterator:
     return ImageShards(Packed([shards]), "train").train(0, BATCH, BATCH, CONFIG, seed=0, workers=workers)
 
 
@@ -186,7 +186,7 @@ def compare(args, work: Path) -> None:
     contenders["bare JPEG decode", 0] = partial(iter, Loop(contents, images.pixels))
     contenders["bare decode + augment", 0] = partial(iter, Loop(contents, partial(view, size=size)))
     for workers in args.workers:
-        contenders["this project", workers] = partial(ours, shards, size, workers)
+        contenders["this project", workers] = partial(ours, shards, workers)
         contenders["stock webdataset", workers] = partial(stock, shards, size, workers)
         contenders["ImageFolder", workers] = partial(folder, work / "folders", size, workers)
         if has_mosaic:

@@ -47,4 +47,8 @@ def _serve(pipe, make: Callable, keep: bool) -> None:
     with contextlib.suppress(EOFError):  # the benchmark is over
         while True:
             kind, number = pipe.recv()
+            if DEVICE.type == "cuda":
+                work[kind]()
             pipe.send(timed(work[kind], number))
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()  # the others need the memory; the step that refills it is not timed

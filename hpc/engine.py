@@ -215,6 +215,11 @@ class Engine:
                 group["weight_decay"] = decay
             for state in self.optimizer.state.values():
                 state["step"] = copy.deepcopy(state["step"])
+        if self.config.zero == 0:  # moments come back in the layout they were saved in, and fused Adam reads raw memory
+            for parameter, state in self.optimizer.state.items():
+                for key, value in state.items():
+                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                        state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         # The universal format forgets buffers, and codebooks are buffers.
         for name, value in load_file(folder / "buffers.safetensors").items():
             self.module.get_buffer(name).copy_(value)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hpc import allocator, record, rundir
 from hpc import config as hpc_config
-from hpc import record, rundir
 from hpc.dist import Topology
 from hpc.errors import UserError
 from lesiongen.experiment import Experiment
@@ -80,9 +80,12 @@ def sample_into(config: Experiment, folder: Path, fresh: bool = False) -> None:
     place = replace(directory(config, stage), path=folder)
     if fresh:
         place.clear()
+    topology = Topology()
+    if topology.device.type == "cpu":
+        allocator.keep_pages()
     with rundir.lock(folder):
         place.begin()
-        place.finish(sample.run(config, Topology(), folder))
+        place.finish(sample.run(config, topology, folder))
 
 
 def pack_into(config: Experiment, out: Path, fresh: list[str], append: bool = False) -> None:

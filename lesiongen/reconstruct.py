@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def reconstruct(config: Experiment, paths: list[Path], out: Path, batch: int = 3
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
     files = [f for f in files if f.suffix.lower() in SUFFIXES or f in paths]
     counts = {name: torch.zeros(net.entries, dtype=torch.long) for name in net.names}
-    rows, refused, shown = [], [], []
+    rows, refused, shown, taken = [], [], [], Counter()
     with bar(len(files), "reconstruct") as progress:
         for first in range(0, len(files), batch):
             named, stack = [], []
@@ -50,10 +51,12 @@ def reconstruct(config: Experiment, paths: list[Path], out: Path, batch: int = 3
                 x = to_float(torch.stack(stack).to(device))
                 y, levels = net(x)
                 values = zip(psnr(to_unit(y), to_unit(x)).tolist(), ssim(to_unit(y), to_unit(x)).tolist(), strict=True)
-                rows += [(str(file), p, s) for file, (p, s) in zip(named, values, strict=True)]
                 painted = to_uint8(y).cpu()
-                for file, image in zip(named, painted, strict=True):
-                    atomic_write(out / "images" / f"{file.stem}.png", images.png(image))
+                for file, image, (p, s) in zip(named, painted, values, strict=True):
+                    taken[file.stem] += 1  # folders may have images of one name
+                    name = f"images/{file.stem}{f'-{taken[file.stem]}' * (taken[file.stem] > 1)}.png"
+                    atomic_write(out / name, images.png(image))
+                    rows.append((str(file), name, p, s))
                 for name, q in levels.items():
                     counts[name] += torch.bincount(q.codes.flatten().cpu(), minlength=net.entries)
                 if sum(len(s[0]) for s in shown) < SHEET:
@@ -69,6 +72,6 @@ def reconstruct(config: Experiment, paths: list[Path], out: Path, batch: int = 3
     atomic_write(out / "codes.png", images.png(figures.with_maps(originals[:8], painted[:8], maps, net.entries)))
     atomic_write(out / "codebook.png", figures.codebooks({n: (net.codebook(n).cpu(), counts[n]) for n in reversed(net.names)}))
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("file", "psnr", "ssim"), *rows])
+    csv.writer(table, lineterminator="\n").writerows([("file", "reconstruction", "psnr", "ssim"), *rows])
     atomic_write(out / "metrics.csv", table.getvalue().encode())
-    return {"images": len(rows), "psnr": sum(r[1] for r in rows) / len(rows), "ssim": sum(r[2] for r in rows) / len(rows)}
+    return {"images": len(rows), "psnr": sum(r[2] for r in rows) / len(rows), "ssim": sum(r[3] for r in rows) / len(rows)}

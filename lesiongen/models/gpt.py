@@ -79,7 +79,7 @@ class GPT(Prior):
         super().__init__(config, grid, entries, facts, upper)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
-        self.register_buffer("table", rotary_table(grid, config.width // config.heads), persistent=False)
+        self.register_buffer("table", rotary_table(grid, config.width // config.heads))  # with the weights: they fit no other
         self.apply(self._init)
         for block in self.blocks:
             for layer in (block.out, block.down):

@@ -17,7 +17,7 @@ from lesiongen.data.augment import augment, centre
 from lesiongen.data.catalog import AGE_BANDS
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
-from lesiongen.models.vqvae2 import VQVAE2
+from lesiongen.models.tokenizer import Tokenizer
 from lesiongen.stages.base import Stage, digest_of, packed, require
 from lesiongen.stages.tokenizer import load_tokenizer, to_float
 
@@ -87,7 +87,7 @@ def columns_of(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, int
 
 
 @torch.no_grad()
-def _encode_shard(config, net: VQVAE2, data: ImageShards, draw: int, shard: int, vocabularies) -> dict[str, np.ndarray]:
+def _encode_shard(config, net: Tokenizer, data: ImageShards, draw: int, shard: int, vocabularies) -> dict[str, np.ndarray]:
     reader, device = data.reader(), next(net.parameters()).device
     rows: dict[str, list] = {"index": []}
     codes: dict[str, list] = {name: [] for name in net.names}

@@ -264,5 +264,10 @@ def load_prior(path: Path, device: torch.device) -> tuple[Prior, dict]:
     shape = about["shape"] | {"grid": tuple(about["shape"]["grid"])}
     shape["upper"] = tuple((entries, tuple(grid)) for entries, grid in shape["upper"])
     net = make(build(PriorConfig, {"model": about["model"]}).model, **shape)
-    net.load_state_dict(load_file(path / "export" / "model.safetensors"))
+    try:
+        net.load_state_dict(load_file(path / "export" / "model.safetensors"))
+    except RuntimeError as error:
+        raise UserError(
+            f"{path / 'export'} holds other weights than this version's {about['model']['kind']} has: {error}"
+        ) from None
     return net.to(device).eval(), about

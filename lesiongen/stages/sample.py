@@ -8,6 +8,7 @@ neutral choice: in training it is seen with the label gone too, or for images wh
 import csv
 import hashlib
 import io
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def plan_labels(own: SampleConfig, classes: list[str]) -> list[str]:
 
 
 def file_name(index: int, label: str) -> str:
-    return f"{index:06d}-{label or 'any'}.png"
+    """Labels may hold what no file system takes; the number alone tells samples apart."""
+    return f"{index:06d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', label)[:60] or 'any'}.png"
 
 
 class Writer:

@@ -16,7 +16,8 @@ from tests.conftest import DEMO, tiny
 def coded(phantoms, tmp_path_factory) -> Path:
     """A run up to its codes."""
     runs = tmp_path_factory.mktemp("coded")
-    overrides = tiny(phantoms, runs, **{"tokenizer.train.samples": 96, "tokenizer.train.eval_every": 96})
+    changes = {"tokenizer.train.samples": 96, "tokenizer.train.eval_every": 96, "data.rename": "{mel: 'Melanoma, NOS (a/b)'}"}
+    overrides = tiny(phantoms, runs, **changes)
     for verb in (["pack"], ["train", "tokenizer"], ["encode"]):
         assert main([*verb, DEMO, *overrides]) == 0
     return runs / "tiny"
@@ -58,6 +59,25 @@ def test_levels_of_other_kinds_and_facts_give_samples(given, tmp_path, capsys):
     capsys.readouterr()
     assert main(["sample", *given(), *more, "sample.facts.sex=other", "-n", "2", "--out", str(tmp_path / "x")]) == 2
     assert "no 'other' among the values of sex: female, male" in capsys.readouterr().err
+
+
+def test_a_hierarchy_of_pixelsnails_is_sampled_and_a_killed_sampling_goes_on(given, tmp_path):
+    shape = "kind: pixelsnail, layers: 1, width: 16, residual_blocks: 1, heads: 2"
+    more = [f"priors.top.model={{{shape}}}", f"priors.bottom.model={{{shape}, attention: false}}"]
+    assert main(["train", "prior", *given(), *more]) == 0
+    assert main(["sample", *given(), *more]) == 0
+    folder = tmp_path / "tiny" / "samples"
+    names = sorted((folder / "images").iterdir())
+    assert len(names) == 6 and any("Melanoma_NOS_a_b_" in name.name for name in names)
+    before, digest = [name.read_bytes() for name in names], stage_of(tmp_path, "samples")["digest"]
+    stage = folder / "stage.json"
+    stage.write_text(json.dumps(json.loads(stage.read_text()) | {"done": False, "digest": None}))
+    kept = names[0].stat().st_mtime_ns
+    for lost in (*names[4:], folder / "metadata.csv"):
+        lost.unlink()
+    assert main(["sample", *given(), *more]) == 0
+    assert [name.read_bytes() for name in names] == before and stage_of(tmp_path, "samples")["digest"] == digest
+    assert names[0].stat().st_mtime_ns == kept
 
 
 def test_each_evaluation_draws_the_curve_and_speed_is_logged(given, tmp_path):

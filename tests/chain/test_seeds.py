@@ -16,6 +16,7 @@ SMALL = {"data.size": 64, "data.val": 0.2, "data.test": 0.2, "data.workers": 0, 
 SMALL |= {"tokenizer.train.batch": 16, "tokenizer.train.save_every": 64, "tokenizer.train.eval_every": 64}
 SMALL |= {"tokenizer.train.log_every": 16, "tokenizer.train.samples": 128}
 PRIORS = {"report-000": "pixelcnn", "report-001": "gated_pixelcnn", "report-002": "gated_pixelcnn", "report-003": "gpt"}
+PRIORS["report-004"] = "gated_pixelcnn"
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,16 @@ def test_four_ranks_then_two_then_one(pools, packed, references, tmp_path, name,
     compare(leg, references[name])
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_another_layout_after_a_resume(pools, packed, references, tmp_path, first):
+    """Moments are laid out anew: the fused optimizer reads them in the order they lie."""
+    halves = []
+    for last, before, after in ((first, None, str(tmp_path)), (not first, str(tmp_path), None)):
+        halves.append(pools(1).run(cases.leg, str(packed), engine(1, 0, channels_last=last), 3, "adamw", before, after)[0])
+    halves[1].losses, halves[1].norms = (halves[0].losses + halves[1].losses, halves[0].norms + halves[1].norms)
+    compare(halves[1], references["adamw"])
+
+
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_images_with_channels_first(pools, packed, references, zero):
     compare(pools(2).run(cases.leg, str(packed), engine(2, zero, channels_last=False), 6)[0], references["adamw"])

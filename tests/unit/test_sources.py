@@ -60,6 +60,13 @@ LAYOUTS = {
         {"metadata.csv": f"isic_id,attribution,copyright_license,diagnosis\n{ISIC_A},A,CC-0,nevus\n{ISIC_B},A,CC-BY,\n"},
         [("nevus", "", "CC-0"), ("", "", "CC-BY")],
     ),
+    "ISIC archive, in levels": (
+        {
+            "metadata.csv": "isic_id,attribution,copyright_license,diagnosis_1,diagnosis_2,diagnosis_3\n"
+            f'{ISIC_A},A,CC-0,Malignant,Melanocytic,"Melanoma, NOS"\n{ISIC_B},A,CC-BY,Benign,,\n'
+        },
+        [("Melanoma, NOS", "", "CC-0"), ("Benign", "", "CC-BY")],
+    ),
     "table": (
         {"mine.csv": f"file,label,patient\n{ISIC_A}.jpg,a,p1\n{ISIC_B}.jpg,b,p1\n"},
         [("a", "", ""), ("b", "", "")],
@@ -84,7 +91,7 @@ def test_a_layout_is_recognised(name, folder):
     first = folder / next(iter(files))
     found = catalog.read(folder / "images", first)
     assert [(r.dx, r.lesion, r.licence) for r in found.records] == expected
-    assert name.removesuffix(" test") in found.recognised[0]
+    assert name.removesuffix(" test").removesuffix(", in levels") in found.recognised[0]
     assert len(found.recognised) == len(files)
     # The third photograph is in no table; the masks are no photographs.
     assert found.rejected == [{"image": ISIC_C, "reason": "no row in the metadata"}]
@@ -140,6 +147,14 @@ def test_licences_compare():
     assert sorted(order, key=licences.conditions) == order
     assert licences.strictest(["CC-0", "CC-BY-NC", "CC-BY"]) == "CC-BY-NC"
     assert "not be passed on" in licences.strictest(["CC-0", ""])
+
+
+def test_what_a_tokenizer_and_codes_of_other_images_come_to():
+    codes = {"licences": {"CC-0": 5}, "sources": {"ISIC": 5}}
+    tokenizer = {"licences": {"CC-BY-NC": 7, "CC-0": 2}, "sources": {"HAM10000": 9}}
+    both = licences.together(tokenizer, codes)
+    assert both == {"licences": {"CC-BY-NC": 7, "CC-0": 5}, "sources": {"HAM10000": 9, "ISIC": 5}}
+    assert codes["licences"] == {"CC-0": 5}
     assert {licences.canonical(n) for n in ("CC0", "cc-0", "Public Domain", "CC0 1.0")} == {"CC-0"}
 
 
