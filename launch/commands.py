@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc import errors
-from hpc.config import differences, digest, override, plain
+from hpc.config import digest, override
 from hpc.errors import UserError
 from launch import executors, pipeline, status
 from lesiongen import experiment
-from lesiongen.experiment import Experiment, SampleConfig
+from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
 from lesiongen.stages.base import Stage
 
@@ -131,9 +131,10 @@ def sample(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     name = f"samples-{'-'.join(own.labels) or 'all'}-{own.number}-seed{own.seed}"
-    standard = replace(SampleConfig(), labels=own.labels, number=own.number, seed=own.seed)
-    if changed := differences(*(plain(s, volatile=False) for s in (standard, own))):  # other settings, another directory
-        name += f"-{digest(changed)[:6]}"
+    named = tuple(f"sample.{key}=" for key in ("labels", "number", "seed", "batch"))
+    other = sorted(o for o in options.overrides if o.startswith("sample.") and not o.startswith(named))
+    if other:  # other settings, another directory
+        name += f"-{digest(other)[:6]}"
     folder = Path(options.out) if options.out else config.directory / name
     pipeline.sample_into(replace(config, sample=own), folder, bool(options.fresh))
     print(f"{own.number} samples in {folder}; {folder / 'contact.png'} shows some")

@@ -11,12 +11,15 @@ from hpc.plan import Mixture, Plan, class_weights
 class StreamConfig:
     balance: float = 0.0  # of classes: 0 as they occur, 1 equally often, between: by count^(1 - balance)
     weights: tuple[float, ...] = ()  # of the sets in inputs.shards, in their order; empty = by their sizes
+    streams: int = 0  # what a batch is divided into, so that a rank reads few shards; 0 = gcd(batch, 64); else as many as ranks
 
     def __post_init__(self):
         if not 0 <= self.balance <= 1:
             raise ValueError(f"balance lies in 0 to 1, not {self.balance}")
         if self.weights and min(self.weights) <= 0:
             raise ValueError("weights are above 0; leave a set that is not wanted out of inputs.shards")
+        if self.streams < 0:
+            raise ValueError("streams is a number of streams, or 0 for the default")
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,10 @@ def plan_for(
     """The plan of a training stream. tallies: label → count of each shard, -1 for unlabelled; sets: the set of each shard.
 
     Unlabelled images keep their natural share. Raises UserError where weights do not fit the sets."""
+    if stream.streams and batch % stream.streams:
+        raise UserError(f"stream.streams={stream.streams} does not divide the batch of {batch}.")
     if not stream.balance and not stream.weights:
-        return Plan(tuple(sum(tally.values()) for tally in tallies), batch, seed)
+        return Plan(tuple(sum(tally.values()) for tally in tallies), batch, seed, stream.streams)
     number = max(sets) + 1
     if stream.weights and len(stream.weights) != number:
         raise UserError(f"stream.weights has {len(stream.weights)} numbers for {number} sets; give one for each.")
@@ -72,5 +77,5 @@ def plan_for(
     counts = [
         tuple(sum(tallies[i].values()) if label is None else tallies[i][label] for i in shards) for _, label, shards in parts
     ]
-    mixture = Mixture(tuple(counts), tuple(weight for weight, _, _ in parts), batch, seed)
+    mixture = Mixture(tuple(counts), tuple(weight for weight, _, _ in parts), batch, seed, stream.streams)
     return Blend(mixture, tuple(tuple(shards) for _, _, shards in parts), tuple(label for _, label, _ in parts), find)

@@ -14,11 +14,13 @@ from PIL import Image, ImageOps
 
 from hpc import manifest
 from hpc.errors import UserError
+from hpc.rundir import read_record
 from launch.__main__ import main
 from lesiongen import experiment
 from lesiongen.data import phantom
 from lesiongen.data.packed import Packed
 from lesiongen.stages.pack import pack
+from tests.conftest import DEMO
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,17 @@ def test_the_command_appends_with_the_sets_own_settings(drawn, tmp_path, capsys)
     assert main(["pack", *given, "--append", "data.size=64"]) == 2
     assert "size: 32 → 64" in capsys.readouterr().err
     assert main(["pack", "--images", str(drawn / "images"), "--out", str(tmp_path / "none"), "--append"]) == 2
+
+
+def test_options_hold_for_a_config_too(drawn, tmp_path, capsys):
+    given = [DEMO, f"runs={tmp_path}", "name=n", f"data.images={drawn / 'images'}", "data.val=0.2", "data.test=0.2"]
+    given += ["data.max_rejected=1", "--metadata", str(drawn / "half.csv"), "--size", "32", "--near-duplicates"]
+    assert main(["pack", *given, "--out", str(tmp_path / "x")]) == 2
+    assert "--out goes with --images" in capsys.readouterr().err
+    assert main(["pack", *given]) == 0
+    settings = read_record(tmp_path / "n" / "shards")["identity"]
+    assert (settings["size"], settings["near_duplicates"]) == (32, True)
+    assert "near duplicates" in capsys.readouterr().out
 
 
 def test_nothing_finished_is_touched_by_a_bad_append(drawn, tmp_path):

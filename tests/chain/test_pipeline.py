@@ -137,6 +137,10 @@ def test_sampling_with_options_goes_beside_the_runs_own(phantoms, run, capsys):
     assert main(["sample", *again(phantoms, run), "--label", "mel", "-n", "3", "--seed", "5"]) == 0
     rows = list(csv.DictReader((run / "samples-mel-3-seed5" / "metadata.csv").open()))
     assert [r["label"] for r in rows] == ["mel"] * 3
+    for _ in range(2):
+        assert main(["sample", *again(phantoms, run), "-n", "3", "sample.temperature=0.9", "--fresh", "samples"]) == 0
+    assert main(["sample", *again(phantoms, run), "-n", "3", "sample.temperature=0.8"]) == 0
+    assert len(list(run.glob("samples-all-3-seed0*"))) == 2
     assert main(["sample", *again(phantoms, run), "--label", "melon", "-n", "3"]) == 2
     assert "Unknown label 'melon'; this generator knows: akiec, bcc" in capsys.readouterr().err
 
@@ -165,7 +169,7 @@ def test_plan_says_what_the_models_have(phantoms, run, capsys):
     assert main(["plan", *again(phantoms, run)]) == 0
     out = capsys.readouterr().out
     weights = load_file(run / "prior-bottom" / "export" / "model.safetensors")
-    assert f"trainable {sum(w.size for w in weights.values()):,}" in out
+    assert f"trainable {sum(w.size for name, w in weights.items() if name != 'table'):,}" in out
     weights = load_file(run / "tokenizer" / "export" / "model.safetensors")
     trainable = sum(w.size for k, w in weights.items() if not k.startswith("quantizers"))
     assert f"trainable {trainable:,}" in out

@@ -90,6 +90,9 @@ def test_weighted_sets(sets):
     assert abs(sum(key in own[0] for key, _ in found) - 200) <= 8
     both = keys(data, 800, weights=(1, 3), balance=1.0)
     assert abs(sum(key in own[0] for key, _ in both) - 200) <= 8
+    assert sorted(keys(data, len(data), streams=8)) == sorted(keys(data, len(data))), "any streams, the same epoch"
+    with pytest.raises(UserError, match=r"stream\.streams=3 does not divide the batch of 8"):
+        keys(data, 8, streams=3)
     with pytest.raises(UserError, match="3 numbers for 2 sets"):
         keys(data, 8, weights=(1, 1, 1))
 
