@@ -166,8 +166,8 @@ def train(
             # What is owed at these samples comes before the next step, also after a resume.
             if due(config.eval_every, state.evaluated):
                 evaluate()
-                if state.ended_for:
-                    save()  # also in place of a checkpoint at these samples, which does not know of the end
+                if state.ended_for or state.best_at == state.samples:
+                    save()  # the best is kept; also in place of a checkpoint at these samples, which does not know of the end
             if due(config.save_every, saved):
                 save()
             if state.ended_for or state.samples >= config.samples:

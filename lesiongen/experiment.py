@@ -50,7 +50,7 @@ class DataConfig:
     test: float = 0.1
     shard_samples: int = 1000
     max_rejected: float = volatile(0.05)  # share of images and rows that may be unusable
-    processes: int = volatile(0)  # for packing; 0 = one per core
+    processes: int = volatile(0)  # for packing; 0 = one per core, for up to 2,000 images one
     workers: int = volatile(1)  # processes per rank that decode and augment
     cache: CacheConfig = volatile(default_factory=CacheConfig)  # of shards that lie far away
     ledger: bool = volatile(False)  # each rank logs the samples delivered to it

@@ -81,8 +81,11 @@ def test_a_hierarchy_of_pixelsnails_is_sampled_and_a_killed_sampling_goes_on(giv
 
 
 def test_each_evaluation_draws_the_curve_and_speed_is_logged(given, tmp_path):
-    assert main(["train", "prior", *given(), "--level", "top", "priors.top.train.samples=160"]) == 0
+    more = ["priors.top.train.samples=160", "priors.top.train.save_every=1000"]
+    assert main(["train", "prior", *given(), "--level", "top", *more]) == 0
     folder = tmp_path / "tiny" / "prior-top"
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert kept == ["step-000005", "step-000010"], "the best at each evaluation, and the end"
     assert sorted(p.name for p in (folder / "images").glob("bits-*")) == ["bits-000000080.png", "bits-000000160.png"]
     assert Image.open(folder / "images" / "bits-000000160.png").width > 400
     found = {key: value for row in record.read_metrics(folder) for key, value in row.items()}

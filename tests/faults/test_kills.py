@@ -25,7 +25,7 @@ def start(*arguments: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, expected: int = 0) -> str:
-    out = process.communicate(timeout=100)[0]
+    out = process.communicate(timeout=200)[0]
     assert process.returncode == expected, out[-3000:]
     return out
 
