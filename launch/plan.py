@@ -12,6 +12,7 @@ import math
 import torch
 from torch import nn
 
+from hpc.engine import EngineConfig
 from hpc.errors import UserError
 from hpc.memory import peak_activations
 from lesiongen.experiment import Experiment
@@ -69,17 +70,19 @@ def prior_activations(config: prior.PriorShape, shape: dict, micro: int, bf16: b
     return peak_activations(step, bf16)
 
 
-def memory(parameters: int, activations: int, zero: int, ranks: int) -> dict[str, float]:
-    """Bytes on one GPU, by part; activations: bytes of one micro-batch."""
-    shard = 1 / ranks
+def memory(parameters: int, activations: int, zero: int, ranks: int, engine: EngineConfig) -> dict[str, float]:
+    """Bytes on one GPU, by part; activations: bytes of one micro-batch. An evaluation takes a whole copy of the weights
+    when a step's activations are gone: the larger of the two counts."""
+    shard, here = 1 / ranks, not (engine.offload and zero)
     found = {
         "parameters": 4 * parameters * (shard if zero == 3 else 1),
         "gradients": 4 * parameters * (shard if zero >= 2 else 1),
-        "optimizer": 8 * parameters * (shard if zero >= 1 else 1),
-        "fp32 copy": 4 * parameters * shard if zero in (1, 2) else 0,
-        "activations": activations,
+        "optimizer": 8 * parameters * (shard if zero >= 1 else 1) * here,
+        "fp32 copy": 4 * parameters * shard * here if zero in (1, 2) else 0,
+        "average": 4 * parameters * (shard if zero >= 1 else 1) if engine.average else 0,
     }
-    return found | {"in all": sum(found.values())}
+    passing = {"activations": activations, "evaluation": 4 * parameters}
+    return found | passing | {"in all": sum(found.values()) + max(passing.values())}
 
 
 def report(config: Experiment) -> str:
@@ -125,11 +128,11 @@ def _section(
     seen += f", {train.samples * flops:.2g} floating-point operations" if flops else ""
     lines.append(f"  a step      {per_step}; {micro} images per rank and micro-batch × {train.engine.accumulation}")
     lines.append(f"  in all      {seen}, {steps:,} steps")
-    columns = ("parameters", "gradients", "optimizer", "fp32 copy", "activations", "in all")
-    widths = (11, 11, 11, 11, 13, 9)
+    columns = ("parameters", "gradients", "optimizer", "fp32 copy", "average", "activations", "evaluation", "in all")
+    widths = (11, 11, 11, 11, 9, 13, 12, 9)
     lines.append("  GiB per GPU" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
     for zero in range(4):
-        found = memory(trainable, activations, zero, ranks)
+        found = memory(trainable, activations, zero, ranks, train.engine)
         mark = "→" if zero == train.engine.zero else " "
         cells = "".join(f"{v / GIB:>{w}.3f}" for v, w in zip(found.values(), widths, strict=True))
         lines.append(f"  {mark} ZeRO {zero}    {cells}")

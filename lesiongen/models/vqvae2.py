@@ -1,7 +1,8 @@
 """VQ-VAE-2 (Razavi, van den Oord, Vinyals 2019, arXiv:1906.00446) with any number of levels; report 002's tokenizer.
 
-Images are [-1, 1], [B, C, H, W]. Levels are named from fine to coarse, ("codes",), ("bottom", "top") or ("bottom",
-"middle", "top"): level i sees the image at 1/∏strides[:i+1], and is encoded given all coarser ones.
+Images are [-1, 1], [B, C, H, W]. Levels are named from fine to coarse, ("codes",), ("bottom", "top"), ("bottom",
+"middle", "top"), ("bottom", "middle1", "middle2", "top") …: level i sees the image at 1/∏strides[:i+1], and is encoded
+given all coarser ones.
 """
 
 import math
@@ -17,8 +18,6 @@ from lesiongen.models.quantize import build
 from lesiongen.models.quantizer import Quantized, QuantizerConfig
 from lesiongen.models.tokenizer import Tokenizer
 
-NAMES = {1: ("codes",), 2: ("bottom", "top"), 3: ("bottom", "middle", "top")}
-
 
 @dataclass(frozen=True)
 class VQVAE2Config(QuantizerConfig, Shape):
@@ -28,13 +27,16 @@ class VQVAE2Config(QuantizerConfig, Shape):
     def __post_init__(self):
         QuantizerConfig.__post_init__(self)
         Shape.__post_init__(self)
-        if len(self.strides) not in NAMES or any(s < 2 or s & (s - 1) for s in self.strides):
-            raise ValueError(f"strides must be 1 to 3 powers of two above 1, not {self.strides}")
+        if not self.strides or any(s < 2 or s & (s - 1) for s in self.strides):
+            raise ValueError(f"strides must be powers of two above 1, one for each level, not {self.strides}")
 
     @property
     def names(self) -> tuple[str, ...]:
         """Levels, fine to coarse."""
-        return NAMES[len(self.strides)]
+        between = len(self.strides) - 2
+        if between < 0:
+            return ("codes",)
+        return ("bottom", *(f"middle{i + 1 if between > 1 else ''}" for i in range(between)), "top")
 
     def grids(self, size: int) -> dict[str, int]:
         """Side of each level's grid for square images. Raises ValueError where the size does not divide."""
