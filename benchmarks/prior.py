@@ -35,7 +35,6 @@ from lesiongen.models.prior import make
 from lesiongen.stages.prior import Objective
 
 PRECISION = "bf16" if DEVICE.type == "cuda" else "fp32"
-OUR_ALLOCATOR = "nanoGPT, our allocator"
 OPTIM = OptimConfig(lr=3e-4, weight_decay=0.1)
 
 
@@ -156,9 +155,9 @@ def measure(name: str, args) -> None:
     their = partial(theirs, folder=args.nanogpt)
     kinds = {"ours": (ours, True), "ours, engine": (engine, True), "nanoGPT": (their, False)}
     if args.compile:
-        kinds |= {f"{kind}, compiled": (partial(kinds[kind][0], compiled=True), kinds[kind][1]) for kind in list(kinds)[:3]}
+        kinds |= {f"{kind}, compiled": (partial(make, compiled=True), keep) for kind, (make, keep) in kinds.items()}
     if DEVICE.type == "cpu":
-        kinds[OUR_ALLOCATOR] = (their, True)
+        kinds["nanoGPT, our allocator"] = (their, True)
     contenders = {kind: Apart(partial(contender, make, case), keep) for kind, (make, keep) in kinds.items()}
     for each in contenders.values():  # the first steps allocate, tune and compile
         each.timed("step", 3)

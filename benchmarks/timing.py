@@ -41,8 +41,8 @@ class Apart:
 
 
 def _serve(pipe, make: Callable, keep: bool) -> None:
-    if keep and DEVICE.type == "cpu":
-        allocator.keep_pages()
+    if keep:
+        allocator.keep_pages(DEVICE)
     work = make()
     with contextlib.suppress(EOFError):  # the benchmark is over
         while True:

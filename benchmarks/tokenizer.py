@@ -185,7 +185,7 @@ def peak(args, who: str) -> float:
 
 def measure_peak(args) -> None:
     if args.who == "ours":
-        allocator.keep_pages()
+        allocator.keep_pages(DEVICE)
     net = Ours(args.batch) if args.who == "ours" else Theirs(args.peer)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = resident("VmRSS")

@@ -81,8 +81,7 @@ def sample_into(config: Experiment, folder: Path, fresh: bool = False) -> None:
     if fresh:
         place.clear()
     topology = Topology()
-    if topology.device.type == "cpu":
-        allocator.keep_pages()
+    allocator.keep_pages(topology.device)
     with rundir.lock(folder):
         place.begin()
         place.finish(sample.run(config, topology, folder))

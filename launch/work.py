@@ -17,8 +17,7 @@ from lesiongen.stages.base import execute
 
 def work(config: Experiment, name: str, topology: Topology) -> None:
     """Runs a stage on this rank, with a follower on rank 0. Raises what the stage raises."""
-    if topology.device.type == "cpu":
-        allocator.keep_pages()
+    allocator.keep_pages(topology.device)
     uri = track.default_uri(config.directory)
     # sqlite breaks on the parallel file systems of clusters: there the page's own process reads the JSONL.
     follows = topology.leader and (uri.startswith("http") or not on_slurm())

@@ -143,7 +143,7 @@ class Samples(Pictures):
 
     def decode(self, raw: dict) -> tuple[torch.Tensor, dict]:
         try:
-            image = images.decode((self.folder / raw["file"]).read_bytes(), self.channels)
+            image = images.read(self.folder / raw["file"], self.channels)
         except (OSError, images.BadImage) as error:
             path = self.folder / raw["file"]
             raise UserError(f"{path} cannot be read ({error}). Sample again (--fresh samples).") from None

@@ -268,6 +268,6 @@ def load_prior(path: Path, device: torch.device) -> tuple[Prior, dict]:
         net.load_state_dict(load_file(path / "export" / "model.safetensors"))
     except RuntimeError as error:
         raise UserError(
-            f"{path / 'export'} holds other weights than this version's {about['model']['kind']} has: {error}"
+            f"{path / 'export'} holds other weights than this version's {about['model']['kind']} has; train it anew. ({error})"
         ) from None
     return net.to(device).eval(), about

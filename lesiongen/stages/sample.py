@@ -102,7 +102,8 @@ def plan_labels(own: SampleConfig, classes: list[str]) -> list[str]:
 
 def file_name(index: int, label: str) -> str:
     """Labels may hold what no file system takes; the number alone tells samples apart."""
-    return f"{index:06d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', label)[:60] or 'any'}.png"
+    safe = re.sub(r"[^\w.-]+", "_", label)[:60]
+    return f"{index:06d}-{safe or 'any'}.png"
 
 
 class Writer:

@@ -15,8 +15,8 @@ SEEDS = sorted((Path(__file__).parents[2] / "configs" / "seeds").glob("report-*.
 SMALL = {"data.size": 64, "data.val": 0.2, "data.test": 0.2, "data.workers": 0, "tokenizer.model.hidden": 16}
 SMALL |= {"tokenizer.train.batch": 16, "tokenizer.train.save_every": 64, "tokenizer.train.eval_every": 64}
 SMALL |= {"tokenizer.train.log_every": 16, "tokenizer.train.samples": 128}
-PRIORS = {"report-000": "pixelcnn", "report-001": "gated_pixelcnn", "report-002": "gated_pixelcnn", "report-003": "gpt"}
-PRIORS["report-004"] = "gated_pixelcnn"
+PRIORS = dict.fromkeys(("report-001", "report-002", "report-004"), "gated_pixelcnn")
+PRIORS |= {"report-000": "pixelcnn", "report-003": "gpt"}
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,7 @@ def test_a_seed_trains_resumes_and_reconstructs(seed, request, tmp_path, capsys)
     assert Image.open(out / "pairs.png").mode == ("L" if seed.stem.endswith("004") else "RGB")
     assert {p.name for p in out.iterdir()} == {"images", "pairs.png", "codes.png", "codebook.png", "metrics.csv"}
     assert len(list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))) == 1
-    if kind := PRIORS.get(seed.stem):
-        _samples(seed, kind, run, overrides)
+    _samples(seed, PRIORS[seed.stem], run, overrides)
 
 
 def _samples(seed: Path, kind: str, run: Path, overrides: list[str]) -> None:

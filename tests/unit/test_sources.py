@@ -147,6 +147,7 @@ def test_licences_compare():
     assert sorted(order, key=licences.conditions) == order
     assert licences.strictest(["CC-0", "CC-BY-NC", "CC-BY"]) == "CC-BY-NC"
     assert "not be passed on" in licences.strictest(["CC-0", ""])
+    assert {licences.canonical(n) for n in ("CC0", "cc-0", "Public Domain", "CC0 1.0")} == {"CC-0"}
 
 
 def test_what_a_tokenizer_and_codes_of_other_images_come_to():
@@ -155,7 +156,6 @@ def test_what_a_tokenizer_and_codes_of_other_images_come_to():
     both = licences.together(tokenizer, codes)
     assert both == {"licences": {"CC-BY-NC": 7, "CC-0": 5}, "sources": {"HAM10000": 9, "ISIC": 5}}
     assert codes["licences"] == {"CC-0": 5}
-    assert {licences.canonical(n) for n in ("CC0", "cc-0", "Public Domain", "CC0 1.0")} == {"CC-0"}
 
 
 def test_splits_that_come_in_a_table(folder):
