@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpc import manifest
-from hpc.codestore import CodeStore, code_dtype, write_codes
-from hpc.rows import Rows
+from hpc.data import manifest
+from hpc.data.codestore import CodeStore, code_dtype, write_codes
+from hpc.data.rows import Rows
 
 try:
     import lmdb

@@ -15,8 +15,8 @@ from itertools import islice
 
 import numpy as np
 
-from hpc.plan import Mixture, Plan, class_weights
-from hpc.shards import training_batches
+from hpc.data.order import Mixture, Plan, class_weights
+from hpc.data.shards import training_batches
 
 RANKS, NODE, BATCH, STREAMS, SHARD = 10_000, 8, 80_000, 10_000, 10_000
 CLASSES = [0.67, 0.11, 0.11, 0.05, 0.03, 0.02, 0.01]

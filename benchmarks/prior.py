@@ -27,9 +27,9 @@ from torch import nn
 from benchmarks.timing import DEVICE, Apart
 from hpc import dist
 from hpc.dist import Topology
-from hpc.engine import Engine, EngineConfig
-from hpc.flops import peak_flops, training_flops
-from hpc.optim import OptimConfig, optimizer
+from hpc.train.engine import Engine, EngineConfig
+from hpc.train.flops import peak_flops, training_flops
+from hpc.train.optim import OptimConfig, optimizer
 from lesiongen.models.gpt import GPTConfig
 from lesiongen.models.prior import make
 from lesiongen.stages.prior import Objective

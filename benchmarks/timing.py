@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.multiprocessing as multiprocessing
 
-from hpc import allocator
 from hpc.dist import Topology
+from hpc.train import allocator
 
 DEVICE = Topology().device
 

@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.timing import DEVICE, Apart
-from hpc import allocator, dist
+from hpc import dist
 from hpc.dist import Topology
-from hpc.engine import Engine, EngineConfig
-from hpc.optim import OptimConfig, optimizer
+from hpc.train import allocator
+from hpc.train.engine import Engine, EngineConfig
+from hpc.train.optim import OptimConfig, optimizer
 from lesiongen.data.augment import AugmentConfig
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards

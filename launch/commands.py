@@ -208,7 +208,8 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def rank(options: argparse.Namespace) -> int:
-    from hpc import dist, health
+    from hpc import dist
+    from hpc.train import health
     from launch.work import rank_main
 
     health.exit_with_parent()

@@ -11,9 +11,9 @@ import submitit
 
 import launch.local
 from hpc import config as hpc_config
-from hpc import journal
 from hpc.dist import Topology
 from hpc.errors import UserError
+from hpc.run import journal
 from launch.job import StageJob
 from launch.work import rank_main
 from lesiongen.experiment import Experiment, check_ranks

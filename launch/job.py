@@ -16,7 +16,8 @@ class StageJob:
     folder: str
 
     def __call__(self) -> str:
-        from hpc import errors, preempt
+        from hpc import errors
+        from hpc.train import preempt
         from launch import requeue
 
         try:

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from hpc import config as hpc_config
-from hpc import errors, rundir
+from hpc import errors
+from hpc.run import rundir
 from lesiongen.experiment import Experiment
 from lesiongen.stages.base import Stage
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpc import allocator, record, rundir
 from hpc import config as hpc_config
 from hpc.dist import Topology
 from hpc.errors import UserError
+from hpc.run import metrics_log, rundir
+from hpc.train import allocator
 from lesiongen.experiment import Experiment
 from lesiongen.stages import pack, sample, stages
 from lesiongen.stages.base import Stage, digest_of, directory
@@ -48,7 +49,7 @@ def standings(config: Experiment, fresh: tuple[str, ...] = ()) -> list[Standing]
 
 
 def samples_seen(folder: Path) -> int:
-    rows = record.read_metrics(folder)
+    rows = metrics_log.read_metrics(folder)
     return rows[-1]["samples"] if rows else 0
 
 

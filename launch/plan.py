@@ -1,6 +1,6 @@
 """plan: what a run will cost, before it is queued: parameters, memory per GPU for each ZeRO stage, tokens, operations, steps.
 
-Parameters are counted on models that take no memory, and activations on a training step that takes none (hpc/memory.py);
+Parameters are counted on models that take no memory, and activations on a training step that takes none (hpc/train/memory.py);
 the scratch of a convolution's kernels comes on top, 10 to 30 % on CPU, and so does what the allocator keeps.
 The rest follows Rajbhandari et al. 2020 (ZeRO, section 3): with fp32 parameters 4 bytes each for parameters and gradients
 and 8 for Adam's moments; stage 1 shards the moments over ranks, 2 the gradients too, 3 the parameters too. Stages 1 and 2
@@ -12,9 +12,9 @@ import math
 import torch
 from torch import nn
 
-from hpc.engine import EngineConfig
 from hpc.errors import UserError
-from hpc.memory import peak_activations
+from hpc.train.engine import EngineConfig
+from hpc.train.memory import peak_activations
 from lesiongen.experiment import Experiment
 from lesiongen.models import prior
 from lesiongen.models.losses import LossConfig, Reconstruction

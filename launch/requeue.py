@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from hpc import errors, journal
+from hpc import errors
+from hpc.run import journal
 
 MAX_FAILURES = 3  # of one job without a new checkpoint between them; preemptions are not counted
 FINAL = (errors.USAGE, errors.DIVERGED)  # the same again would end the same

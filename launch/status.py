@@ -7,8 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from hpc import journal, record, track
 from hpc.errors import UserError
+from hpc.run import journal, metrics_log, mlflow_sync
 from launch.executors import SUBMITTED
 from launch.pipeline import standings
 from lesiongen.experiment import Experiment, load
@@ -37,21 +37,21 @@ def show(config: Experiment) -> str:
         lines.append(text + (f"  job {job['job']} {job_state(job['job'])}" if job else ""))
         if one.state == "started" and (age := quiet_seconds(config.directory / one.stage.name)) is not None:
             lines[-1] += f"  (last line {age:.0f} s ago)"
-    seen = track.link(config.directory, track.default_uri(config.directory))
+    seen = mlflow_sync.link(config.directory, mlflow_sync.default_uri(config.directory))
     lines.append(f"  MLflow: {seen or f'nothing sent yet; see it with: lesiongen ui --runs {config.directory.parent}'}")
     return "\n".join(lines)
 
 
 def figures(config: Experiment, stage: str) -> str:
     latest: dict[str, float] = {}
-    for row in record.read_metrics(config.directory / stage):
+    for row in metrics_log.read_metrics(config.directory / stage):
         latest |= {k: v for k, v in row.items() if k.startswith("val/")}
     shown = [f"{k[4:]} {v:.3g}" for k, v in latest.items() if re.match(r"val/(psnr|usage|bits_per_token|bigram)", k)]
     return "  ".join(shown[:4])
 
 
 def quiet_seconds(folder: Path) -> float | None:
-    path = folder / record.METRICS
+    path = folder / metrics_log.METRICS
     return time.time() - path.stat().st_mtime if path.exists() else None
 
 

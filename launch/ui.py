@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from hpc.errors import UserError
-from hpc.track import ENVIRONMENT, TrackError, say, sync
+from hpc.run.mlflow_sync import ENVIRONMENT, TrackError, say, sync
 
 
 def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000) -> None:

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-from hpc import checkpoint, manifest
+from hpc.data import manifest
+from hpc.data.shards import BadSample, ShardReader, index_path
 from hpc.errors import UserError
-from hpc.progress import bar
-from hpc.shards import BadSample, ShardReader, index_path
+from hpc.run.progress import bar
+from hpc.train import checkpoint
 
 
 def walk(path: Path) -> tuple[int, list[str]]:

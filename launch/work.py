@@ -8,8 +8,10 @@ import sys
 import traceback
 from typing import NoReturn
 
-from hpc import allocator, dist, errors, preempt, track
+from hpc import dist, errors
 from hpc.dist import Topology
+from hpc.run import mlflow_sync
+from hpc.train import allocator, preempt
 from lesiongen import stages
 from lesiongen.experiment import Experiment
 from lesiongen.stages.base import execute
@@ -18,10 +20,10 @@ from lesiongen.stages.base import execute
 def work(config: Experiment, name: str, topology: Topology) -> None:
     """Runs a stage on this rank, with a follower on rank 0. Raises what the stage raises."""
     allocator.keep_pages(topology.device)
-    uri = track.default_uri(config.directory)
+    uri = mlflow_sync.default_uri(config.directory)
     # sqlite breaks on the parallel file systems of clusters: there the page's own process reads the JSONL.
     follows = topology.leader and (uri.startswith("http") or not on_slurm())
-    follower = track.Follower(config.directory, uri) if follows else None
+    follower = mlflow_sync.Follower(config.directory, uri) if follows else None
     try:
         execute(config, stages.stages(config)[name], topology)
     finally:

@@ -6,10 +6,10 @@ from typing import Literal
 
 from hpc import config as hpc_config
 from hpc.config import volatile
+from hpc.data.storage import CacheConfig
 from hpc.errors import UserError
-from hpc.loop import TrainConfig
-from hpc.optim import OptimConfig
-from hpc.storage import CacheConfig
+from hpc.train.loop import TrainConfig
+from hpc.train.optim import OptimConfig
 from lesiongen.data.augment import AugmentConfig, PreprocessConfig
 from lesiongen.data.balance import StreamConfig
 from lesiongen.facts import FACTS

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hpc.codestore import CodeStore
+from hpc.data.codestore import CodeStore
 from hpc.errors import UserError
 
 FACTS = ("label", "site", "sex", "age_band")  # columns of the code store

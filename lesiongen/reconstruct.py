@@ -10,8 +10,8 @@ import torch
 from hpc.config import build
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.progress import bar
-from hpc.rundir import atomic_write
+from hpc.run.progress import bar
+from hpc.run.rundir import atomic_write
 from lesiongen import figures
 from lesiongen.data import images
 from lesiongen.data.augment import PreprocessConfig, centre, preprocess

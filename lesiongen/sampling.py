@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hpc.plan import sample_seed
+from hpc.data.order import sample_seed
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hpc.data.order import Mixture, Plan, class_weights
 from hpc.errors import UserError
-from hpc.plan import Mixture, Plan, class_weights
 
 
 @dataclass(frozen=True)

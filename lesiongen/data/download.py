@@ -26,8 +26,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from hpc.errors import UserError
-from hpc.progress import bar
-from hpc.rundir import atomic_write, lock
+from hpc.run.progress import bar
+from hpc.run.rundir import atomic_write, lock
 from lesiongen.data.public import SETS, File
 
 BLOCK = 1 << 20

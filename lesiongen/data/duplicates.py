@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
-from hpc.progress import bar
+from hpc.run.progress import bar
 from lesiongen.data import images
 
 SIDE = 64

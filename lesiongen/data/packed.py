@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc import manifest
 from hpc.config import differences, digest
+from hpc.data import manifest
+from hpc.data.storage import CacheConfig, Store
 from hpc.errors import UserError
-from hpc.storage import CacheConfig, Store
 
 CATALOG = ("image_id", "own_group", "group", "split", "shard", "ordinal", "dx", "licence")
 

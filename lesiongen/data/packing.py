@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc import manifest
-from hpc.rundir import atomic_write
-from hpc.shards import index_path, write_shard
+from hpc.data import manifest
+from hpc.data.shards import index_path, write_shard
+from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.augment import PreprocessConfig, centre, preprocess
 from lesiongen.data.catalog import Record

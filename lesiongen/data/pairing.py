@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hpc.progress import bar
-from hpc.rundir import atomic_write
-from hpc.shards import ShardReader
+from hpc.data.shards import ShardReader
+from hpc.run.progress import bar
+from hpc.run.rundir import atomic_write
 from lesiongen.data import duplicates, images
 from lesiongen.data.catalog import Record
 from lesiongen.data.splits import Groups

@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
+from hpc.data.order import sample_seed
+from hpc.data.shards import BadSample
 from hpc.errors import UserError
-from hpc.plan import sample_seed
-from hpc.rundir import atomic_write
-from hpc.shards import BadSample
+from hpc.run.rundir import atomic_write
 from lesiongen.data import catalog, images
 from lesiongen.data.augment import augment, centre, preprocess
 from lesiongen.data.stream import ImageShards

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import default_collate
 
 from hpc import dist
-from hpc.plan import Plan, sample_seed
-from hpc.shards import BadSample, ShardReader, Source, evaluation_batches, loader, training_batches
+from hpc.data.order import Plan, sample_seed
+from hpc.data.shards import BadSample, ShardReader, Source, evaluation_batches, loader, training_batches
 from lesiongen.data import images
 from lesiongen.data.augment import AugmentConfig, augment, centre
 from lesiongen.data.balance import StreamConfig, plan_for

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc import config as hpc_config
-from hpc import dist, rundir
+from hpc import dist
+from hpc.data.storage import is_remote
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.rundir import StageDir
-from hpc.storage import is_remote
+from hpc.run import rundir
+from hpc.run.rundir import StageDir
 from lesiongen.data.packed import Packed
 from lesiongen.experiment import Experiment
 

@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpc import dist, manifest
-from hpc.codestore import code_dtype, file_name, write_codes
+from hpc import dist
 from hpc.config import plain
+from hpc.data import manifest
+from hpc.data.codestore import code_dtype, file_name, write_codes
+from hpc.data.order import sample_seed
+from hpc.data.shards import BadSample
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.plan import sample_seed
-from hpc.progress import bar
-from hpc.shards import BadSample
+from hpc.run.progress import bar
 from lesiongen.data.augment import augment, centre
 from lesiongen.data.catalog import AGE_BANDS
 from lesiongen.data.stream import ImageShards

@@ -16,12 +16,12 @@ import torch
 
 from hpc import dist
 from hpc.config import digest, plain, read_yaml
+from hpc.data.shards import BadSample
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.progress import bar
-from hpc.record import Tracker, metric_name, read_metrics
-from hpc.rundir import atomic_write
-from hpc.shards import BadSample
+from hpc.run.metrics_log import Tracker, metric_name, read_metrics
+from hpc.run.progress import bar
+from hpc.run.rundir import atomic_write
 from lesiongen import report
 from lesiongen.data import images
 from lesiongen.data.augment import centre

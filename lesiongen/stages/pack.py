@@ -17,13 +17,15 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpc import dist, health, manifest
+from hpc import dist
 from hpc.config import plain
+from hpc.data import manifest
+from hpc.data.shards import index_path
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.progress import bar
-from hpc.rundir import atomic_write
-from hpc.shards import index_path
+from hpc.run.progress import bar
+from hpc.run.rundir import atomic_write
+from hpc.train import health
 from lesiongen.data import catalog, packing, pairing, splits
 from lesiongen.data.catalog import SPLITS
 from lesiongen.data.packed import CATALOG, moments, rows

@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hpc import dist
-from hpc.codestore import CodeStore
 from hpc.config import build, plain, read_yaml
+from hpc.data.codestore import CodeStore
+from hpc.data.order import split
+from hpc.data.rows import Rows
+from hpc.data.shards import training_batches
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.flops import training_flops
-from hpc.loop import train
-from hpc.plan import split
-from hpc.rows import Rows
-from hpc.shards import training_batches
+from hpc.train.flops import training_flops
+from hpc.train.loop import train
 from lesiongen import facts, report
 from lesiongen.card import card
 from lesiongen.data import images

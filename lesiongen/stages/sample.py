@@ -19,11 +19,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from hpc import dist
 from hpc.config import plain
+from hpc.data.order import sample_seed
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.plan import sample_seed
-from hpc.progress import bar
-from hpc.rundir import atomic_write
+from hpc.run.progress import bar
+from hpc.run.rundir import atomic_write
 from lesiongen.card import card
 from lesiongen.data import images
 from lesiongen.data.licences import strictest, together

@@ -13,9 +13,9 @@ from hpc import dist
 from hpc.config import build, digest, plain, read_yaml
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.loop import train
-from hpc.record import metric_name
-from hpc.rundir import atomic_write
+from hpc.run.metrics_log import metric_name
+from hpc.run.rundir import atomic_write
+from hpc.train.loop import train
 from lesiongen import figures, report
 from lesiongen.card import card
 from lesiongen.data import images

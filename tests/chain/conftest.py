@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc import track
+from hpc.run import mlflow_sync
 
 
 @pytest.fixture(scope="module")
@@ -10,7 +10,7 @@ def runs(tmp_path_factory):
     """One `runs` for all sqlite tests, since making a store takes seconds; a space in its path, as people have."""
     patch = pytest.MonkeyPatch()
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for name in track.ENVIRONMENT:
-        patch.setenv(name, track.ENVIRONMENT[name])
+    for name in mlflow_sync.ENVIRONMENT:
+        patch.setenv(name, mlflow_sync.ENVIRONMENT[name])
     yield tmp_path_factory.mktemp("my runs")
     patch.undo()

@@ -3,9 +3,9 @@
 import json
 import time
 
-from hpc import track
-from hpc.record import Tracker, read_metrics
-from hpc.track import default_uri
+from hpc.run import mlflow_sync
+from hpc.run.metrics_log import Tracker, read_metrics
+from hpc.run.mlflow_sync import default_uri
 
 CONFIG = "name: {name}\nseed: 3\nbatch: [8, 8]\ntokenizer:\n  dim: 64\n  quantizer: {{kind: ema}}\nprior:\n  width: 128\n"
 
@@ -32,11 +32,11 @@ def mark(stage, **record):
 
 
 def new_process():
-    track._checked.clear()  # all that a process remembers between two syncs
+    mlflow_sync._checked.clear()  # all that a process remembers between two syncs
 
 
 def client_of(run, uri=None):
-    return track._client(uri or default_uri(run))
+    return mlflow_sync._client(uri or default_uri(run))
 
 
 def entry_of(run, stage="tokenizer", uri=None):

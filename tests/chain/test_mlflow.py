@@ -1,4 +1,4 @@
-"""hpc/track.py against the real MLflow and its sqlite store."""
+"""hpc/run/mlflow_sync.py against the real MLflow and its sqlite store."""
 
 import json
 import math
@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 
-from hpc import track
-from hpc.record import Tracker
-from hpc.track import Follower, default_uri, sync
+from hpc.run import mlflow_sync
+from hpc.run.metrics_log import Tracker
+from hpc.run.mlflow_sync import Follower, default_uri, sync
 from tests.chain.mlflow_runs import CONFIG, client_of, entry_of, expected, extend, history, make_run, mark, new_process, runs_of
 
 pytest.importorskip("sqlalchemy", reason="the http-only mlflow-skinny has no store of its own")
@@ -27,9 +27,9 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     tracker.close()
     first = sync(run, default_uri(run))
     assert (first.metrics, first.images) == (2 * 4 * 4 + 4, 1)
-    assert sync(run, default_uri(run)) == track.SyncResult()
+    assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
     new_process()
-    assert sync(run, default_uri(run)) == track.SyncResult()
+    assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
     client = client_of(run)
     for stage in ("tokenizer", "prior-top"):
         assert history(run, stage) == [(10, 0.1), (20, 0.05), (30, 1 / 30), (40, 0.025)]
@@ -61,14 +61,14 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     mark(run / "prior-top", done=True)
     mark(run / "report", done=True)
     (run / "report" / "report.html").write_text("<p>one")
-    assert sync(run, default_uri(run)) == track.SyncResult(0, 1)
+    assert sync(run, default_uri(run)) == mlflow_sync.SyncResult(0, 1)
     page = artifacts / parent.info.run_id / "artifacts/report.html"
     assert page.read_text() == "<p>one"
     assert {r.info.status for r in runs_of(run)} == {"FINISHED"}
     prior = client.get_run(children["prior-top"].info.run_id).data.params
     assert (prior["prior-top.width"], prior["prior-top.depth"]) == ("128", "4")
     (run / "report" / "report.html").write_text("<p>second")
-    assert sync(run, default_uri(run)) == track.SyncResult()
+    assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
     assert page.read_text() == "<p>second"
 
     # A longer training of a finished stage goes on in the same run.
@@ -138,7 +138,7 @@ def test_a_lost_answer_and_a_refused_request(runs, monkeypatch):
 
     monkeypatch.setattr(client, "log_batch", unreliable)
     for _ in range(2):
-        with pytest.raises(track.TrackError, match="http://server: no answer"):
+        with pytest.raises(mlflow_sync.TrackError, match="http://server: no answer"):
             sync(run, default_uri(run))
     assert sync(run, default_uri(run)).metrics == 400
     assert calls == [1000, 1000, 1000, 400]
@@ -153,9 +153,9 @@ def test_a_resume_doubles_no_point(runs):
     before = history(run)
     tracker = Tracker(run / "tokenizer")
     tracker.resume(30)
-    assert sync(run, default_uri(run)) == track.SyncResult()
+    assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
     extend(run / "tokenizer", [40], offset=1.0)
-    assert sync(run, default_uri(run)) == track.SyncResult()
+    assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
     tracker.resume(20)
     extend(run / "tokenizer", range(70, 160, 10), offset=2.0)  # longer than ever before the next sync
     assert sync(run, default_uri(run)).metrics == 9 * 4

@@ -1,4 +1,4 @@
-"""hpc/track.py against a real `mlflow server` on the loopback: killed in the middle, deaf, and as `lesiongen ui` starts it."""
+"""The Follower and `lesiongen ui` beside real servers: killed in the middle, deaf, and as a user starts them."""
 
 import http.client
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc import track
-from hpc.record import Tracker
-from hpc.track import Follower, link, sync
+from hpc.run import mlflow_sync
+from hpc.run.metrics_log import Tracker
+from hpc.run.mlflow_sync import Follower, link, sync
 from tests.chain.mlflow_runs import entry_of, expected, extend, history, make_run, new_process, runs_of, wait_for
 
 pytest.importorskip("sqlalchemy", reason="the http-only mlflow-skinny has no store of its own")
@@ -53,7 +53,7 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | track.ENVIRONMENT, start_new_session=True
+                command, stdout=log, stderr=log, env=os.environ | mlflow_sync.ENVIRONMENT, start_new_session=True
             )
         wait_for(lambda: answers(self.port))
 
@@ -117,7 +117,7 @@ def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
         [picture] = (tmp_path / "artifacts").rglob("recon-000000010.png")
         assert picture.read_bytes() == b"png"
         assert child in str(picture)
-        assert sync(run, server.uri) == track.SyncResult()
+        assert sync(run, server.uri) == mlflow_sync.SyncResult()
     finally:
         server.kill()
 

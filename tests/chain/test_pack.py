@@ -12,9 +12,9 @@ import pytest
 import webdataset as wds
 from PIL import Image, ImageOps
 
-from hpc import manifest
+from hpc.data import manifest
 from hpc.errors import UserError
-from hpc.rundir import read_record
+from hpc.run.rundir import read_record
 from launch.__main__ import main
 from lesiongen import experiment
 from lesiongen.data import phantom

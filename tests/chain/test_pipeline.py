@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from hpc import record
+from hpc.run import metrics_log
 from launch.__main__ import main
 from tests.conftest import DEMO, tiny
 
@@ -36,7 +36,7 @@ def test_every_stage_leaves_what_the_contract_says(run):
     for stage in ("tokenizer", "prior-top", "prior-bottom"):
         assert {p.name for p in (run / stage / "export").iterdir()} == {"model.safetensors", "config.yaml", "README.md"}
         assert (run / stage / "config.yaml").exists()
-        rows = record.read_metrics(run / stage)
+        rows = metrics_log.read_metrics(run / stage)
         assert {"step", "samples", "time"} <= rows[0].keys()
         assert sorted(r["samples"] for r in rows) == [r["samples"] for r in rows]
         assert list((run / stage / "images").glob("*.png"))
@@ -45,11 +45,11 @@ def test_every_stage_leaves_what_the_contract_says(run):
 
 
 def test_the_log_has_each_figure_for_train_and_held_out(run):
-    found = {k for r in record.read_metrics(run / "tokenizer") for k in r}
+    found = {k for r in metrics_log.read_metrics(run / "tokenizer") for k in r}
     for level in ("top", "bottom"):
         for where in ("train", "val"):
             assert {f"{where}/usage/{level}", f"{where}/perplexity/{level}", f"{where}/psnr", f"{where}/ssim"} <= found
-    found = {k for r in record.read_metrics(run / "prior-top") for k in r}
+    found = {k for r in metrics_log.read_metrics(run / "prior-top") for k in r}
     assert {"train/bits_per_token", "val/bits_per_token", "val/bigram_bits", "lr", "system/memory_resident_gb"} <= found
 
 
@@ -197,7 +197,7 @@ def test_a_longer_run_continues(phantoms, run, capfd, tmp_path):
     base = [f"inputs.shards={run}", "tokenizer.train.samples=32", "tokenizer.train.save_every=32"]
     assert main(["train", "tokenizer", *again(phantoms, run), f"runs={tmp_path}", *base]) == 0
     assert main(["train", "tokenizer", *again(phantoms, run), f"runs={tmp_path}", *base, "tokenizer.train.samples=64"]) == 0
-    rows = record.read_metrics(tmp_path / "tiny" / "tokenizer")
+    rows = metrics_log.read_metrics(tmp_path / "tiny" / "tokenizer")
     assert [r["samples"] for r in rows if "lr" in r] == [16, 32, 48, 64]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hpc import record
+from hpc.run import metrics_log
 from launch.__main__ import main
 from tests.conftest import DEMO, tiny
 
@@ -88,7 +88,7 @@ def test_each_evaluation_draws_the_curve_and_speed_is_logged(given, tmp_path):
     assert kept == ["step-000005", "step-000010"], "the best at each evaluation, and the end"
     assert sorted(p.name for p in (folder / "images").glob("bits-*")) == ["bits-000000080.png", "bits-000000160.png"]
     assert Image.open(folder / "images" / "bits-000000160.png").width > 400
-    found = {key: value for row in record.read_metrics(folder) for key, value in row.items()}
+    found = {key: value for row in metrics_log.read_metrics(folder) for key, value in row.items()}
     assert found["tokens_per_second"] == pytest.approx(16 * found["images_per_second"])
     assert found["model_flops_per_second"] > 6 * 20_000 * found["tokens_per_second"]
     assert "mfu" not in found
@@ -110,7 +110,7 @@ def test_training_ends_well_where_nothing_gets_better(given, tmp_path, capfd):
 
     def train(samples: int) -> list[int]:
         assert main(["train", "prior", *given(), *patient, f"priors.top.train.samples={samples}"]) == 0
-        rows = record.read_metrics(tmp_path / "tiny" / "prior-top")
+        rows = metrics_log.read_metrics(tmp_path / "tiny" / "prior-top")
         assert [r["samples"] for r in rows] == sorted(r["samples"] for r in rows)
         return [r["samples"] for r in rows if "lr" in r]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hpc import record
 from hpc.config import read_yaml
-from hpc.rundir import read_record
+from hpc.run import metrics_log
+from hpc.run.rundir import read_record
 from launch.__main__ import main
 
 SEEDS = sorted((Path(__file__).parents[2] / "configs" / "seeds").glob("report-*.yaml"))
@@ -53,7 +53,7 @@ def test_a_seed_trains_resumes_and_reconstructs(seed, request, tmp_path, capsys)
     assert main([*train, "tokenizer.train.samples=64"]) == 0
     assert main(train) == 0
     run = tmp_path / seed.stem
-    rows = record.read_metrics(run / "tokenizer")
+    rows = metrics_log.read_metrics(run / "tokenizer")
     assert read_record(run / "tokenizer")["done"]
     assert {r["samples"] for r in rows if "val/psnr" in r} == {64, 128}
     seen = [r["samples"] for r in rows if "train/loss" in r]

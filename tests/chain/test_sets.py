@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpc.data.storage import CacheConfig
 from hpc.errors import UserError
-from hpc.storage import CacheConfig
 from launch.__main__ import main
 from lesiongen import experiment
 from lesiongen.data import phantom

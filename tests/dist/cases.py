@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from hpc import checkpoint, dist
-from hpc.engine import Engine, EngineConfig
+from hpc import dist
+from hpc.train import checkpoint
+from hpc.train.engine import Engine, EngineConfig
 from hpc.errors import UserError
-from hpc.optim import OptimConfig, optimizer
-from hpc.rundir import StageDir
+from hpc.train.optim import OptimConfig, optimizer
+from hpc.run.rundir import StageDir
 from lesiongen import experiment
 from lesiongen.stages import base, stages
 from lesiongen.data.packed import Packed

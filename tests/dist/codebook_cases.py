@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hpc import dist
-from hpc.engine import Engine, EngineConfig
-from hpc.optim import OptimConfig, optimizer
+from hpc.train.engine import Engine, EngineConfig
+from hpc.train.optim import OptimConfig, optimizer
 from lesiongen.models import quantize
 from lesiongen.models.quantize import EMAQuantizer
 from lesiongen.models.quantizer import QuantizerConfig

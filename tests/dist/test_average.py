@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hpc import checkpoint
+from hpc.train import checkpoint
 from tests.conftest import DEMO, tiny
 from tests.dist import average_cases, cases
 from tests.dist import topology_cases as legs

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpc import checkpoint, dist
-from hpc.engine import Engine, EngineConfig, Step
-from hpc.optim import OptimConfig, learning_rate, optimizer
+from hpc import dist
+from hpc.train import checkpoint
+from hpc.train.engine import Engine, EngineConfig, Step
+from hpc.train.optim import OptimConfig, learning_rate, optimizer
 from lesiongen import experiment
 from lesiongen.data.packed import Packed
 from lesiongen.stages.tokenizer import TokenizerTask

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.shards import write_shard
+from hpc.data.shards import write_shard
 from tests.faults.shards import SAMPLES, describe
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
-from hpc import manifest
-from hpc.shards import BadSample, ShardReader, index_path
-from hpc.storage import Store
+from hpc.data import manifest
+from hpc.data.shards import BadSample, ShardReader, index_path
+from hpc.data.storage import Store
 from launch import verify
 from lesiongen.data import images
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from hpc import manifest
+from hpc.data import manifest
+from hpc.data.shards import BLOCK, BadSample, index_path
+from hpc.data.storage import StorageError, Store
 from hpc.errors import UserError
-from hpc.shards import BLOCK, BadSample, index_path
-from hpc.storage import StorageError, Store
 from launch import verify
 from lesiongen.data.packed import Packed
 from tests.faults.shards import describe, problems, readable, reader

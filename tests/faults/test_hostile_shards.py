@@ -12,8 +12,8 @@ import pytest
 import webdataset
 from safetensors.numpy import load_file, save, save_file
 
-from hpc import manifest
-from hpc.shards import BLOCK, BadSample, index_path
+from hpc.data import manifest
+from hpc.data.shards import BLOCK, BadSample, index_path
 from tests.faults.shards import SAMPLES, describe, last_byte, problems, readable, reader, rng
 
 
@@ -165,8 +165,8 @@ def test_a_process_that_ends_in_the_middle_of_a_stream_ends(folder):
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from hpc.plan import Plan
-from hpc.shards import ShardReader, Source, loader, training_batches
+from hpc.data.order import Plan
+from hpc.data.shards import ShardReader, Source, loader, training_batches
 batches = partial(training_batches, 0, 2, 2, 0, 1)
 stream = loader(Source(ShardReader.local(Path("."), ["a.tar"]), Plan((6,), 2), batches), dict, itemgetter(0), 2, 1)
 print(next(stream)["__key__"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc import journal, record
+from hpc.run import journal, metrics_log
 from tests.conftest import DEMO, tiny
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -33,7 +33,7 @@ def finish(process: subprocess.Popen, expected: int = 0) -> str:
 def curve(folder: Path) -> list[tuple]:
     """Everything logged that training decides, by samples."""
     kept = ("train/", "val/")
-    return [(r["samples"], {k: v for k, v in r.items() if k.startswith(kept)}) for r in record.read_metrics(folder)]
+    return [(r["samples"], {k: v for k, v in r.items() if k.startswith(kept)}) for r in metrics_log.read_metrics(folder)]
 
 
 def ledgers(run: Path, stage: str) -> list[list]:
@@ -44,7 +44,7 @@ def wait_for(path: Path, samples: int, process: subprocess.Popen) -> None:
     """Until a stage has logged so many samples, or the process has ended."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        rows = record.read_metrics(path)
+        rows = metrics_log.read_metrics(path)
         if rows and rows[-1]["samples"] >= samples:
             return
         time.sleep(0.02)
@@ -91,7 +91,7 @@ def test_a_killed_rank(phantoms, packed, undisturbed, tmp_path, victim):
     os.kill(min(ranks), signal.SIGKILL)
     out = finish(first, expected=1)
     assert f"rank {victim} was killed by SIGKILL" in out
-    assert record.read_metrics(folder)[-1]["samples"] < 320, "the kill came too late to prove anything"
+    assert metrics_log.read_metrics(folder)[-1]["samples"] < 320, "the kill came too late to prove anything"
     finish(start(*arguments))
     assert curve(folder) == curve(undisturbed / "tokenizer")
     assert ledgers(tmp_path / "tiny", "tokenizer") == ledgers(undisturbed, "tokenizer")

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from hpc.data.storage import CacheConfig, StorageError, Store
 from hpc.errors import UserError
-from hpc.storage import CacheConfig, StorageError, Store
 
 pytest.importorskip("aiohttp")
 

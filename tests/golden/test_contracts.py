@@ -5,8 +5,8 @@ import hashlib
 import pytest
 
 from hpc.config import digest
-from hpc.plan import Plan, sample_seed
-from hpc.shards import write_shard
+from hpc.data.order import Plan, sample_seed
+from hpc.data.shards import write_shard
 from lesiongen.data.splits import split_of
 from lesiongen.sampling import uniforms
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpc import record
-from hpc.rundir import read_record
+from hpc.run import metrics_log
+from hpc.run.rundir import read_record
 from tests.conftest import DEMO, tiny
 from tests.slurm.conftest import lesiongen, wait
 
@@ -43,7 +43,7 @@ def completed(cluster, jobs, seconds: float) -> None:
 
 
 def curve(stage: Path, names=("train/loss", "val/mse")) -> dict:
-    return {(r["samples"], n): r[n] for r in record.read_metrics(stage) for n in names if n in r}
+    return {(r["samples"], n): r[n] for r in metrics_log.read_metrics(stage) for n in names if n in r}
 
 
 def files(run: Path) -> set[str]:
@@ -142,7 +142,7 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(cluster, 
     finally:
         cluster.start_node(lost)
         lesiongen("cancel", run)
-    rows = record.read_metrics(run / "tokenizer")
+    rows = metrics_log.read_metrics(run / "tokenizer")
     assert [r["samples"] for r in rows if "train/loss" in r] == list(range(160, 3201, 160))
     assert int(saved.removeprefix("step-")) * 16 < 3200, "killed in the middle"
 

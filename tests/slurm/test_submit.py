@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hpc import dist, errors
-from hpc.preempt import Preemption, interruptible
+from hpc.train.preempt import Preemption, interruptible
 from launch import requeue
 from launch.executors import load_cluster
 from lesiongen import experiment

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hpc.data.storage import Cache, CacheConfig, StorageError, Store, is_remote, shown
 from hpc.errors import UserError
-from hpc.storage import Cache, CacheConfig, StorageError, Store, is_remote, shown
 
 
 def write(path: Path, content: bytes) -> dict:

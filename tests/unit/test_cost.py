@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from hpc import flops
-from hpc.memory import peak_activations
+from hpc.train import flops
+from hpc.train.memory import peak_activations
 from launch import plan
 from lesiongen.experiment import make as experiment
 from lesiongen.models import prior

@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ALLOWED = {"hpc": {"hpc"}, "lesiongen": {"hpc", "lesiongen"}, "launch": {"hpc", "lesiongen", "launch"}}
 ALONE = {
-    "deepspeed": "hpc/engine.py",
-    "mlflow": "hpc/track.py",
+    "deepspeed": "hpc/train/engine.py",
+    "mlflow": "hpc/run/mlflow_sync.py",
     "submitit": "launch/executors.py",
-    "webdataset": "hpc/shards.py",
+    "webdataset": "hpc/data/shards.py",
 }
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc.plan import Mixture, Pattern, Plan, Slots, class_weights
-from hpc.shards import training_batches
+from hpc.data.order import Mixture, Pattern, Plan, Slots, class_weights
+from hpc.data.shards import training_batches
 
 shards = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 components = st.lists(st.tuples(shards, st.floats(0.01, 1)), min_size=1, max_size=5)

@@ -8,7 +8,7 @@ from torch import nn
 
 from hpc.config import build
 from hpc.errors import UserError
-from hpc.optim import RAMP, OptimConfig, average_decay, learning_rate, optimizer
+from hpc.train.optim import RAMP, OptimConfig, average_decay, learning_rate, optimizer
 
 NAMES = ("adamw", "adam", "sgd")
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hpc import manifest, rows
-from hpc.codestore import CodeStore, code_dtype, file_name, write_codes
-from hpc.rows import Rows
+from hpc.data import manifest, rows
+from hpc.data.codestore import CodeStore, code_dtype, file_name, write_codes
+from hpc.data.rows import Rows
 
 COUNTS = {0: 5, 3: 7, 4: 1}  # shards need not be numbered without gaps
 

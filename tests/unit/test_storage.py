@@ -9,11 +9,12 @@ import pytest
 import webdataset
 from safetensors.numpy import load_file
 
-from hpc import manifest, rundir
-from hpc.codestore import CodeStore, code_dtype, write_codes
+from hpc.data import manifest
+from hpc.data.codestore import CodeStore, code_dtype, write_codes
+from hpc.data.shards import BadSample, ShardReader, write_shard
 from hpc.errors import UserError
-from hpc.rundir import StageDir, lock
-from hpc.shards import BadSample, ShardReader, write_shard
+from hpc.run import rundir
+from hpc.run.rundir import StageDir, lock
 
 
 def samples(number: int) -> list[dict]:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc.plan import Plan, sample_seed, share, split
-from hpc.shards import evaluation_batches, training_batches
+from hpc.data.order import Plan, sample_seed, share, split
+from hpc.data.shards import evaluation_batches, training_batches
 
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 

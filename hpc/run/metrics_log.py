@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from hpc import journal
-from hpc.rundir import atomic_write
+from hpc.run import journal
+from hpc.run.rundir import atomic_write
 
 METRICS = "metrics.jsonl"
 NAME = re.compile(r"(?=.{1,250}$)[\w\-.: ]+(/[\w\-.: ]+)*")  # what MLflow takes as a metric's name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc.config import digest
 from hpc.errors import UserError
-from hpc.rundir import atomic_write
+from hpc.run.rundir import atomic_write
 
 NAME = "manifest.json"
 

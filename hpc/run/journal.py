@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from hpc.rundir import atomic_write
+from hpc.run.rundir import atomic_write
 
 
 def append(path: Path, *entries: dict) -> None:

@@ -1,4 +1,4 @@
-"""The file side of hpc/track.py; MLflow's side is in tests/chain/test_mlflow.py."""
+"""The file side of hpc/run/mlflow_sync.py; MLflow's side is in tests/chain/test_mlflow.py."""
 
 import json
 import math
@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpc import track
-from hpc.record import Tracker, read_metrics, system_metrics
-from hpc.track import Follower, default_uri, link, sync
+from hpc.run import mlflow_sync
+from hpc.run.metrics_log import Tracker, read_metrics, system_metrics
+from hpc.run.mlflow_sync import Follower, default_uri, link, sync
 from launch.ui import serve
 
 
@@ -145,7 +145,7 @@ def test_default_uri_and_link(tmp_path, monkeypatch):
 
 def test_flatten_makes_what_mlflow_takes():
     config = {"name": "a", "model": {"widths": [1, 2], "x=y": None, "deep": {"flag": True}}, "long": "z" * 900}
-    flat = dict(track._flatten(config))
+    flat = dict(mlflow_sync._flatten(config))
     assert flat == {
         "name": "a", "model.widths": "[1, 2]", "model.x_y": "null", "model.deep.flag": "true", "long": "z" * 500
     }  # fmt: skip
@@ -153,25 +153,30 @@ def test_flatten_makes_what_mlflow_takes():
 
 def test_nothing_to_send_needs_no_mlflow(tmp_path):
     code = (
-        "import sys; from hpc.track import Follower, sync\n"
+        "import sys; from hpc.run.mlflow_sync import Follower, sync\n"
         f"assert sync({str(tmp_path)!r}, 'http://127.0.0.1:9').metrics == 0\n"
         "assert not {'mlflow', 'psutil', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    assert sync(tmp_path, "http://127.0.0.1:9") == track.SyncResult()
+    assert sync(tmp_path, "http://127.0.0.1:9") == mlflow_sync.SyncResult()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_follower_says_once_that_it_fails_and_once_that_it_is_back(tmp_path, monkeypatch, capsys):
-    answers = [track.TrackError("away"), track.TrackError("away"), track.SyncResult(1), track.SyncResult(busy=True)]
+    answers = [
+        mlflow_sync.TrackError("away"),
+        mlflow_sync.TrackError("away"),
+        mlflow_sync.SyncResult(1),
+        mlflow_sync.SyncResult(busy=True),
+    ]
 
     def pretend(run_dir, uri):
-        answer = answers.pop(0) if answers else track.SyncResult()
+        answer = answers.pop(0) if answers else mlflow_sync.SyncResult()
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(track, "sync", pretend)
+    monkeypatch.setattr(mlflow_sync, "sync", pretend)
     follower = Follower(tmp_path, "http://u:p@server", interval=0.001)
     deadline = time.monotonic() + 10
     while answers and time.monotonic() < deadline:
@@ -185,7 +190,7 @@ def test_follower_says_once_that_it_fails_and_once_that_it_is_back(tmp_path, mon
 
 
 def test_follower_gives_up_when_another_process_stays_busy(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(track, "sync", lambda *_: track.SyncResult(busy=True))
+    monkeypatch.setattr(mlflow_sync, "sync", lambda *_: mlflow_sync.SyncResult(busy=True))
     assert not Follower(tmp_path, "http://server", interval=60).close(deadline=0.2)
     assert "did not take the last lines" in capsys.readouterr().err
 

@@ -12,10 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hpc import dist, manifest
-from hpc.engine import Engine, EngineConfig
+from hpc import dist
+from hpc.data import manifest
 from hpc.errors import UserError
-from hpc.rundir import atomic_write, fsync_dir
+from hpc.run.rundir import atomic_write, fsync_dir
+from hpc.train.engine import Engine, EngineConfig
 
 MANIFEST = "MANIFEST.json"
 

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import torch
 
-from hpc.codestore import CodeStore
+from hpc.data.codestore import CodeStore
 
 SHARE = {"cuda": 0.25, "cpu": 0.5}  # of free memory that a store may take; the model comes after it
 

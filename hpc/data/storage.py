@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from hpc import manifest
 from hpc.config import volatile
+from hpc.data import manifest
 from hpc.errors import UserError
 
 T = TypeVar("T")

@@ -21,8 +21,8 @@ from torch import nn
 
 from hpc import dist
 from hpc.config import volatile
-from hpc.optim import Skippable
-from hpc.plan import share
+from hpc.data.order import share
+from hpc.train.optim import Skippable
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from pathlib import Path
 import yaml
 
 from hpc.errors import UserError
-from hpc.record import METRICS
-from hpc.rundir import atomic_write, lock
+from hpc.run.metrics_log import METRICS
+from hpc.run.rundir import atomic_write, lock
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default of 7 blocks for 247 s when the server is gone

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from hpc import manifest
+from hpc.data import manifest
 from hpc.errors import UserError
-from hpc.rundir import atomic_write
+from hpc.run.rundir import atomic_write
 
 
 def code_dtype(entries: int) -> np.dtype:

@@ -25,10 +25,10 @@ import torch.utils.data
 import webdataset as wds
 from safetensors.numpy import load, save
 
+from hpc.data.order import Plan, sample_seed, share, split
+from hpc.data.storage import StorageError, Store
 from hpc.errors import UserError
-from hpc.plan import Plan, sample_seed, share, split
-from hpc.rundir import atomic_write
-from hpc.storage import StorageError, Store
+from hpc.run.rundir import atomic_write
 
 os.environ.setdefault("WDS_SECURE", "1")  # no pickles, no shell: shards are untrusted
 SUFFIXES = {"jpg", "png", "json"}

@@ -13,15 +13,17 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hpc import checkpoint, dist, flops, health, journal, record
+from hpc import dist
 from hpc.config import volatile
-from hpc.engine import Engine, EngineConfig, Step
+from hpc.data.order import sample_seed
 from hpc.errors import Diverged, Stopped, UserError
-from hpc.health import HealthConfig
-from hpc.optim import OptimConfig, average_decay, learning_rate, optimizer
-from hpc.plan import sample_seed
-from hpc.preempt import Preemption
-from hpc.progress import bar
+from hpc.run import journal, metrics_log
+from hpc.run.progress import bar
+from hpc.train import checkpoint, flops, health
+from hpc.train.engine import Engine, EngineConfig, Step
+from hpc.train.health import HealthConfig
+from hpc.train.optim import OptimConfig, average_decay, learning_rate, optimizer
+from hpc.train.preempt import Preemption
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TrainConfig:
 
 class Task(Protocol):
     """What is trained. `metric` is the held-out figure that selects the exported weights; lower is better. What a task knows
-    of its samples' cost, tokens_per_sample and flops_per_sample, is logged as speed; see hpc/flops.py."""
+    of its samples' cost, tokens_per_sample and flops_per_sample, is logged as speed; see hpc/train/flops.py."""
 
     metric: str
     size: int  # samples in an epoch
@@ -103,7 +105,7 @@ def train(
     engine = Engine(module, optimizer(module, config.optim), config.engine, config.batch, universal)
     if start:
         engine.load(start, universal)
-    tracker = record.Tracker(folder, enabled=topology.leader)
+    tracker = metrics_log.Tracker(folder, enabled=topology.leader)
     tracker.resume(state.samples)
     ledger_path = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
     if ledger_path:
@@ -121,7 +123,7 @@ def train(
             metrics, pictures = task.evaluate(plain)
             tracker.log(state.samples // config.batch, state.samples, {f"val/{k}": v for k, v in metrics.items()})
             if topology.leader:
-                pictures = pictures | task.curves(record.read_metrics(folder))
+                pictures = pictures | task.curves(metrics_log.read_metrics(folder))
             for name, png in pictures.items():
                 tracker.image(name, state.samples, png)
             progress.set_postfix_str(f"val {task.metric} {metrics[task.metric]:.4g}")
@@ -154,7 +156,7 @@ def train(
         if late := health.straggler([w for w, _ in waits], [h for _, h in waits]):
             counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}
         means = {f"train/{k}": v / state.count for k, v in state.sums.items()}
-        tracker.log(state.samples // config.batch, state.samples, means | counters | record.system_metrics())
+        tracker.log(state.samples // config.batch, state.samples, means | counters | metrics_log.system_metrics())
         state.sums, state.count = {}, 0
         speed.restart()
 

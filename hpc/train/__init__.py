@@ -1,0 +1,1 @@
+"""The training loop and what it stands on: DeepSpeed engine, optimizers, checkpoints, health, preemption, memory, speed."""
