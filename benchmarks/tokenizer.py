@@ -33,9 +33,9 @@ from hpc.train.engine import Engine, EngineConfig
 from hpc.train.optim import OptimConfig, optimizer
 from lesiongen.data.augment import AugmentConfig
 from lesiongen.data.packed import Packed
+from lesiongen.data.similarity import psnr
 from lesiongen.data.stream import ImageShards
 from lesiongen.metrics.codes import usage_and_perplexity
-from lesiongen.metrics.image import psnr
 from lesiongen.models.losses import LossConfig
 from lesiongen.models.tokenizer import make
 from lesiongen.models.vqvae2 import VQVAE2Config

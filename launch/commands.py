@@ -74,7 +74,7 @@ def pack(options: argparse.Namespace) -> int:
 
 
 def download(options: argparse.Namespace) -> int:
-    from lesiongen.data.download import download as fetch
+    from lesiongen.ingest.download import download as fetch
 
     fetch(options.name, Path(options.out))
     return errors.DONE

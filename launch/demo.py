@@ -14,7 +14,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 def demo(options: argparse.Namespace) -> int:
     """Draws the images where none are given, then `run`. The same command again goes on where it was."""
-    from lesiongen.data import phantom
+    from lesiongen.ingest import phantom
 
     began = time.monotonic()
     data = hpc_config.read_yaml(CONFIG)

@@ -1,6 +1,6 @@
 """The README.md beside whatever leaves the project: what it is, what it was made from, and under which licences."""
 
-from lesiongen.data.licences import canonical, strictest
+from lesiongen.ingest.licences import canonical, strictest
 
 KINDS = {
     "tokenizer": "Turns dermoscopic images into grids of integer codes and back: a hierarchical VQ-VAE (arXiv:1906.00446).",

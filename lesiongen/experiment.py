@@ -12,7 +12,7 @@ from hpc.train.loop import TrainConfig
 from hpc.train.optim import OptimConfig
 from lesiongen.data.augment import AugmentConfig, PreprocessConfig
 from lesiongen.data.balance import StreamConfig
-from lesiongen.facts import FACTS
+from lesiongen.data.facts import FACTS
 from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
 from lesiongen.models.gpt import GPTConfig
 from lesiongen.models.losses import LossConfig

@@ -15,9 +15,9 @@ from hpc.run.rundir import atomic_write
 from lesiongen import figures
 from lesiongen.data import images
 from lesiongen.data.augment import PreprocessConfig, centre, preprocess
-from lesiongen.data.sources import SUFFIXES
+from lesiongen.data.similarity import psnr, ssim
 from lesiongen.experiment import Experiment
-from lesiongen.metrics.image import psnr, ssim
+from lesiongen.ingest.sources import SUFFIXES
 from lesiongen.stages.base import require
 from lesiongen.stages.tokenizer import load_tokenizer, to_float, to_uint8, to_unit
 

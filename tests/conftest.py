@@ -17,7 +17,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """Folder with images/ and metadata.csv: 7 classes × 12 lesions, 48 px."""
-    from lesiongen.data import phantom
+    from lesiongen.ingest import phantom
 
     folder = tmp_path_factory.mktemp("phantoms")
     phantom.write(folder, lesions_per_class=12, size=48, progress=False)

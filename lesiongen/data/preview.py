@@ -15,10 +15,11 @@ from hpc.data.order import sample_seed
 from hpc.data.shards import BadSample
 from hpc.errors import UserError
 from hpc.run.rundir import atomic_write
-from lesiongen.data import catalog, images
+from lesiongen.data import images
 from lesiongen.data.augment import augment, centre, preprocess
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
+from lesiongen.ingest import catalog
 from lesiongen.stages import pack
 from lesiongen.stages.base import directory, packed
 

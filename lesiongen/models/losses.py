@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hpc.errors import UserError
-from lesiongen.metrics.image import ms_ssim, ssim
+from lesiongen.data.similarity import ms_ssim, ssim
 
 
 @dataclass(frozen=True)

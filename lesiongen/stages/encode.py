@@ -15,9 +15,9 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import bar
 from lesiongen.data.augment import augment, centre
-from lesiongen.data.catalog import AGE_BANDS
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
+from lesiongen.ingest.catalog import AGE_BANDS
 from lesiongen.models.tokenizer import Tokenizer
 from lesiongen.stages.base import Stage, digest_of, packed, require
 from lesiongen.stages.tokenizer import load_tokenizer, to_float

@@ -25,10 +25,10 @@ from hpc.run.rundir import atomic_write
 from lesiongen import report
 from lesiongen.data import images
 from lesiongen.data.augment import centre
-from lesiongen.data.licences import together
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
+from lesiongen.ingest.licences import together
 from lesiongen.metrics import classifier, copies
 from lesiongen.stages.base import Stage, packed, require
 from lesiongen.stages.tokenizer import held_out_figures, load_tokenizer, to_float, to_uint8

@@ -26,10 +26,10 @@ from hpc.errors import UserError
 from hpc.run.progress import bar
 from hpc.run.rundir import atomic_write
 from hpc.train import health
-from lesiongen.data import catalog, packing, pairing, splits
-from lesiongen.data.catalog import SPLITS
 from lesiongen.data.packed import CATALOG, moments, rows
 from lesiongen.experiment import DataConfig, Experiment
+from lesiongen.ingest import catalog, packing, pairing, splits
+from lesiongen.ingest.catalog import SPLITS
 from lesiongen.stages.base import Stage
 
 

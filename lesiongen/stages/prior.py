@@ -20,9 +20,9 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.train.flops import training_flops
 from hpc.train.loop import train
-from lesiongen import facts, report
+from lesiongen import report
 from lesiongen.card import card
-from lesiongen.data import images
+from lesiongen.data import facts, images
 from lesiongen.data.balance import plan_for
 from lesiongen.experiment import Experiment, PriorConfig
 from lesiongen.metrics.codes import bigram_bits

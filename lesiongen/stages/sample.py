@@ -26,10 +26,10 @@ from hpc.run.progress import bar
 from hpc.run.rundir import atomic_write
 from lesiongen.card import card
 from lesiongen.data import images
-from lesiongen.data.licences import strictest, together
+from lesiongen.data.facts import Known, refuse_unknown
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
-from lesiongen.facts import Known, refuse_unknown
 from lesiongen.graphs import Recorded
+from lesiongen.ingest.licences import strictest, together
 from lesiongen.models.prior import Prior
 from lesiongen.sampling import Choice, guidance, uniforms
 from lesiongen.stages.base import Stage, digest_of, require

@@ -20,10 +20,10 @@ from lesiongen import figures, report
 from lesiongen.card import card
 from lesiongen.data import images
 from lesiongen.data.packed import Packed
+from lesiongen.data.similarity import psnr, ssim
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment, TokenizerConfig
 from lesiongen.metrics.codes import usage_and_perplexity
-from lesiongen.metrics.image import psnr, ssim
 from lesiongen.models.losses import LossConfig, Reconstruction
 from lesiongen.models.tokenizer import Tokenizer, make
 from lesiongen.stages.base import Stage, packed

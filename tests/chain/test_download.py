@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from hpc.errors import UserError
-from lesiongen.data import catalog, download
-from lesiongen.data.public import SETS, DataSet, File
+from lesiongen.ingest import catalog, download
+from lesiongen.ingest.public import SETS, DataSet, File
 from tests.faults.test_storage import Server
 
 HOT = {"nv": "0,1,0,0,0,0,0", "mel": "1,0,0,0,0,0,0"}

@@ -127,7 +127,7 @@ def test_a_server_that_hangs_does_not_hold_up_the_exit(runs, tmp_path):
     run = make_run(tmp_path, "hang")
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         code = (
-            "import mlflow, sys, time; from hpc.track import Follower\n"
+            "import mlflow, sys, time; from hpc.run.mlflow_sync import Follower\n"
             "follower = Follower(sys.argv[1], sys.argv[2], interval=0.01)\n"
             "time.sleep(0.3); before = time.monotonic()\n"
             "assert not follower.close(deadline=0.5); print(time.monotonic() - before); print(time.time())\n"

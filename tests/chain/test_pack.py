@@ -17,8 +17,8 @@ from hpc.errors import UserError
 from hpc.run.rundir import read_record
 from launch.__main__ import main
 from lesiongen import experiment
-from lesiongen.data import phantom
 from lesiongen.data.packed import Packed
+from lesiongen.ingest import phantom
 from lesiongen.stages.pack import pack
 from tests.conftest import DEMO
 
@@ -65,7 +65,7 @@ def test_a_killed_packing_goes_on(drawn, tmp_path):
     """SIGKILL after the third shard; the rest is done by the next attempt, and the three are not done again."""
     script = """
 import sys, os, signal
-from lesiongen.data import packing
+from lesiongen.ingest import packing
 from tests.chain.test_pack import settings, pack, Path
 one, done = packing.fulfil, []
 def fulfil(order):

@@ -17,11 +17,11 @@ from hpc.data.storage import CacheConfig
 from hpc.errors import UserError
 from launch.__main__ import main
 from lesiongen import experiment
-from lesiongen.data import phantom
 from lesiongen.data.augment import AugmentConfig
 from lesiongen.data.balance import StreamConfig
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
+from lesiongen.ingest import phantom
 from lesiongen.stages.pack import pack
 from tests.conftest import DEMO, tiny
 

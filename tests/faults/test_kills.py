@@ -139,7 +139,7 @@ def test_the_whole_run_killed_three_times(phantoms, tmp_path):
 
 def test_a_hang_ends_with_stacks_and_its_own_code(tmp_path):
     code = (
-        "import time\nfrom pathlib import Path\nfrom hpc.health import Watchdog\n"
+        "import time\nfrom pathlib import Path\nfrom hpc.train.health import Watchdog\n"
         f"Watchdog(Path({str(tmp_path)!r}), 3, 0.2)\ndef stuck_here(): time.sleep(60)\nstuck_here()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -7,7 +7,7 @@ import pytest
 from hpc.config import digest
 from hpc.data.order import Plan, sample_seed
 from hpc.data.shards import write_shard
-from lesiongen.data.splits import split_of
+from lesiongen.ingest.splits import split_of
 from lesiongen.sampling import uniforms
 
 

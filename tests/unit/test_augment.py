@@ -14,8 +14,8 @@ from torchvision.transforms.v2 import functional as F
 
 from hpc.config import build
 from lesiongen.data import augment as A
-from lesiongen.data import phantom
 from lesiongen.data.augment import AugmentConfig, PreprocessConfig, augment, centre, preprocess
+from lesiongen.ingest import phantom
 
 OFF = AugmentConfig(crop=1.0, dihedral=False)
 STRONG = {

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from lesiongen.data import duplicates, images, phantom
-from lesiongen.data.duplicates import Pair
+from lesiongen.data import images
+from lesiongen.ingest import duplicates, phantom
+from lesiongen.ingest.duplicates import Pair
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 
 from hpc.config import build
 from hpc.errors import UserError
+from lesiongen.data.facts import Known, combinations, vocabularies
 from lesiongen.experiment import PriorConfig, SampleConfig
-from lesiongen.facts import Known, combinations, vocabularies
 from lesiongen.sampling import guidance
 from lesiongen.stages.sample import plan_facts
 

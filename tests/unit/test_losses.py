@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torchvision.models import vgg16
 
 from hpc.errors import UserError
-from lesiongen.metrics.image import ms_ssim, ssim
+from lesiongen.data.similarity import ms_ssim, ssim
 from lesiongen.models.losses import LossConfig, Reconstruction
 
 

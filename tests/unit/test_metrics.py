@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lesiongen import report
-from lesiongen.data.licences import strictest
+from lesiongen.data.similarity import psnr, ssim
+from lesiongen.ingest.licences import strictest
 from lesiongen.metrics import classifier, copies
 from lesiongen.metrics.codes import bigram_bits, usage_and_perplexity
-from lesiongen.metrics.image import psnr, ssim
 
 
 def noise(number: int, side: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:

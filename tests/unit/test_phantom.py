@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lesiongen.data import phantom
+from lesiongen.ingest import phantom
 
 
 def _colours(rgb_HWC: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from hpc.errors import UserError
-from lesiongen.data import catalog, licences
+from lesiongen.ingest import catalog, licences
 
 ISIC_A, ISIC_B, ISIC_C = "ISIC_0000001", "ISIC_0000002", "ISIC_0000003"
 LAYOUTS = {

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc.errors import UserError
-from lesiongen.data.catalog import Record
-from lesiongen.data.splits import Groups, assign, split_of, thin_classes
+from lesiongen.ingest.catalog import Record
+from lesiongen.ingest.splits import Groups, assign, split_of, thin_classes
 
 names = st.sampled_from([f"i{n}" for n in range(30)])
 

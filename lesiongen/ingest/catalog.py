@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpc.errors import UserError
-from lesiongen.data import licences, sources
-from lesiongen.data.sources import SUFFIXES, stem
+from lesiongen.ingest import licences, sources
+from lesiongen.ingest.sources import SUFFIXES, stem
 
 SPLITS = ("train", "val", "test")
 AGE_BANDS = ("0-19", "20-39", "40-59", "60-79", "80+")

@@ -13,9 +13,10 @@ from PIL import Image
 from hpc.data.shards import ShardReader
 from hpc.run.progress import bar
 from hpc.run.rundir import atomic_write
-from lesiongen.data import duplicates, images
-from lesiongen.data.catalog import Record
-from lesiongen.data.splits import Groups
+from lesiongen.data import images
+from lesiongen.ingest import duplicates
+from lesiongen.ingest.catalog import Record
+from lesiongen.ingest.splits import Groups
 
 MANY = 20  # images of one lesion that are hard to believe
 

@@ -19,7 +19,7 @@ from hpc.data.shards import index_path, write_shard
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.augment import PreprocessConfig, centre, preprocess
-from lesiongen.data.catalog import Record
+from lesiongen.ingest.catalog import Record
 
 ABOUT = ("licence", "attribution", "source")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from hpc.errors import UserError
-from lesiongen.data.catalog import SPLITS, Record
+from lesiongen.ingest.catalog import SPLITS, Record
 
 
 def split_of(group: str, val: float, test: float) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from hpc.errors import UserError
 from hpc.run.progress import bar
 from hpc.run.rundir import atomic_write, lock
-from lesiongen.data.public import SETS, File
+from lesiongen.ingest.public import SETS, File
 
 BLOCK = 1 << 20
 PICTURES, TABLES, TEXTS = (".jpg", ".jpeg", ".png"), (".csv",), (".txt",)
