@@ -34,7 +34,7 @@ from lesiongen.data.augment import AugmentConfig, augment
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards, batch_of
 from lesiongen.experiment import DataConfig
-from lesiongen.stages.pack import pack
+from lesiongen.ingest.packing import pack
 
 BATCH = 64
 CONFIG = AugmentConfig()  # random resized crop and one of 8 symmetries

@@ -30,9 +30,9 @@ from hpc.dist import Topology
 from hpc.train.engine import Engine, EngineConfig
 from hpc.train.flops import peak_flops, training_flops
 from hpc.train.optim import OptimConfig, optimizer
-from lesiongen.models.gpt import GPTConfig
-from lesiongen.models.prior import make
-from lesiongen.stages.prior import Objective
+from lesiongen.priors import make
+from lesiongen.priors.gpt import GPTConfig
+from lesiongen.priors.objective import Objective
 
 PRECISION = "bf16" if DEVICE.type == "cuda" else "fp32"
 OPTIM = OptimConfig(lr=3e-4, weight_decay=0.1)

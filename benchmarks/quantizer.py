@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesiongen.models import quantize
-from lesiongen.models.quantize import QUANTIZERS
-from lesiongen.models.quantizer import QuantizerConfig
+from lesiongen.tokenizers import quantize
+from lesiongen.tokenizers.quantize import QUANTIZERS
+from lesiongen.tokenizers.quantizer import QuantizerConfig
 
 GRID, DIM, ENTRIES, DECAY, COMMITMENT = 32, 64, 512, 0.99, 0.25
 BATCHES, ROUNDS = (16, 64), 15

@@ -26,13 +26,14 @@ import torch
 
 from benchmarks.prior import Case, load_nanogpt, their_net
 from benchmarks.timing import DEVICE, timed
-from lesiongen.graphs import Recorded
-from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
-from lesiongen.models.gpt import GPTConfig
-from lesiongen.models.pixelcnn import PixelCNNConfig
-from lesiongen.models.pixelsnail import PixelSNAILConfig
-from lesiongen.models.prior import Prior, PriorShape, make
-from lesiongen.sampling import Choice, uniforms
+from lesiongen.priors import make
+from lesiongen.priors.cuda_graphs import Recorded
+from lesiongen.priors.gated_pixelcnn import GatedPixelCNNConfig
+from lesiongen.priors.gpt import GPTConfig
+from lesiongen.priors.pixelcnn import PixelCNNConfig
+from lesiongen.priors.pixelsnail import PixelSNAILConfig
+from lesiongen.priors.prior import Prior, PriorShape
+from lesiongen.priors.sampling import Choice, uniforms
 
 ENTRIES, CHANNELS = 512, 128
 Timer = Callable[[], float]  # seconds of one batch

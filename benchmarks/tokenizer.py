@@ -32,14 +32,15 @@ from hpc.train import allocator
 from hpc.train.engine import Engine, EngineConfig
 from hpc.train.optim import OptimConfig, optimizer
 from lesiongen.data.augment import AugmentConfig
+from lesiongen.data.images import to_float, to_unit
 from lesiongen.data.packed import Packed
 from lesiongen.data.similarity import psnr
 from lesiongen.data.stream import ImageShards
-from lesiongen.metrics.codes import usage_and_perplexity
-from lesiongen.models.losses import LossConfig
-from lesiongen.models.tokenizer import make
-from lesiongen.models.vqvae2 import VQVAE2Config
-from lesiongen.stages.tokenizer import Objective, to_float, to_unit
+from lesiongen.evaluation.codes import usage_and_perplexity
+from lesiongen.tokenizers import make
+from lesiongen.tokenizers.losses import LossConfig
+from lesiongen.tokenizers.objective import Objective
+from lesiongen.tokenizers.vqvae2 import VQVAE2Config
 
 
 class Ours:
@@ -123,7 +124,7 @@ class Repaired(nn.Module):
 
     def __init__(self, batch: int):
         super().__init__()
-        from lesiongen.models.quantize import build
+        from lesiongen.tokenizers.quantize import build
 
         self.inner = build(VQVAE2Config(commitment=1.0), batch)
         self.where, self.seen = (None, None), None

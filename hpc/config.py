@@ -81,7 +81,7 @@ def build(cls: type[T], data: Any, where: str = "") -> T:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(fields)}."
             raise UserError(f"Unknown key '{_join(where, key)}' in the config; {hint}")
-    values = {key: _convert(hints[key], value, _join(where, key)) for key, value in data.items()}
+    values = {key: convert(hints[key], value, _join(where, key)) for key, value in data.items()}
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise UserError(f"The config lacks '{_join(where, name)}'.")
@@ -97,7 +97,7 @@ def _join(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
+def convert(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     wrong = UserError(f"'{where}' is {value!r}, which is not {_name(kind)}.")
     if kind is Any:
@@ -106,7 +106,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         kinds = [a for a in arguments if a is not type(None)]
-        return _convert(_chosen(kinds, value, where) if len(kinds) > 1 else kinds[0], value, where)
+        return convert(_chosen(kinds, value, where) if len(kinds) > 1 else kinds[0], value, where)
     if origin is typing.Literal:
         if value not in arguments:
             raise UserError(f"'{where}' is {value!r}; choose one of {', '.join(map(str, arguments))}.")
@@ -117,14 +117,14 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise wrong
         if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+            return tuple(convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(value) != len(arguments):
             raise UserError(f"'{where}' needs {len(arguments)} values, not {len(value)}.")
-        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+        return tuple(convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
     if origin is dict:
         if not isinstance(value, dict):
             raise wrong
-        return {str(k): _convert(arguments[1], v, _join(where, k)) for k, v in value.items()}
+        return {str(k): convert(arguments[1], v, _join(where, k)) for k, v in value.items()}
     if dataclasses.is_dataclass(kind):
         return build(kind, {} if value is None else value, where)
     if kind is bool or isinstance(value, bool):

@@ -1,7 +1,9 @@
-"""The `lesiongen` command. Only argparse is imported here: --help must answer at once, torch takes seconds."""
+"""The `lesiongen` command. Nothing slow is imported here: --help must answer at once, torch takes seconds."""
 
 import argparse
 import os
+
+from launch.endings import code_of, end, explain
 
 CONFIG_HELP = "YAML file"
 
@@ -92,7 +94,6 @@ def main(arguments: list[str] | None = None) -> int:
     # Threads that spin while they wait make each other 30 times slower where ranks, workers or others share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from launch import commands
-    from launch.work import code_of, explain
 
     try:
         return commands.COMMANDS[options.verb](options) or 0
@@ -103,10 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def command() -> None:
     """Entry point of the process."""
-    code = main()
-    from launch.work import end  # not before: it imports torch, which `--help` does not wait for
-
-    end(code)
+    end(main())
 
 
 if __name__ == "__main__":

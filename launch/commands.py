@@ -11,17 +11,6 @@ from launch import executors, pipeline, status
 from lesiongen import experiment
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
-from lesiongen.stages.base import Stage
-
-
-def take(config: Experiment, todo: list[Stage], fresh: list[str] = ()) -> int:
-    """Runs stages one after the other on this machine, until one does not end well."""
-    pipeline.clear(config, tuple(fresh))
-    pipeline.snapshot(config)
-    for stage in todo:
-        if code := executors.EXECUTORS["local"](config, stage):
-            return code
-    return errors.DONE
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,20 +18,20 @@ def run(options: argparse.Namespace) -> int:
     todo = pipeline.to_do(config, tuple(options.fresh))
     if not todo:
         print(f"everything is done; see {config.directory / 'report' / 'report.html'}")
-    code = take(config, todo, options.fresh)
+    code = pipeline.run_stages(config, todo, tuple(options.fresh))
     if code == errors.DONE and todo:
-        print(where_to_look(config))
+        print(pipeline.where_to_look(config))
     return code
 
 
-def some(config: Experiment, names: list[str], fresh: list[str]) -> int:
+def run_only(config: Experiment, names: list[str], fresh: list[str]) -> int:
     """Only the named stages; what lies upstream must be there."""
     if missing := [n for n in names if n not in stages(config)]:
         raise UserError(f"{missing[0]} is not made by this run; it makes: {', '.join(stages(config))}.")
     todo = pipeline.to_do(config, tuple(fresh), tuple(names))
     if not todo:
         print(f"{', '.join(names)}: done already")
-    return take(config, todo, fresh)
+    return pipeline.run_stages(config, todo, tuple(fresh))
 
 
 def pack(options: argparse.Namespace) -> int:
@@ -57,8 +46,8 @@ def pack(options: argparse.Namespace) -> int:
         overrides = [f"data.{key}={value}" for key, value in given.items() if value is not None]
         config = experiment.load(options.config, [*options.overrides, *overrides])
         if not options.append:
-            return some(config, ["shards"], options.fresh)
-        pipeline.add_to(config, config.directory / "shards")
+            return run_only(config, ["shards"], options.fresh)
+        pipeline.append_to(config, config.directory / "shards")
         return errors.DONE
     if not (options.images and options.out):
         raise UserError("Say what to pack: lesiongen pack CONFIG, or --images DIR --metadata CSV --out SHARDS.")
@@ -81,7 +70,7 @@ def download(options: argparse.Namespace) -> int:
 
 
 def preview(options: argparse.Namespace) -> int:
-    from lesiongen.data.preview import preview as show
+    from lesiongen.stages.preview import preview as show
 
     print(show(experiment.load(options.config, options.overrides), options.out and Path(options.out)))
     return errors.DONE
@@ -90,15 +79,15 @@ def preview(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     config = experiment.load(options.config, options.overrides)
     if options.what == "tokenizer":
-        return some(config, ["tokenizer"], options.fresh)
+        return run_only(config, ["tokenizer"], options.fresh)
     if options.level and options.level not in config.levels:
         raise UserError(f"--level {options.level}: this tokenizer has the levels {', '.join(config.levels)}.")
     levels = [options.level] if options.level else config.levels
-    return some(config, [f"prior-{level}" for level in levels], options.fresh)
+    return run_only(config, [f"prior-{level}" for level in levels], options.fresh)
 
 
 def reconstruct(options: argparse.Namespace) -> int:
-    from lesiongen.reconstruct import reconstruct as through
+    from lesiongen.stages.reconstruct import reconstruct as through
 
     overrides = [given for given in options.images if "=" in given and not Path(given).exists()]
     paths = [Path(given) for given in options.images if given not in overrides]
@@ -112,11 +101,11 @@ def reconstruct(options: argparse.Namespace) -> int:
 
 
 def encode(options: argparse.Namespace) -> int:
-    return some(experiment.load(options.config, options.overrides), ["codes"], options.fresh)
+    return run_only(experiment.load(options.config, options.overrides), ["codes"], options.fresh)
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    return some(experiment.load(options.config, options.overrides), ["report"], options.fresh)
+    return run_only(experiment.load(options.config, options.overrides), ["report"], options.fresh)
 
 
 def sample(options: argparse.Namespace) -> int:
@@ -125,7 +114,7 @@ def sample(options: argparse.Namespace) -> int:
     given = {"labels": options.label and tuple(options.label), "number": options.n, "seed": options.seed}
     given = {k: v for k, v in given.items() if v is not None}
     if not given and not options.out:
-        return some(config, ["samples"], options.fresh)
+        return run_only(config, ["samples"], options.fresh)
     try:
         own = replace(config.sample, **given)
     except ValueError as error:
@@ -152,7 +141,7 @@ def submit(options: argparse.Namespace) -> int:
     executors.check(config, todo, cluster, options.dry)
     if not options.dry:
         pipeline.clear(config, tuple(options.fresh))
-        pipeline.snapshot(config)
+        pipeline.write_config(config)
     sent = executors.EXECUTORS["slurm"](config, todo, cluster, options.dry)
     if not options.dry:
         for name, job in sent.items():
@@ -161,8 +150,8 @@ def submit(options: argparse.Namespace) -> int:
     return errors.DONE
 
 
-def plan(options: argparse.Namespace) -> int:
-    from launch.plan import report
+def show_cost(options: argparse.Namespace) -> int:
+    from launch.cost import report
 
     print(report(experiment.load(options.config, options.overrides)))
     return errors.DONE
@@ -210,19 +199,10 @@ def demo(options: argparse.Namespace) -> int:
 def rank(options: argparse.Namespace) -> int:
     from hpc import dist
     from hpc.train import health
-    from launch.work import rank_main
+    from launch.rank import rank_main
 
     health.exit_with_parent()
     return rank_main(experiment.load(options.config), options.stage, dist.detect())
-
-
-def where_to_look(config: Experiment) -> str:
-    here = config.directory
-    return (
-        f"\nreport:   {here / 'report' / 'report.html'}"
-        f"\nsamples:  {here / 'samples' / 'contact.png'} and {here / 'samples' / 'images'}/"
-        f"\nMLflow:   lesiongen ui --runs {here.parent}"
-    )
 
 
 COMMANDS = {
@@ -237,7 +217,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "run": run,
     "submit": submit,
-    "plan": plan,
+    "plan": show_cost,
     "status": show_status,
     "logs": logs,
     "cancel": cancel,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hpc import config as hpc_config
 from hpc import errors
-from launch import commands, pipeline
+from launch import pipeline
 from lesiongen import experiment
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
@@ -27,8 +27,8 @@ def demo(options: argparse.Namespace) -> int:
         data["data"] |= {"images": str(drawn / "images"), "metadata": str(drawn / "metadata.csv")}
         phantom.write(drawn, lesions_per_class=100, size=96)
     config = experiment.make(hpc_config.override(data, options.overrides))
-    code = commands.take(config, pipeline.to_do(config))
+    code = pipeline.run_stages(config, pipeline.to_do(config))
     if code == errors.DONE:
-        print(commands.where_to_look(config))
+        print(pipeline.where_to_look(config))
         print(f"took {(time.monotonic() - began) / 60:.1f} min")
     return code

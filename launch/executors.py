@@ -15,7 +15,7 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run import journal
 from launch.job import StageJob
-from launch.work import rank_main
+from launch.rank import rank_main
 from lesiongen.experiment import Experiment, check_ranks
 from lesiongen.stages.base import Stage
 
@@ -135,19 +135,16 @@ def _executor(config: Experiment, cluster: ClusterConfig, stage: Stage, folder: 
         qos=cluster.qos,
         constraint=cluster.constraint,
         signal_delay_s=cluster.signal_seconds,
-        # The script outlives signals meant for its ranks: the last word is its.
-        setup=["trap : TERM USR2", *cluster.setup, *exports],
-        teardown=["code=$?", f"[ $code = 0 ] || {ended} $code"],
+        # The batch script outlives signals meant for its ranks, and its last line decides about the requeue. submitit would
+        # install a handler of its own for the signal named here; USR1 is not used, so USR2 stays with launch/job.py.
+        setup=["trap : TERM USR2", "export SUBMITIT_PREEMPT_SIGNAL=USR1", *cluster.setup, *exports],
+        # Signals are ignored from here on, also by the Python that starts: without the requeue the job would be lost.
+        teardown=["code=$?", "trap '' TERM USR2", f"[ $code = 0 ] || {ended} $code"],
         # A dead rank ends the step, as the others would wait for it in a collective; they have time to say why they end.
         srun_args=["--wait=30", f"--cpus-per-task={own.cpus_per_task}"],
         additional_parameters=extra,
     )
     return executor
-
-
-def resubmission(job: StageJob):
-    """What submitit wants back from a job's checkpoint()."""
-    return submitit.helpers.DelayedSubmission(job)
 
 
 def check(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> None:

@@ -36,7 +36,9 @@ def note_ending(folder: Path, code: int) -> None:
 
 def main(folder: Path, srun: int) -> int | None:
     """The job's exit code; None where it is in the queue again, and Slurm will end this start of it."""
-    codes = {e["code"] for e in journal.read(folder / ENDINGS) if e["attempt"] == attempt()} or {srun}
+    codes = {e["code"] for e in journal.read(folder / ENDINGS) if e["attempt"] == attempt()}
+    if not codes or srun in SIGNALLED:  # a rank that a signal killed while it started has noted nothing
+        codes.add(srun)
     final = [code for code in FINAL if code in codes]
     # Ranks that lose a stopped one fail.
     stopped = not codes.isdisjoint((errors.RESUMABLE, *SIGNALLED)) and not final
@@ -91,8 +93,10 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    # A job that is requeued is ended, but not before it says so.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
+    # The batch script made this process ignore TERM and USR2. Hold TERM back from here on instead of ignoring it: Slurm
+    # ends a job that is requeued by TERM, which must wait until this process has said so, and must not be lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ended = main(Path(sys.argv[1]), int(sys.argv[2]))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if ended is None:

@@ -59,10 +59,10 @@ def _checkpoint(folder: Path) -> tuple[int, list[str]]:
 
 
 def _export(folder: Path) -> tuple[int, list[str]]:
-    from lesiongen.stages.tokenizer import digest_of_export
+    from lesiongen.tokenizers.export import export_digest
 
     record = json.loads((folder.parent / "stage.json").read_text())
-    if record["done"] and digest_of_export(folder) != record["digest"]:
+    if record["done"] and export_digest(folder) != record["digest"]:
         return 1, [f"{folder}: the weights are not those the stage recorded ({record['digest']})"]
     return 1, []
 

@@ -80,7 +80,7 @@ class StageDir:
 
     @property
     def record(self) -> dict | None:
-        return read_record(self.path)
+        return read_stage_record(self.path)
 
     @property
     def digest(self) -> str | None:
@@ -135,7 +135,7 @@ class StageDir:
         atomic_write(self.path / "stage.json", json.dumps(record, indent=1).encode() + b"\n")
 
 
-def read_record(path: Path) -> dict | None:
+def read_stage_record(path: Path) -> dict | None:
     """stage.json of a stage directory, None where there is none."""
     try:
         return json.loads((path / "stage.json").read_text())

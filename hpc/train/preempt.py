@@ -1,11 +1,9 @@
 """Signals and the end of the allocation. In the training loop they set a flag, on which all ranks agree before they save
 and stop together; everywhere else they interrupt: what is done there can be done again."""
 
-import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 MARGIN_S = 120  # time kept for saving before a known end of the allocation; a tenth of what is left where that is less
 
@@ -21,7 +19,7 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
-        if self.deadline:
+        if self.deadline and not signal.getitimer(signal.ITIMER_REAL)[0]:  # else Interruptible is about to end the process
             # An evaluation may last longer than the margin. Killed now, the job goes on from its last checkpoint; killed
             # by Slurm for its time limit, it and the jobs that wait for it are lost.
             signal.setitimer(signal.ITIMER_REAL, max(1.0, self.deadline - self.margin / 6 - time.time()))
@@ -45,12 +43,33 @@ class Preemption:
         return self.reason is not None
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """USR2 and TERM raise KeyboardInterrupt, as INT does."""
-    previous = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGUSR2, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
+class Interruptible:
+    """Within it USR2 and TERM raise KeyboardInterrupt, as INT does. For code whose work can be done again.
+
+    A library may swallow the KeyboardInterrupt, for example in a bare `except:` around an optional import. So a signal also
+    starts a timer: SIGALRM kills a process that has not left the block GRACE_S seconds later.
+
+    Attributes:
+        signalled: USR2 or TERM has arrived.
+    """
+
+    GRACE_S = 30
+
+    def __init__(self):
+        self.signalled = False
+
+    def __enter__(self) -> "Interruptible":
+        self.previous = {s: signal.signal(s, self._interrupt) for s in (signal.SIGUSR2, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.signalled:
+            signal.alarm(0)
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def _interrupt(self, _number, _frame) -> None:
+        if not self.signalled:  # a second signal must not interrupt the handling of the first
+            self.signalled = True
+            signal.alarm(self.GRACE_S)
+            raise KeyboardInterrupt

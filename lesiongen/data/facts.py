@@ -9,6 +9,7 @@ import numpy as np
 from hpc.data.codestore import CodeStore
 from hpc.errors import UserError
 
+AGE_BANDS = ("0-19", "20-39", "40-59", "60-79", "80+")  # years
 FACTS = ("label", "site", "sex", "age_band")  # columns of the code store
 
 
@@ -33,7 +34,18 @@ def combinations(store: CodeStore, names: Sequence[str]) -> list[str]:
     return [" ".join(map(str, [*row, count])) for row, count in zip(rows.tolist(), counts.tolist(), strict=True)]
 
 
-class Known:
+def columns_of(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, int]:
+    """int16 columns of one image; -1 for unknown."""
+    age = facts.get("age")
+    named = {
+        "label": facts.get("dx"),
+        "age_band": None if age is None else AGE_BANDS[min(int(age) // 20, 4)],
+        **{c: facts.get(c) for c in ("site", "sex", "licence")},
+    }
+    return {c: vocabularies[c].index(v) if v in vocabularies[c] else -1 for c, v in named.items()}
+
+
+class PriorFacts:
     """The facts of one exported prior: their values, and how they occur together in its training images."""
 
     def __init__(self, values: dict[str, list[str]], combinations: list[str]):
@@ -70,7 +82,7 @@ class Known:
         return self.kept[key]
 
 
-def refuse_unknown(given: dict[str, str], priors: Sequence[Known]) -> None:
+def refuse_unknown(given: dict[str, str], priors: Sequence[PriorFacts]) -> None:
     """Raises UserError for a fact or value that no prior of the generator knows."""
     known = {name: values for prior in priors for name, values in prior.values.items() if name != "label"}
     for name, value in given.items():

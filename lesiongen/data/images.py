@@ -147,3 +147,18 @@ def grid(images_BCHW: torch.Tensor, columns: int, pad: int = 2) -> torch.Tensor:
         top, left = pad + (i // columns) * (height + pad), pad + (i % columns) * (width + pad)
         sheet[:, top : top + height, left : left + width] = image
     return sheet
+
+
+def to_float(image_BCHW: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels → float32 in [-1, 1], as the networks take them."""
+    return image_BCHW.float() / 127.5 - 1
+
+
+def to_uint8(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """Float pixels in [-1, 1] → uint8; values outside are clamped."""
+    return ((x_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_unit(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """Float pixels in [-1, 1] → [0, 1], as PSNR and SSIM take them; values outside are clamped."""
+    return (x_BCHW.float().clamp(-1, 1) + 1) / 2

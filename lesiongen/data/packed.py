@@ -13,6 +13,7 @@ from hpc.data import manifest
 from hpc.data.storage import CacheConfig, Store
 from hpc.errors import UserError
 
+SPLITS = ("train", "val", "test")
 CATALOG = ("image_id", "own_group", "group", "split", "shard", "ordinal", "dx", "licence")
 
 
@@ -37,7 +38,7 @@ class Packed:
             name: list(dict.fromkeys(v for m in self.manifests for v in m["vocabularies"][name]))
             for name in first["vocabularies"]
         } | {"label": self.classes}
-        self.splits = [name for name in ("train", "val", "test") if any(name in m["counts"] for m in self.manifests)]
+        self.splits = [name for name in SPLITS if any(name in m["counts"] for m in self.manifests)]
 
     def _union(self, key: str) -> list[str]:
         return list(dict.fromkeys(value for m in self.manifests for value in m[key]))

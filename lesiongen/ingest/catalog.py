@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpc.errors import UserError
+from lesiongen.data.facts import AGE_BANDS
 from lesiongen.ingest import licences, sources
 from lesiongen.ingest.sources import SUFFIXES, stem
 
-SPLITS = ("train", "val", "test")
-AGE_BANDS = ("0-19", "20-39", "40-59", "60-79", "80+")
 # Pictures that come with challenge data and are no photographs: masks of lesions, superpixels, dermoscopic attributes.
 MASKS = re.compile(r"_(segmentation|superpixels|attribute_[a-z_]+)$", re.IGNORECASE)
 FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

@@ -1,111 +1,270 @@
-"""One shard's worth of packing: a work order on disk in, a shard and what there is to say of it out.
+"""A folder of images with its metadata → WebDataset shards per split, the manifest last.
 
-Orders lie on disk, so that any process on any node can take any of them, and one that is done is not done again. The same
-order always makes the same bytes.
+Rank 0 reads the metadata, assigns splits and writes one work file for each shard. All ranks pack shards from work files,
+each with a pool of processes. Rank 0 merges the results into the manifest. A packing that was killed continues with the
+work files that have no result yet.
 """
 
-import hashlib
+import csv
+import io
 import json
-import re
+import multiprocessing
+import os
+import shutil
+import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
+from hpc import dist
+from hpc.config import plain
 from hpc.data import manifest
-from hpc.data.shards import index_path, write_shard
+from hpc.data.shards import index_path
+from hpc.dist import Topology
+from hpc.errors import UserError
+from hpc.run.progress import bar
 from hpc.run.rundir import atomic_write
-from lesiongen.data import images
-from lesiongen.data.augment import PreprocessConfig, centre, preprocess
-from lesiongen.ingest.catalog import Record
+from hpc.train import health
+from lesiongen.data.config import DataConfig
+from lesiongen.data.packed import CATALOG, SPLITS, moments, rows
+from lesiongen.ingest import catalog, pairing, shard_work, splits
+from lesiongen.ingest.catalog import Catalog, Record
 
-ABOUT = ("licence", "attribution", "source")
-
-
-def order(folder: Path, split: str, number: int, records: list[Record], settings: dict) -> Path:
-    """Writes the order for shard `number` of a split. One that is there already, with its result, is kept."""
-    path = folder / "work" / f"{split}-{number:06d}.json"
-    content = json.dumps({"split": split, "settings": settings, "records": [asdict(r) for r in records]}).encode()
-    if not path.exists() or path.read_bytes() != content:
-        result_path(path).unlink(missing_ok=True)
-        atomic_write(path, content)
-    return path
+POOL_FROM = 2_000  # images; for fewer, starting the processes takes longer than the work
 
 
-def result_path(order: Path) -> Path:
-    return order.with_suffix(".done")
+def pack(data: DataConfig, folder: Path, topology: Topology | None = None, append: bool = False) -> str:
+    """Packs images into shards. Collective.
+
+    Args:
+        data: Where the images are, and how they are packed.
+        folder: Directory of the shards.
+        topology: The ranks that share the work; None for this process alone.
+        append: Add images that are new to a finished set. None of those already packed moves.
+
+    Returns:
+        The manifest's digest.
+
+    Raises:
+        UserError: The input cannot be used. Nothing that is finished in `folder` has been touched then.
+    """
+    topology = topology or Topology()
+    began = time.monotonic()
+    work_files = dist.leader_does(_prepare, data, folder, append)
+    mine = work_files[topology.rank :: topology.world]
+    total = sum(images for _, images in mine)
+    processes = data.processes or _default_processes(total, topology)
+    with _pool(min(processes, len(mine))) as each, bar(total, "pack", shown=topology.leader) as progress:
+        for images in each(shard_work.pack_shard, [folder / "work" / name for name, _ in mine]):
+            progress.update(images)
+    dist.barrier()
+    digest = dist.leader_does(_commit, data, folder, [name for name, _ in work_files], append)
+    if topology.leader and work_files:
+        number, seconds = sum(images for _, images in work_files), time.monotonic() - began
+        print(f"{number:,} images in {seconds:.0f} s, {number / seconds:,.0f} images/s")
+    return digest
 
 
-def size(order: Path) -> int:
-    return len(json.loads(order.read_text())["records"])
+def _default_processes(images: int, topology: Topology) -> int:
+    """This rank's share of the node's cores; 1 for few images."""
+    ranks_here = max(1, topology.world // topology.nodes)
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here) if images > POOL_FROM else 1
 
 
-def fulfil(order: Path) -> int:
-    """Packs one shard, unless it is there, and records the result. Returns the number of images looked at."""
-    work = json.loads(order.read_text())
-    shard = order.parent.parent / f"{order.stem}.tar"
-    if not _kept(result_path(order), shard):
-        atomic_write(result_path(order), json.dumps(_pack(work, shard)).encode())
-    return len(work["records"])
+@contextmanager
+def _pool(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
+    """Yields a map() over that many processes, results in order. One process means this one.
+
+    Processes are spawned: ranks run threads, and a fork of a process with threads may deadlock.
+    """
+    if processes < 2:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=health.exit_with_parent) as workers:
+        yield workers.map
 
 
-def _kept(result: Path, shard: Path) -> bool:
-    try:
-        entry = json.loads(result.read_text())["entry"]
-    except (OSError, ValueError):
-        return False
-    return entry is None or (shard.exists() and shard.stat().st_size == entry["bytes"] and index_path(shard).exists())
+def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, int]]:
+    """Reads the metadata, assigns splits, writes the work files. Returns each work file's name and number of images."""
+    before, packed = _read_packed(folder) if append else ({}, {})
+    found = catalog.read(
+        Path(data.images),
+        Path(data.metadata) if data.metadata else None,
+        data.columns,
+        data.classes,
+        data.licences,
+        Path(data.splits) if data.splits else None,
+        data.rename,
+    )
+    for line in found.recognised:
+        print(line)
+    records = [r for r in found.records if r.image not in packed]
+    rejected = [entry for entry in found.rejected if entry["image"] not in packed]
+    if append:
+        print(f"{len(found.records) - len(records):,} images are packed already, {len(records):,} are new")
+    classes = _classes(data, records, before, append)
+    pairs = list(found.pairs)
+    if data.near_duplicates and records:
+        with _pool(data.processes or _default_processes(len(records), Topology())) as each:
+            pairs += pairing.near_duplicates(records, folder, packed, _suffix(before), each)
+    members, unjoined = splits.assign(records, data.val, data.test, pairs, {k: v[:3] for k, v in packed.items()})
+    _write_rejected(rejected + unjoined, found.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
+    if not append:
+        splits.refuse_empty({name: len({r.group for r in m}) for name, m in members.items()}, data.val, data.test)
+    _write_listed(
+        folder, found, rejected + unjoined, classes, catalog.vocabularies(records, classes, before.get("vocabularies"))
+    )
+    return _write_work(data, folder, members, classes, before.get("shards", []))
 
 
-def _pack(work: dict, shard: Path) -> dict:
-    """{"entry" for the manifest, None for an empty shard; "rejected"; "catalog" rows; "about": counts of licences …}."""
-    settings, channels = work["settings"], work["settings"]["channels"]
-    rejected, rows, about = [], [], {what: Counter() for what in ABOUT}
-    # Whole numbers: sums come out the same in whatever order shards are merged.
-    moments = np.zeros((3, channels), dtype=np.int64)  # pixels, sum, sum of squares
-    prepare = PreprocessConfig(**settings["preprocess"])
-    larger = round(settings["size"] / prepare.centre)  # what is cut away is cut before the size is right
-    number_of = {name: i for i, name in enumerate(settings["classes"])}
-
-    def samples() -> Iterator[dict]:
-        for record in (Record(**r) for r in work["records"]):
-            try:
-                image = images.read(Path(record.path), channels, larger)
-            except (images.BadImage, OSError) as error:
-                rejected.append({"image": record.image, "reason": str(error)})
-                continue
-            view = preprocess(images.to_tensor(images.shrink(image, larger)), prepare)
-            if work["split"] == "train":
-                pixels = centre(view, settings["size"]).flatten(1).numpy().astype(np.int64)
-                moments[:] += [[pixels.shape[1]] * channels, pixels.sum(1), (pixels**2).sum(1)]
-            for what, count in about.items():
-                count[getattr(record, what)] += 1
-            place = [work["split"], shard.name, len(rows)]
-            rows.append([record.image, record.own_group, record.group, *place, record.dx, record.licence])
-            yield {
-                "__key__": key(record.image),
-                "__label__": number_of.get(record.dx, -1),
-                settings["format"]: images.encode(images.to_image(view), settings["format"], settings["quality"]),
-                "json": json.dumps(record.facts(), sort_keys=True).encode(),
-            }
-
-    count = write_shard(shard, samples())
-    entry = None
-    if count:
-        classes = dict(sorted(Counter(row[6] for row in rows).items()))
-        index = manifest.describe(index_path(shard))
-        entry = manifest.describe(shard, split=work["split"], count=count, classes=classes, index=index)
-        if work["split"] == "train":
-            entry["moments"] = dict(zip(("pixels", "sum", "squares"), moments.tolist(), strict=True))
-    else:
-        shard.unlink()
-        index_path(shard).unlink()
-    return {"entry": entry, "rejected": rejected, "catalog": rows, "about": about}
+def _classes(data: DataConfig, records: list[Record], before: dict, append: bool) -> list[str]:
+    """Class names in the order of their numbers: those packed before keep theirs, new ones follow in alphabetical order."""
+    classes = list(before.get("classes", []))
+    classes += sorted({*data.classes, *(r.dx for r in records if r.dx)} - set(classes))
+    for label in classes:
+        if not append and not any(r.dx == label for r in records):
+            raise UserError(f"The class '{label}' in data.classes has no image.")
+    return classes
 
 
-def key(image: str) -> str:
-    """A name that tar and every file system take, and two images never share."""
-    plain = re.sub(r"[^A-Za-z0-9_-]", "_", image)[:80]
-    return plain if plain == image else f"{plain[:70]}-{hashlib.sha256(image.encode()).hexdigest()[:8]}"
+def _write_listed(folder: Path, found: Catalog, rejected: list[dict], classes: list[str], vocabularies: dict) -> None:
+    """Keeps what the manifest will need of the metadata, so that a packing that was killed need not keep it in memory."""
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    listed = {"rejected": rejected, "left_out": found.left_out, "listed": found.listed, "classes": classes}
+    listed["vocabularies"] = vocabularies
+    atomic_write(folder / "work" / "listed.json", json.dumps(listed).encode())
+
+
+def _write_work(
+    data: DataConfig, folder: Path, members: dict[str, list[Record]], classes: list[str], shards: list[dict]
+) -> list[tuple[str, int]]:
+    """Writes one work file for each new shard; `shards` are those packed before, after which numbers continue."""
+    settings = {k: getattr(data, k) for k in ("size", "channels", "format", "quality")} | {"classes": classes}
+    settings["preprocess"] = plain(data.preprocess)
+    work_files = []
+    for split, records in members.items():
+        first_number = sum(s["split"] == split for s in shards)
+        for number, first in enumerate(range(0, len(records), data.shard_samples), first_number):
+            part = records[first : first + data.shard_samples]
+            work_files.append((shard_work.write(folder, split, number, part, settings).name, len(part)))
+    return work_files
+
+
+def _read_packed(folder: Path) -> tuple[dict, dict[str, tuple[str, str, str, str, int]]]:
+    """The manifest of a finished set, and for each image its (own group, group, split, shard, ordinal)."""
+    before = manifest.read(folder)
+    if problems := manifest.verify(folder, before["catalogs"]):
+        raise UserError(f"{problems[0]}. Nothing can be appended without it: restore it, or pack again.")
+    columns = ("own_group", "group", "split", "shard", "ordinal")
+    packed = rows(folder / entry["name"] for entry in before["catalogs"])
+    return before, {row["image_id"]: tuple(row[c] for c in columns) for row in packed}
+
+
+def _suffix(before: dict) -> str:
+    """Ending of the file names that each packing adds: "" for the first packing, "-1" for the first append, …"""
+    generation = len(before.get("catalogs", []))
+    return f"-{generation}" if generation else ""
+
+
+def _write_rejected(rejected: list[dict], listed: int, data: DataConfig, path: Path) -> None:
+    """Writes the list of rejected images. Raises UserError where they are more than data.max_rejected allows."""
+    atomic_write(path, _jsonl(rejected))
+    if len(rejected) > data.max_rejected * listed:
+        raise UserError(
+            f"{len(rejected)} of {listed} images and rows cannot be used, above data.max_rejected={data.max_rejected}; the "
+            f"first: {rejected[0]['image']}: {rejected[0]['reason']}. All are listed in {path}."
+        )
+
+
+def _jsonl(entries: list[dict]) -> bytes:
+    return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+
+
+def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool) -> str:
+    """Merges the results of all work files into the manifest, which is written last. Returns its digest."""
+    before = manifest.read(folder) if append else {}
+    listed = json.loads((folder / "work" / "listed.json").read_text())
+    results = [json.loads(shard_work.result_path(folder / "work" / name).read_text()) for name in work_files]
+    rejected = listed["rejected"] + [entry for result in results for entry in result["rejected"]]
+    suffix = _suffix(before)
+    _write_rejected(rejected, listed["listed"], data, folder / f"rejected{suffix}.jsonl")
+    if rejected:
+        print(f"{len(rejected):,} images or rows rejected, listed in {folder / f'rejected{suffix}.jsonl'}")
+    if left_out := listed["left_out"]:
+        print(f"{len(left_out):,} images left out by their licence, listed in {folder / f'left_out{suffix}.jsonl'}")
+        atomic_write(folder / f"left_out{suffix}.jsonl", _jsonl(left_out))
+    entries = before.get("shards", []) + [result["entry"] for result in results if result["entry"]]
+    catalogs = [*before.get("catalogs", []), _write_catalog(folder / f"catalog{suffix}.csv", results)]
+    counts, groups = _count(folder, catalogs, listed["classes"])
+    splits.refuse_empty(groups, data.val, data.test)
+    print(_table(counts, groups))
+    for warning in splits.thin_classes(_columns(folder, catalogs, "split", "dx", "group"), listed["classes"]):
+        print(f"warning: {warning}")
+    _remove_orphans(folder, entries)
+    facts = {"schema": 1, "size": data.size, "channels": data.channels, "preprocess": plain(data.preprocess)}
+    facts |= {"classes": listed["classes"], "counts": counts, "groups": groups, "vocabularies": listed["vocabularies"]}
+    facts |= {**_count_about(before, results), **moments(entries)}
+    facts |= {"rejected": before.get("rejected", 0) + len(rejected), "catalogs": catalogs, "shards": entries}
+    digest = manifest.write(folder, facts)
+    shutil.rmtree(folder / "work")
+    return digest
+
+
+def _write_catalog(path: Path, results: list[dict]) -> dict:
+    """Writes a row for each image packed now. Returns the file's entry in the manifest."""
+    new = [row for result in results for row in result["catalog"]]
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([CATALOG, *new])
+    atomic_write(path, table.getvalue().encode())
+    return manifest.describe(path, count=len(new))
+
+
+def _columns(folder: Path, catalogs: list[dict], *columns: str) -> Iterator[tuple[str, ...]]:
+    """Some columns of every image in the set, from the catalogs on disk."""
+    for row in rows(folder / entry["name"] for entry in catalogs):
+        yield tuple(row[column] for column in columns)
+
+
+def _count(folder: Path, catalogs: list[dict], classes: list[str]) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Images of each class in each split, and groups in each split."""
+    counts = splits.class_counts(_columns(folder, catalogs, "split", "dx"), classes)
+    groups: dict[str, set[str]] = {name: set() for name in counts}
+    for split, group in _columns(folder, catalogs, "split", "group"):
+        groups[split].add(group)
+    return counts, {name: len(members) for name, members in groups.items()}
+
+
+def _count_about(before: dict, results: list[dict]) -> dict[str, dict[str, int]]:
+    """Images of each licence, attribution and source, those packed before included."""
+    about = {}
+    for what in shard_work.ABOUT:
+        total = Counter(before.get(f"{what}s", {}))
+        for result in results:
+            total.update(result["about"][what])
+        about[f"{what}s"] = dict(sorted(total.items()))
+    return about
+
+
+def _remove_orphans(folder: Path, entries: list[dict]) -> None:
+    """Removes shards of an earlier attempt with other work files."""
+    names = {entry["name"] for entry in entries}
+    for orphan in folder.glob("*.tar"):
+        if orphan.name not in names:
+            orphan.unlink()
+            index_path(orphan).unlink(missing_ok=True)
+
+
+def _table(counts: dict[str, dict[str, int]], groups: dict[str, int]) -> str:
+    """Images of each class in each split, as a table for the terminal."""
+    names = [name for name in SPLITS if name in counts]
+    classes = list(dict.fromkeys(c for n in counts.values() for c in n))
+    lines = [("", *names)] + [(c or "(unlabelled)", *(f"{counts[n].get(c, 0):,}" for n in names)) for c in classes]
+    lines += [("images", *(f"{sum(counts[n].values()):,}" for n in names)), ("groups", *(f"{groups[n]:,}" for n in names))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from hpc.errors import UserError
-from lesiongen.ingest.catalog import SPLITS, Record
+from lesiongen.data.packed import SPLITS
+from lesiongen.ingest.catalog import Record
 
 
 def split_of(group: str, val: float, test: float) -> str:

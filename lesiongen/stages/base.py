@@ -18,8 +18,18 @@ from lesiongen.experiment import Experiment
 
 @dataclass(frozen=True)
 class Stage:
-    """name: its directory in the run; needs: artefacts upstream; run(config, topology, folder) → digest of the result,
-    on every rank; target: amount of work that makes it done."""
+    """One stage of a run.
+
+    Attributes:
+        name: The stage's directory in the run.
+        needs: Names of the artefacts that it reads.
+        identity: Plain data that make its result another thing: the fingerprint, readable so that a difference is named.
+        run: run(config, topology, folder) → digest of the result. Every rank calls it.
+        target: Amount of work that makes the stage done, such as samples; a larger target continues.
+        trains: The stage is a training, whose progress is counted in samples.
+        parallel: Several ranks make the stage faster.
+        appends: The stage adds to a finished directory, whose record stays valid until the new digest is written.
+    """
 
     name: str
     needs: tuple[str, ...]
@@ -27,11 +37,12 @@ class Stage:
     run: Callable[[Experiment, Topology, Path], str]
     target: int = 1
     trains: bool = False
-    parallel: bool = True  # gains from several ranks
+    parallel: bool = True
+    appends: bool = False
 
 
 def artefact(config: Experiment, name: str) -> Path:
-    """Where a stage's result lies: in this run, or in the one that inputs names. Packed sets: see packed()."""
+    """Directory of a stage's result: in this run, or in the run that `inputs` names. For shards see `packed`."""
     given = getattr(config.inputs, name, None)
     if not given:
         return config.directory / name
@@ -39,57 +50,84 @@ def artefact(config: Experiment, name: str) -> Path:
     return path / name if (path / name).is_dir() else path
 
 
-def packed_places(config: Experiment) -> list[str | Path]:
-    """Where the shards lie: this run's, or each of the runs, folders and URLs that inputs names."""
+def packed_locations(config: Experiment) -> list[str | Path]:
+    """Where the shards lie: in this run, or in each of the runs, folders and URLs that `inputs.shards` names."""
     if not config.inputs.shards:
         return [config.directory / "shards"]
     return [p if is_remote(p) or not (Path(p) / "shards").is_dir() else Path(p) / "shards" for p in config.inputs.shards]
 
 
 def packed(config: Experiment) -> Packed:
-    """The finished shards, as one. Raises UserError for sets that are not finished or do not go together."""
-    return Packed(packed_places(config), config.data.cache)
+    """The finished shards, as one set. Raises UserError for sets that are not finished or do not go together."""
+    return Packed(packed_locations(config), config.data.cache)
 
 
-def directory(config: Experiment, stage: Stage) -> StageDir:
-    """The stage's directory with what it must have been made from, as far as its inputs exist."""
+def shards_identity(config: Experiment) -> dict:
+    """What this run's shards are packed from."""
+    return hpc_config.plain(config.data, volatile=False)
+
+
+def shards_are_current(config: Experiment) -> bool:
+    """Whether there are finished shards that fit the config."""
+    if config.inputs.shards:
+        return True
+    shards = StageDir(config.directory / "shards", shards_identity(config), {})
+    return shards.done() and not shards.stale()
+
+
+def stage_dir_of(config: Experiment, stage: Stage) -> StageDir:
+    """The stage's directory in the run, with what it must have been made from, as far as its inputs exist."""
     inputs = {name: digest_of(config, name) for name in stage.needs}
     return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target)
 
 
 def digest_of(config: Experiment, name: str) -> str | None:
+    """Digest of a finished artefact; None where it is not finished."""
     if name == "shards" and config.inputs.shards:
         return packed(config).digest()
-    record = rundir.read_record(artefact(config, name))
+    record = rundir.read_stage_record(artefact(config, name))
     return record["digest"] if record and record["done"] else None
 
 
 def require(config: Experiment, name: str) -> Path:
-    """The finished artefact, or a UserError that says which stage is missing."""
+    """Directory of a finished artefact. Raises UserError that says which stage is missing."""
     path = artefact(config, name)
     if digest_of(config, name) is None:
         raise UserError(f"{path} is not finished; run that stage first (`lesiongen run` takes them in order).")
     return path
 
 
-def execute(config: Experiment, stage: Stage, topology: Topology) -> None:
-    """Runs a stage unless it is done: locked, checked against what is there, recorded. Collective."""
+def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: StageDir | None = None) -> None:
+    """Runs a stage unless it is done: locked, checked against what is there, recorded. Collective.
+
+    Args:
+        config: The run's config.
+        stage: The stage to run.
+        topology: This process among the ranks.
+        stage_dir: A directory of the stage's own, for a result outside the run. None for the stage's directory in the run.
+
+    Raises:
+        UserError: An input is missing, or the directory was made from another config, or another process uses it.
+    """
     dist.init(topology, config.local.join_seconds)
     for name in stage.needs:
         if name == "shards" and config.inputs.shards:
             dist.leader_does(packed(config).refuse_leaks)
         else:
             dist.leader_does(require, config, name)
-    place = directory(config, stage)
-    dist.leader_does(place.check)
-    if dist.leader_does(place.done):
+    config_yaml = hpc_config.to_yaml(config) if stage_dir is None else None  # outside a run the config says too much
+    stage_dir = stage_dir or stage_dir_of(config, stage)
+    dist.leader_does(stage_dir.check)
+    if not stage.appends and dist.leader_does(stage_dir.done):
         return
     with contextlib.ExitStack() as held:
-        dist.leader_does(_open, held, place, config)
-        digest = stage.run(config, topology, place.path)
-        dist.leader_does(place.finish, digest)
+        dist.leader_does(_open, held, stage_dir, stage, config_yaml)
+        digest = stage.run(config, topology, stage_dir.path)
+        dist.leader_does(stage_dir.finish, digest)
 
 
-def _open(held: contextlib.ExitStack, place: StageDir, config: Experiment) -> None:
-    held.enter_context(rundir.lock(place.path, wait_s=5))  # a killed predecessor's ranks take a moment to go
-    place.begin(hpc_config.to_yaml(config))
+def _open(held: contextlib.ExitStack, stage_dir: StageDir, stage: Stage, config_yaml: str | None) -> None:
+    """Locks the directory for as long as `held` is open, and records what the stage is made from."""
+    held.enter_context(rundir.lock(stage_dir.path, wait_s=5))  # the ranks of a killed predecessor take a moment to end
+    if not stage.appends:
+        stage_dir.begin(config_yaml)

@@ -15,12 +15,13 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import bar
 from lesiongen.data.augment import augment, centre
+from lesiongen.data.facts import columns_of
+from lesiongen.data.images import to_float
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
-from lesiongen.ingest.catalog import AGE_BANDS
-from lesiongen.models.tokenizer import Tokenizer
 from lesiongen.stages.base import Stage, digest_of, packed, require
-from lesiongen.stages.tokenizer import load_tokenizer, to_float
+from lesiongen.tokenizers.export import load_tokenizer
+from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
 def stage(config: Experiment) -> Stage:
@@ -74,17 +75,6 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
         **shards.about,
     }
     return dist.leader_does(manifest.write, folder, facts | {"shards": entries})
-
-
-def columns_of(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, int]:
-    """int16 columns of one image; -1 for unknown."""
-    age = facts.get("age")
-    named = {
-        "label": facts.get("dx"),
-        "age_band": None if age is None else AGE_BANDS[min(int(age) // 20, 4)],
-        **{c: facts.get(c) for c in ("site", "sex", "licence")},
-    }
-    return {c: vocabularies[c].index(v) if v in vocabularies[c] else -1 for c, v in named.items()}
 
 
 @torch.no_grad()

@@ -7,29 +7,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from hpc import dist
-from hpc.config import build, plain, read_yaml
+from hpc.config import plain
 from hpc.data.codestore import CodeStore
 from hpc.data.order import split
 from hpc.data.rows import Rows
 from hpc.data.shards import training_batches
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.train.flops import training_flops
 from hpc.train.loop import train
-from lesiongen import report
-from lesiongen.card import card
 from lesiongen.data import facts, images
 from lesiongen.data.balance import plan_for
+from lesiongen.data.images import to_uint8
+from lesiongen.evaluation import report
+from lesiongen.evaluation.card import card
+from lesiongen.evaluation.codes import bigram_bits
 from lesiongen.experiment import Experiment, PriorConfig
-from lesiongen.metrics.codes import bigram_bits
-from lesiongen.models.prior import Prior, PriorShape, make
-from lesiongen.sampling import Choice, uniforms
+from lesiongen.priors import make
+from lesiongen.priors.objective import Objective, model_shape, training_flops_per_sample
+from lesiongen.priors.prior import Prior
+from lesiongen.priors.sampling import Choice, uniforms
 from lesiongen.stages.base import Stage, digest_of, require
-from lesiongen.stages.tokenizer import digest_of_export, load_tokenizer, to_uint8, write_export
+from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
 
 GRID_SAMPLES = 32  # of the picture drawn at each evaluation
 BITS_BATCH = 64
@@ -49,51 +50,7 @@ def run(config: Experiment, topology: Topology, folder: Path, level: str) -> str
     own = config.prior(level)
     task = PriorTask(config, own, level, folder, topology)
     train(task, own.train, folder, topology, config.seed, f"prior-{level}", ledger=config.data.ledger)
-    return digest_of_export(folder / "export")
-
-
-class Objective(nn.Module):
-    """Mean cross-entropy of a level's codes."""
-
-    def __init__(self, net: Prior):
-        super().__init__()
-        self.net = net
-
-    def forward(self, batch: dict) -> dict:
-        loss = self.net.loss(batch["codes"], batch["facts"], batch["upper"])
-        bits = loss.detach() / math.log(2)
-        return {"loss": loss, "metrics": {"bits_per_token": bits}, "statistics": None}
-
-
-def model_shape(store: CodeStore, level: str, names: tuple[str, ...]) -> dict:
-    """Arguments of a prior for one level of a store. Raises UserError for a level or facts that it lacks."""
-    levels = [entry["name"] for entry in store.levels]  # coarse to fine
-    if level not in levels:
-        raise UserError(f"The code store {store.folder} has the levels {', '.join(levels)}, not '{level}'.")
-    place = levels.index(level)
-    own, upper = store.levels[place], store.levels[:place]
-    return {
-        "grid": tuple(own["grid"]),
-        "entries": own["K"],
-        "facts": {name: len(values) for name, values in facts.vocabularies(store, names).items()},
-        "upper": tuple((u["K"], tuple(u["grid"])) for u in upper),
-    }
-
-
-def blank_batch(shape: dict, number: int) -> dict:
-    """A batch that only has the right shapes, on the default device."""
-    return {
-        "codes": torch.zeros(number, *shape["grid"], dtype=torch.long),
-        "facts": torch.zeros(number, len(shape["facts"]), dtype=torch.long),
-        "upper": [torch.zeros(number, *grid, dtype=torch.long) for _, grid in shape["upper"]],
-    }
-
-
-def flops(model: PriorShape, shape: dict) -> int:
-    """Of training on one sample."""
-    with torch.device("meta"):
-        net, batch = Objective(make(model, **shape)).eval(), blank_batch(shape, 1)
-        return training_flops(lambda: net(batch))
+    return export_digest(folder / "export")
 
 
 class PriorTask:
@@ -118,7 +75,7 @@ class PriorTask:
 
     @cached_property
     def flops_per_sample(self) -> int:
-        return flops(self.own.model, self.shape)
+        return training_flops_per_sample(self.own.model, self.shape)
 
     def build(self) -> nn.Module:
         return Objective(make(self.own.model, **self.shape))
@@ -256,18 +213,3 @@ def check_codes(config: Experiment, store: CodeStore) -> None:
                 f"The codes in {store.folder} were made from {name} {made}, this run's {name} are {present}. Encode again "
                 f"(--fresh codes), or set inputs.{name} to what they were made from."
             )
-
-
-def load_prior(path: Path, device: torch.device) -> tuple[Prior, dict]:
-    """The exported prior, in evaluation mode, and what is written beside it."""
-    about = read_yaml(path / "export" / "config.yaml")
-    shape = about["shape"] | {"grid": tuple(about["shape"]["grid"])}
-    shape["upper"] = tuple((entries, tuple(grid)) for entries, grid in shape["upper"])
-    net = make(build(PriorConfig, {"model": about["model"]}).model, **shape)
-    try:
-        net.load_state_dict(load_file(path / "export" / "model.safetensors"))
-    except RuntimeError as error:
-        raise UserError(
-            f"{path / 'export'} holds other weights than this version's {about['model']['kind']} has; train it anew. ({error})"
-        ) from None
-    return net.to(device).eval(), about

@@ -24,17 +24,19 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import bar
 from hpc.run.rundir import atomic_write
-from lesiongen.card import card
 from lesiongen.data import images
-from lesiongen.data.facts import Known, refuse_unknown
+from lesiongen.data.facts import PriorFacts, refuse_unknown
+from lesiongen.data.images import to_uint8
+from lesiongen.evaluation.card import card
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
-from lesiongen.graphs import Recorded
 from lesiongen.ingest.licences import strictest, together
-from lesiongen.models.prior import Prior
-from lesiongen.sampling import Choice, guidance, uniforms
+from lesiongen.priors.export import load_prior
+from lesiongen.priors.level_sampler import LevelSampler
+from lesiongen.priors.prior import Prior
+from lesiongen.priors.sampling import Choice, guidance
 from lesiongen.stages.base import Stage, digest_of, require
-from lesiongen.stages.prior import load_prior
-from lesiongen.stages.tokenizer import load_tokenizer, to_uint8
+from lesiongen.tokenizers.export import load_tokenizer
+from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
 def stage(config: Experiment) -> Stage:
@@ -43,23 +45,19 @@ def stage(config: Experiment) -> Stage:
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
-    """Batches of a fixed size are divided among ranks; those already written are kept. Returns the table's digest."""
+    """Draws the samples. Returns the digest of the table and the images. Collective.
+
+    Batches of a fixed size are divided among the ranks. Images that an earlier attempt wrote are kept.
+    """
     own = config.sample
-    net, painter = load_tokenizer(require(config, "tokenizer"), topology.device)
+    net, about = load_tokenizer(require(config, "tokenizer"), topology.device)
     priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
-    known = {level: Known(prior["facts"], prior["training_facts"]) for level, (_, prior) in priors.items()}
-    wanted = plan_facts(own, list(known.values()))
-    provenance = {"software": "lesiongen", "synthetic": "true", "tokenizer": digest_of(config, "tokenizer")}
-    for level, (_, prior) in priors.items():
-        provenance[f"prior-{level}"] = digest_of(config, f"prior-{level}")
-        if prior["tokenizer"] != provenance["tokenizer"]:
-            raise UserError(
-                f"prior-{level} was trained on codes of tokenizer {prior['tokenizer']}, this run's tokenizer is "
-                f"{provenance['tokenizer']}. Train the prior on this tokenizer's codes, or set inputs.tokenizer."
-            )
-    data = together(painter["data"], *(prior["data"] for _, prior in priors.values()))
+    known = {level: PriorFacts(prior["facts"], prior["training_facts"]) for level, (_, prior) in priors.items()}
+    wanted = draw_facts(own, list(known.values()))
+    data = together(about["data"], *(prior["data"] for _, prior in priors.values()))
+    provenance = _provenance(config, {level: prior["tokenizer"] for level, (_, prior) in priors.items()})
     provenance["licence_of_training_images"] = strictest(data["licences"])
-    writers = {level: Writer(prior, own, level, place) for place, (level, (prior, _)) in enumerate(priors.items())}
+    samplers = {level: _sampler(own, level, i, prior) for i, (level, (prior, _)) in enumerate(priors.items())}
     batches = range(0, own.number, own.batch)[topology.rank :: topology.world]
     with bar(own.number, "sample", initial=0, shown=topology.leader) as progress:
         for first in batches:
@@ -67,19 +65,43 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
             paths = [folder / "images" / file_name(i, wanted[i]["label"]) for i in members]
             if not all(p.exists() for p in paths):
                 numbers = {level: [prior.numbers(wanted[i]) for i in members] for level, prior in known.items()}
-                painted = paint(net, writers, numbers, members)
-                for i, path, image in zip(members, paths, painted, strict=True):
+                decoded = decode_samples(net, samplers, numbers, members)
+                for i, path, image in zip(members, paths, decoded, strict=True):
                     atomic_write(path, png_with(image, provenance | wanted[i] | {"seed": str(own.seed), "index": str(i)}))
             progress.update(len(members) * (topology.world if topology.leader else 1))
     dist.barrier()
     return dist.leader_does(_finish, folder, own, wanted, provenance, card("samples", config.name, provenance, data, {}))
 
 
-def plan_facts(own: SampleConfig, priors: list[Known]) -> list[dict[str, str]]:
+def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str]:
+    """What made the samples, by digest. trained_on: for each level, the tokenizer whose codes its prior was trained on.
+
+    Raises UserError for a prior that was trained on the codes of another tokenizer.
+    """
+    provenance = {"software": "lesiongen", "synthetic": "true", "tokenizer": digest_of(config, "tokenizer")}
+    for level, tokenizer in trained_on.items():
+        provenance[f"prior-{level}"] = digest_of(config, f"prior-{level}")
+        if tokenizer != provenance["tokenizer"]:
+            raise UserError(
+                f"prior-{level} was trained on codes of tokenizer {tokenizer}, this run's tokenizer is "
+                f"{provenance['tokenizer']}. Train the prior on this tokenizer's codes, or set inputs.tokenizer."
+            )
+    return provenance
+
+
+def _sampler(own: SampleConfig, level: str, index: int, prior: Prior) -> LevelSampler:
+    """The sampler of one level, with the level's settings. index: among the levels, from the coarsest."""
+    settings = own.at(level)
+    choice = Choice(settings.temperature, settings.top_k, settings.top_p)
+    strength = guidance(settings.guidance, settings.guidance_schedule, prior.length)
+    return LevelSampler(prior, choice, strength, own.seed * 1009 + index, own.cuda_graphs)
+
+
+def draw_facts(own: SampleConfig, priors: list[PriorFacts]) -> list[dict[str, str]]:
     """What each sample is to show, {"label": …, "sex": …}, "" for what is not known. Priors of finer levels may know more
     facts than the first: these are drawn given the ones that it has."""
     refuse_unknown(own.facts, priors)
-    labels = plan_labels(own, next((prior.values["label"] for prior in priors if "label" in prior.values), []))
+    labels = assign_labels(own, next((prior.values["label"] for prior in priors if "label" in prior.values), []))
     ordered = sorted(priors, key=lambda prior: "label" not in prior.values)  # facts go with the label where one knows it
     wanted = []
     for i, label in enumerate(labels):
@@ -91,7 +113,7 @@ def plan_facts(own: SampleConfig, priors: list[Known]) -> list[dict[str, str]]:
     return wanted
 
 
-def plan_labels(own: SampleConfig, classes: list[str]) -> list[str]:
+def assign_labels(own: SampleConfig, classes: list[str]) -> list[str]:
     """The label of each sample: those asked for in turn, in blocks; every class where none is named."""
     for label in own.labels:
         if label not in classes:
@@ -106,34 +128,13 @@ def file_name(index: int, label: str) -> str:
     return f"{index:06d}-{safe or 'any'}.png"
 
 
-class Writer:
-    """Writes the codes of one level. place: among the levels, from the coarsest."""
-
-    def __init__(self, prior: Prior, own: SampleConfig, level: str, place: int):
-        self.prior, settings = prior, own.at(level)
-        self.choice = Choice(settings.temperature, settings.top_k, settings.top_p)
-        self.guidance = guidance(settings.guidance, settings.guidance_schedule, prior.length)
-        self.seed = own.seed * 1009 + place  # another stream per level, so that levels do not share their luck
-        self.device = prior.head.weight.device
-        self.sample = Recorded(self._sample) if own.cuda_graphs and self.device.type == "cuda" else self._sample
-
-    def __call__(self, facts: list, upper: list[torch.Tensor], members: range) -> torch.Tensor:
-        """Codes [B, h, w] for global sample indices; facts [B, F]; upper: codes of the coarser levels."""
-        numbers = uniforms(self.seed, members, self.prior.grid).to(self.device)
-        facts_BF = torch.tensor(facts, dtype=torch.long, device=self.device).view(len(members), -1)
-        return self.sample(facts_BF, numbers, *upper)
-
-    def _sample(self, facts_BF: torch.Tensor, uniform_BT: torch.Tensor, *upper: torch.Tensor) -> torch.Tensor:
-        return self.prior.sample(facts_BF, list(upper), uniform_BT, self.choice, self.guidance)
-
-
 @torch.no_grad()
-def paint(net, writers: dict[str, Writer], facts: dict[str, list], members: range) -> torch.Tensor:
+def decode_samples(net: Tokenizer, samplers: dict[str, LevelSampler], facts: dict[str, list], members: range) -> torch.Tensor:
     """uint8 [B, C, H, W] for global sample indices: level by level, coarse to fine, then decoded. facts: of each level's
     prior, [B, F]."""
     codes: dict[str, torch.Tensor] = {}
-    for level, write in writers.items():
-        codes[level] = write(facts[level], list(codes.values()), members)
+    for level, sampler in samplers.items():
+        codes[level] = sampler(facts[level], list(codes.values()), members)
     return to_uint8(net.decode_codes(codes)).cpu()
 
 

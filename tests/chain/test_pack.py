@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from hpc.data import manifest
 from hpc.errors import UserError
-from hpc.run.rundir import read_record
+from hpc.run.rundir import read_stage_record
 from launch.__main__ import main
 from lesiongen import experiment
 from lesiongen.data.packed import Packed
@@ -65,15 +65,15 @@ def test_a_killed_packing_goes_on(drawn, tmp_path):
     """SIGKILL after the third shard; the rest is done by the next attempt, and the three are not done again."""
     script = """
 import sys, os, signal
-from lesiongen.ingest import packing
+from lesiongen.ingest import shard_work
 from tests.chain.test_pack import settings, pack, Path
-one, done = packing.fulfil, []
-def fulfil(order):
+one, done = shard_work.pack_shard, []
+def pack_shard(work_file):
     if len(done) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    done.append(one(order))
+    done.append(one(work_file))
     return done[-1]
-packing.fulfil = fulfil
+shard_work.pack_shard = pack_shard
 pack(settings(Path(sys.argv[1])), Path(sys.argv[2]))
 """
     killed = subprocess.run([sys.executable, "-c", script, str(drawn), str(tmp_path / "x")], timeout=120, capture_output=True)
@@ -158,7 +158,7 @@ def test_options_hold_for_a_config_too(drawn, tmp_path, capsys):
     assert main(["pack", *given, "--out", str(tmp_path / "x")]) == 2
     assert "--out goes with --images" in capsys.readouterr().err
     assert main(["pack", *given]) == 0
-    settings = read_record(tmp_path / "n" / "shards")["identity"]
+    settings = read_stage_record(tmp_path / "n" / "shards")["identity"]
     assert (settings["size"], settings["near_duplicates"]) == (32, True)
     assert "near duplicates" in capsys.readouterr().out
 

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from hpc.errors import UserError
-from lesiongen.data.preview import preview
 from lesiongen.experiment import load
+from lesiongen.stages.preview import preview
 from tests.conftest import DEMO, tiny
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from hpc.config import read_yaml
 from hpc.run import metrics_log
-from hpc.run.rundir import read_record
+from hpc.run.rundir import read_stage_record
 from launch.__main__ import main
 
 SEEDS = sorted((Path(__file__).parents[2] / "configs" / "seeds").glob("report-*.yaml"))
@@ -54,7 +54,7 @@ def test_a_seed_trains_resumes_and_reconstructs(seed, request, tmp_path, capsys)
     assert main(train) == 0
     run = tmp_path / seed.stem
     rows = metrics_log.read_metrics(run / "tokenizer")
-    assert read_record(run / "tokenizer")["done"]
+    assert read_stage_record(run / "tokenizer")["done"]
     assert {r["samples"] for r in rows if "val/psnr" in r} == {64, 128}
     seen = [r["samples"] for r in rows if "train/loss" in r]
     assert seen == sorted(set(seen)) == list(range(16, 129, 16))

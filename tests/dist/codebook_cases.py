@@ -7,9 +7,9 @@ from torch import nn
 from hpc import dist
 from hpc.train.engine import Engine, EngineConfig
 from hpc.train.optim import OptimConfig, optimizer
-from lesiongen.models import quantize
-from lesiongen.models.quantize import EMAQuantizer
-from lesiongen.models.quantizer import QuantizerConfig
+from lesiongen.tokenizers import quantize
+from lesiongen.tokenizers.quantize import EMAQuantizer
+from lesiongen.tokenizers.quantizer import QuantizerConfig
 
 BATCH, STEPS, ENTRIES, DIM = 16, 6, 32, 8
 

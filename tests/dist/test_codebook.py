@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lesiongen.models.quantize import QUANTIZERS
+from lesiongen.tokenizers.quantize import QUANTIZERS
 from tests.dist import codebook_cases as cases
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # gradients are summed in another order

@@ -8,7 +8,7 @@ from hpc.config import digest
 from hpc.data.order import Plan, sample_seed
 from hpc.data.shards import write_shard
 from lesiongen.ingest.splits import split_of
-from lesiongen.sampling import uniforms
+from lesiongen.priors.sampling import uniforms
 
 
 def test_splits():

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hpc.run import metrics_log
-from hpc.run.rundir import read_record
+from hpc.run.rundir import read_stage_record
 from tests.conftest import DEMO, tiny
 from tests.slurm.conftest import lesiongen, wait
 
@@ -65,7 +65,7 @@ def test_the_pipeline_as_jobs_makes_what_run_makes(cluster, phantoms, tmp_path):
     assert here.returncode == 0, output
     completed(cluster, jobs.values(), 200)
     for stage in STAGES:
-        assert read_record(a / stage)["digest"] == read_record(b / stage)["digest"], stage
+        assert read_stage_record(a / stage)["digest"] == read_stage_record(b / stage)["digest"], stage
     assert files(a) == files(b)
     for stage in ("tokenizer", "prior-top", "prior-bottom"):
         assert curve(a / stage) == curve(b / stage)

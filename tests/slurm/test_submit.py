@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hpc import dist, errors
-from hpc.train.preempt import Preemption, interruptible
+from hpc.train.preempt import Interruptible, Preemption
 from launch import requeue
 from launch.executors import load_cluster
 from lesiongen import experiment
@@ -174,16 +174,19 @@ def test_a_refusal_is_told(job, capsys):
 
 def test_signals_set_a_flag_in_the_loop_and_interrupt_elsewhere():
     before = signal.getsignal(signal.SIGUSR2)
-    with interruptible():
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGUSR2)
+    with Interruptible() as interruptible:
         with Preemption() as preemption:
             assert not preemption.requested
             signal.raise_signal(signal.SIGUSR2)
             assert preemption.requested
             assert preemption.reason == "SIGUSR2"
+        assert not interruptible.signalled
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
+        assert interruptible.signalled
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0, "a library may swallow the interruption"
+        signal.raise_signal(signal.SIGUSR2)  # while the first is handled
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     assert signal.getsignal(signal.SIGUSR2) == before
 
 

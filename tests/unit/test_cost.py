@@ -10,16 +10,16 @@ from torch.profiler import profile
 
 from hpc.train import flops
 from hpc.train.memory import peak_activations
-from launch import plan
+from launch import cost
+from lesiongen import priors
 from lesiongen.experiment import make as experiment
-from lesiongen.models import prior
-from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
-from lesiongen.models.gpt import GPTConfig
-from lesiongen.models.pixelcnn import PixelCNNConfig
-from lesiongen.models.pixelsnail import PixelSNAILConfig
-from lesiongen.models.tokenizer import make as make_tokenizer
-from lesiongen.stages import prior as stage
-from lesiongen.stages import tokenizer as tokenizer_stage
+from lesiongen.priors import objective
+from lesiongen.priors.gated_pixelcnn import GatedPixelCNNConfig
+from lesiongen.priors.gpt import GPTConfig
+from lesiongen.priors.pixelcnn import PixelCNNConfig
+from lesiongen.priors.pixelsnail import PixelSNAILConfig
+from lesiongen.tokenizers import make as make_tokenizer
+from lesiongen.tokenizers import objective as tokenizer_objective
 
 PRIORS = {
     "gpt": GPTConfig(layers=2, heads=2, width=32),
@@ -61,9 +61,9 @@ def saved(module, batch) -> int:
 def test_memory_is_what_a_real_step_takes(name, side):
     """At 1,024 and 4,096 tokens."""
     torch.manual_seed(0)
-    predicted = plan.prior_activations(PRIORS[name], shape(side), micro=1)
-    module = stage.Objective(prior.make(PRIORS[name], **shape(side))).train()
-    batch = stage.blank_batch(shape(side), 1)
+    predicted = cost.prior_activations(PRIORS[name], shape(side), micro=1)
+    module = objective.Objective(priors.make(PRIORS[name], **shape(side))).train()
+    batch = objective.blank_batch(shape(side), 1)
     assert predicted == pytest.approx(measured(module, batch), rel=0.05)
     if name == "gpt":
         # Beside what autograd keeps there are the logits and their gradient while the loss goes back.
@@ -72,9 +72,9 @@ def test_memory_is_what_a_real_step_takes(name, side):
 
 
 def test_checkpointing_and_bf16_take_less():
-    full = plan.prior_activations(GPTConfig(layers=4, heads=2, width=32), shape(32), micro=2)
-    assert plan.prior_activations(PRIORS["gpt checkpointed"], shape(32), micro=2) < 0.6 * full
-    assert plan.prior_activations(GPTConfig(layers=4, heads=2, width=32), shape(32), micro=2, bf16=True) < 0.8 * full
+    full = cost.prior_activations(GPTConfig(layers=4, heads=2, width=32), shape(32), micro=2)
+    assert cost.prior_activations(PRIORS["gpt checkpointed"], shape(32), micro=2) < 0.6 * full
+    assert cost.prior_activations(GPTConfig(layers=4, heads=2, width=32), shape(32), micro=2, bf16=True) < 0.8 * full
 
 
 def test_memory_of_a_tokenizers_step():
@@ -82,9 +82,9 @@ def test_memory_of_a_tokenizers_step():
     model = {"hidden": 64, "residual_hidden": 32, "dim": 8, "entries": 32}
     config = experiment({"name": "x", "data": {"images": "x", "size": 64}, "tokenizer": {"model": model}})
     net = make_tokenizer(config.tokenizer.model, 3, 32)
-    module = tokenizer_stage.Objective(net, config.tokenizer.loss, 1.0).train()
+    module = tokenizer_objective.Objective(net, config.tokenizer.loss, 1.0).train()
     batch = {"image": torch.zeros(8, 3, 64, 64, dtype=torch.uint8), "slot": torch.arange(8), "position": torch.arange(8)}
-    assert 0.8 < plan.tokenizer_activations(config, 8) / measured(module, batch) < 1.02
+    assert 0.8 < cost.tokenizer_activations(config, 8) / measured(module, batch) < 1.02
 
 
 def test_a_storage_counts_once_and_until_it_is_freed():
@@ -110,16 +110,16 @@ def test_a_storage_counts_once_and_until_it_is_freed():
 def test_operations_of_a_gpt_follow_the_formula(name):
     """6 for each weight that is multiplied and token, and 12 · layers · T · width for attention."""
     config, tokens = PRIORS[name], 1024
-    net = prior.make(config, **shape(32, upper=False))
+    net = priors.make(config, **shape(32, upper=False))
     weights = sum(p.numel() for n, p in net.named_parameters() if not n.startswith(("tokens", "facts")))
     expected = 6 * weights * tokens + 12 * config.layers * tokens * config.width * tokens
-    assert stage.flops(config, shape(32, upper=False)) == pytest.approx(expected, rel=0.01)
+    assert objective.training_flops_per_sample(config, shape(32, upper=False)) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["pixelcnn", "gated_pixelcnn", "pixelsnail"])
 def test_operations_of_convolutions_are_counted(name):
-    found = [stage.flops(PRIORS[name], shape(side)) for side in (8, 16)]
-    weights = sum(p.numel() for p in prior.make(PRIORS[name], **shape(16)).parameters())
+    found = [objective.training_flops_per_sample(PRIORS[name], shape(side)) for side in (8, 16)]
+    weights = sum(p.numel() for p in priors.make(PRIORS[name], **shape(16)).parameters())
     assert found[0] > 6 * 64 * 0.3 * weights
     assert 3.5 < found[1] / found[0] < 17
 
@@ -146,6 +146,6 @@ def test_the_table_of_sizes_is_true():
     for number, unit, rest in rows:
         layers, heads, width, top, bottom = (int(cell.replace(",", "")) for cell in rest.split("|")[:5])
         config = GPTConfig(layers=layers, heads=heads, width=width)
-        assert sum(plan.prior_parameters(config, shape(32, upper=False)).values()) == top
-        assert sum(plan.prior_parameters(config, shape(64)).values()) == bottom
+        assert sum(cost.prior_parameters(config, shape(32, upper=False)).values()) == top
+        assert sum(cost.prior_parameters(config, shape(64)).values()) == bottom
         assert top == pytest.approx(int(number) * {"M": 1e6, "B": 1e9}[unit], rel=0.2)

@@ -8,10 +8,10 @@ import pytest
 
 from hpc.config import build
 from hpc.errors import UserError
-from lesiongen.data.facts import Known, combinations, vocabularies
+from lesiongen.data.facts import PriorFacts, combinations, vocabularies
 from lesiongen.experiment import PriorConfig, SampleConfig
-from lesiongen.sampling import guidance
-from lesiongen.stages.sample import plan_facts
+from lesiongen.priors.sampling import guidance
+from lesiongen.stages.sample import draw_facts
 
 STORE = SimpleNamespace(
     folder="codes",
@@ -26,8 +26,8 @@ COLUMNS = {
 }
 
 
-def known(*names: str) -> Known:
-    return Known(vocabularies(STORE, names), combinations(STORE, names))
+def known(*names: str) -> PriorFacts:
+    return PriorFacts(vocabularies(STORE, names), combinations(STORE, names))
 
 
 def test_a_fact_that_no_image_has_is_refused_by_name():
@@ -69,36 +69,36 @@ def test_a_level_may_have_settings_of_its_own():
 
 
 def test_open_facts_are_drawn_together_from_images_of_the_label():
-    wanted = plan_facts(SampleConfig(labels=("mel",), number=2000), [known("label", "sex", "age_band")])
+    wanted = draw_facts(SampleConfig(labels=("mel",), number=2000), [known("label", "sex", "age_band")])
     counts = Counter((w["label"], w["sex"], w["age_band"]) for w in wanted)
     assert set(counts) == {("mel", "female", "80+"), ("mel", "male", "0-19")}
     assert counts["mel", "female", "80+"] / 2000 == pytest.approx(0.75, abs=0.04)
-    assert {w["sex"] for w in plan_facts(SampleConfig(labels=("nv",), number=200), [known("label", "sex")])} == {"male", ""}
+    assert {w["sex"] for w in draw_facts(SampleConfig(labels=("nv",), number=200), [known("label", "sex")])} == {"male", ""}
     # Whatever the number of samples and whoever else there is, a sample stays what it was.
-    assert plan_facts(SampleConfig(labels=("mel",), number=50), [known("label", "sex", "age_band")]) == wanted[:50]
+    assert draw_facts(SampleConfig(labels=("mel",), number=50), [known("label", "sex", "age_band")]) == wanted[:50]
 
 
 def test_given_facts_hold_and_the_others_follow_them():
-    wanted = plan_facts(SampleConfig(labels=("mel",), facts={"sex": "male"}, number=20), [known("label", "sex", "age_band")])
+    wanted = draw_facts(SampleConfig(labels=("mel",), facts={"sex": "male"}, number=20), [known("label", "sex", "age_band")])
     assert {(w["sex"], w["age_band"]) for w in wanted} == {("male", "0-19")}
     # No nv of a woman was ever seen: the label's other images decide what is open.
-    wanted = plan_facts(SampleConfig(labels=("nv",), facts={"sex": "female"}, number=20), [known("label", "sex", "age_band")])
+    wanted = draw_facts(SampleConfig(labels=("nv",), facts={"sex": "female"}, number=20), [known("label", "sex", "age_band")])
     assert {(w["sex"], w["age_band"]) for w in wanted} == {("female", "0-19")}
-    wanted = plan_facts(SampleConfig(labels=("mel",), facts={"sex": ""}, number=5), [known("label", "sex")])
+    wanted = draw_facts(SampleConfig(labels=("mel",), facts={"sex": ""}, number=5), [known("label", "sex")])
     assert {w["sex"] for w in wanted} == {""}
 
 
 def test_levels_may_know_other_facts():
     """What the finer level knows is drawn to fit what was drawn for the coarser one."""
     top, bottom = known("label", "sex"), known("age_band", "sex")
-    wanted = plan_facts(SampleConfig(labels=("mel",), number=300), [top, bottom])
+    wanted = draw_facts(SampleConfig(labels=("mel",), number=300), [top, bottom])
     assert {(w["sex"], w["age_band"]) for w in wanted} == {("female", "80+"), ("male", "0-19")}
     assert top.numbers(wanted[0] | {"sex": "male"}) == [0, 1]
     assert bottom.numbers({"label": "mel", "sex": "male", "age_band": ""}) == [-1, 1]
 
 
 def test_facts_go_with_the_label_though_the_first_level_does_not_know_it():
-    wanted = plan_facts(SampleConfig(labels=("nv",), number=200), [known("sex"), known("label", "sex")])
+    wanted = draw_facts(SampleConfig(labels=("nv",), number=200), [known("sex"), known("label", "sex")])
     assert {w["sex"] for w in wanted} == {"male", ""}, "no nv is of a woman"
 
 
@@ -108,16 +108,16 @@ def test_facts_go_with_the_label_though_the_first_level_does_not_know_it():
 )
 def test_unknown_facts_of_samples_are_named(facts, message):
     with pytest.raises(UserError, match=message):
-        plan_facts(SampleConfig(facts=facts), [known("label", "sex")])
+        draw_facts(SampleConfig(facts=facts), [known("label", "sex")])
 
 
 def test_without_labels_or_facts_there_is_nothing_to_plan():
-    unlabelled = Known({"label": []}, ["-1 8"])
-    assert plan_facts(SampleConfig(number=2), [unlabelled]) == [{"label": ""}] * 2
+    unlabelled = PriorFacts({"label": []}, ["-1 8"])
+    assert draw_facts(SampleConfig(number=2), [unlabelled]) == [{"label": ""}] * 2
     assert unlabelled.numbers({"label": ""}) == [-1]
-    assert plan_facts(SampleConfig(number=1), [Known({}, [])]) == [{"label": ""}]
+    assert draw_facts(SampleConfig(number=1), [PriorFacts({}, [])]) == [{"label": ""}]
     with pytest.raises(UserError, match="Unknown label 'mel'"):
-        plan_facts(SampleConfig(number=1, labels=("mel",)), [Known({}, [])])
+        draw_facts(SampleConfig(number=1, labels=("mel",)), [PriorFacts({}, [])])
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lesiongen.graphs import Recorded
-from lesiongen.sampling import Choice, uniforms
+from lesiongen.priors.cuda_graphs import Recorded
+from lesiongen.priors.sampling import Choice, uniforms
 from tests.unit.test_priors import PRIORS, prior
 
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}  # refused while recording

@@ -1,6 +1,6 @@
-"""launch → lesiongen → hpc, and one file for each of the libraries whose ways change."""
+"""launch → lesiongen → hpc, floors inside each, no circles, and one file for each of the libraries whose interfaces change."""
 
-import ast
+import shutil
 import subprocess
 import sys
 import time
@@ -8,42 +8,50 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-ALLOWED = {"hpc": {"hpc"}, "lesiongen": {"hpc", "lesiongen"}, "launch": {"hpc", "lesiongen", "launch"}}
-ALONE = {
-    "deepspeed": "hpc/train/engine.py",
-    "mlflow": "hpc/run/mlflow_sync.py",
-    "submitit": "launch/executors.py",
-    "webdataset": "hpc/data/shards.py",
-}
+from tests import layering
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the direction"
-            found.add(node.module)
-    return {name.split(".")[0] for name in found}
+def test_no_import_breaks_a_rule():
+    assert layering.problems() == []
 
 
-def sources(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A copy of the sources, to plant faults in."""
+    for package in layering.FLOORS:
+        shutil.copytree(layering.ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
 
 
-@pytest.mark.parametrize("package", ALLOWED)
-def test_imports_point_one_way(package):
-    assert sources(package)
-    for path in sources(package):
-        assert imports(path) & ALLOWED.keys() <= ALLOWED[package], path
+@pytest.mark.parametrize(
+    ("file", "line", "found"),
+    [
+        ("hpc/dist.py", "from lesiongen.data import images", "hpc.dist imports lesiongen.data.images, a layer above"),
+        ("hpc/data/rows.py", "import hpc.train.loop", "hpc.data.rows imports hpc.train.loop, a floor above"),
+        (
+            "lesiongen/tokenizers/kmeans.py",
+            "def late():\n    from lesiongen.tokenizers import quantizer",
+            "circle: lesiongen.tokenizers.kmeans, lesiongen.tokenizers.quantizer",
+        ),
+        (
+            "lesiongen/stages/encode.py",
+            "from lesiongen.stages.prior import run",
+            "lesiongen.stages.encode imports lesiongen.stages.prior; both import lesiongen.stages.base instead",
+        ),
+        ("launch/status.py", "import mlflow", "mlflow is imported in hpc/run/mlflow_sync.py, launch/status.py, not in"),
+    ],
+)
+def test_a_planted_import_is_found(copy, file, line, found):
+    (copy / file).write_text((copy / file).read_text() + line + "\n")
+    assert any(text.startswith(found) for text in layering.problems(copy)), layering.problems(copy)
+    assert found in layering.report(copy)
 
 
-@pytest.mark.parametrize(("library", "home"), ALONE.items())
-def test_one_file_imports(library, home):
-    users = {str(p.relative_to(ROOT)) for package in ALLOWED for p in sources(package) if library in imports(p)}
-    assert users == {home}
+def test_a_folder_on_no_floor_is_refused(copy):
+    (copy / "hpc" / "extra").mkdir()
+    (copy / "hpc" / "extra" / "__init__.py").write_text("import hpc.dist\n")
+    with pytest.raises(ValueError, match=r"hpc\.extra stands on no floor"):
+        layering.problems(copy)
 
 
 def test_help_answers_at_once():
@@ -53,5 +61,5 @@ def test_help_answers_at_once():
         "try: m.command()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     )
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=layering.ROOT)
     assert time.monotonic() - began < 10

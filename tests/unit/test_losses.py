@@ -7,7 +7,7 @@ from torchvision.models import vgg16
 
 from hpc.errors import UserError
 from lesiongen.data.similarity import ms_ssim, ssim
-from lesiongen.models.losses import LossConfig, Reconstruction
+from lesiongen.tokenizers.losses import LossConfig, Reconstruction
 
 
 @pytest.fixture(scope="module")

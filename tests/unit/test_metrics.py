@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lesiongen import report
 from lesiongen.data.similarity import psnr, ssim
+from lesiongen.evaluation import classifier, copies, report
+from lesiongen.evaluation.codes import bigram_bits, usage_and_perplexity
 from lesiongen.ingest.licences import strictest
-from lesiongen.metrics import classifier, copies
-from lesiongen.metrics.codes import bigram_bits, usage_and_perplexity
 
 
 def noise(number: int, side: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:

@@ -6,10 +6,10 @@ import torch
 
 from hpc.config import build, plain
 from lesiongen.experiment import TokenizerConfig
-from lesiongen.models.tokenizer import make
-from lesiongen.models.vqvae import VQVAEConfig
-from lesiongen.models.vqvae2 import VQVAE2Config
-from lesiongen.sampling import Choice
+from lesiongen.priors.sampling import Choice
+from lesiongen.tokenizers import make
+from lesiongen.tokenizers.vqvae import VQVAEConfig
+from lesiongen.tokenizers.vqvae2 import VQVAE2Config
 
 TOKENIZERS = [
     (VQVAEConfig(stride=4, hidden=8, residual_layers=1, residual_hidden=4, dim=4, entries=8), 1),

@@ -8,13 +8,14 @@ import torch
 import yaml
 
 from hpc.config import build, to_yaml
-from lesiongen.models import prior as module
-from lesiongen.models.gated_pixelcnn import GatedPixelCNNConfig
-from lesiongen.models.gpt import GPTConfig, rotary_table, turned
-from lesiongen.models.pixelcnn import PixelCNNConfig
-from lesiongen.models.pixelsnail import PixelSNAILConfig
-from lesiongen.models.prior import Prior, make
-from lesiongen.sampling import Choice, uniforms
+from lesiongen.priors import make
+from lesiongen.priors import prior as module
+from lesiongen.priors.gated_pixelcnn import GatedPixelCNNConfig
+from lesiongen.priors.gpt import GPTConfig, rotary_table, turned
+from lesiongen.priors.pixelcnn import PixelCNNConfig
+from lesiongen.priors.pixelsnail import PixelSNAILConfig
+from lesiongen.priors.prior import Prior
+from lesiongen.priors.sampling import Choice, uniforms
 
 COMMON = {"layers": 2, "width": 32, "dropout": 0.1, "token_dropout": 0.1}
 PRIORS = {

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lesiongen.models import quantize
-from lesiongen.models.kmeans import kmeans, nearest
-from lesiongen.models.quantize import QUANTIZERS
-from lesiongen.models.quantizer import Quantizer, QuantizerConfig, rotated
-from lesiongen.models.vqvae2 import VQVAE2, VQVAE2Config
+from lesiongen.tokenizers import quantize
+from lesiongen.tokenizers.kmeans import kmeans, nearest
+from lesiongen.tokenizers.quantize import QUANTIZERS
+from lesiongen.tokenizers.quantizer import Quantizer, QuantizerConfig, rotated
+from lesiongen.tokenizers.vqvae2 import VQVAE2, VQVAE2Config
 
 B, D, K = 8, 4, 16
 BOOKS = [name for name in QUANTIZERS if name != "fsq"]
@@ -118,7 +118,7 @@ class TestEvery:
 @pytest.mark.parametrize("name", BOOKS)
 class TestCodebook:
     def test_nearest_is_the_nearest(self, name, monkeypatch):
-        monkeypatch.setattr("lesiongen.models.kmeans.CHUNK", {"cpu": 7 * K})
+        monkeypatch.setattr("lesiongen.tokenizers.kmeans.CHUNK", {"cpu": 7 * K})
         quantizer = make(name)
         z = quantizer.embed(torch.randn(50, D))
         assert torch.equal(quantizer.nearest(z), torch.cdist(z, quantizer.codebook).argmin(1))

@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from lesiongen import report
+from lesiongen.evaluation import report
 
 
 def test_classes_share_the_panel_of_their_level():

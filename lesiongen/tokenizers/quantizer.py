@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesiongen.models.kmeans import kmeans, nearest
+from lesiongen.tokenizers.kmeans import kmeans, nearest
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,16 @@ from torch import nn
 from hpc.errors import UserError
 from hpc.train.engine import EngineConfig
 from hpc.train.memory import peak_activations
+from lesiongen import priors, tokenizers
 from lesiongen.experiment import Experiment
-from lesiongen.models import prior
-from lesiongen.models.losses import LossConfig, Reconstruction
-from lesiongen.models.tokenizer import make
-from lesiongen.models.vqvae import VQVAEConfig
-from lesiongen.models.vqvae2 import VQVAE2Config
-from lesiongen.stages import prior as prior_stage
-from lesiongen.stages import tokenizer as tokenizer_stage
+from lesiongen.priors import objective as prior_objective
+from lesiongen.priors.prior import PriorShape
+from lesiongen.tokenizers import TokenizerModel
+from lesiongen.tokenizers import objective as tokenizer_objective
+from lesiongen.tokenizers.losses import LossConfig, Reconstruction
 
 GIB = 2**30
 ASSUMED = {"label": 7, "site": 12, "sex": 2, "age_band": 5}  # values of each fact, before any data are packed
-TokenizerModel = VQVAEConfig | VQVAE2Config
 
 
 def parts_of(net: nn.Module) -> dict[str, int]:
@@ -38,13 +36,13 @@ def parts_of(net: nn.Module) -> dict[str, int]:
 def tokenizer_parameters(config: TokenizerModel, channels: int) -> dict[str, int]:
     """Trainable parameters of each part, and the codebooks' buffers."""
     with torch.device("meta"):
-        net = make(config, channels, batch=1)
+        net = tokenizers.make(config, channels, batch=1)
     return parts_of(net) | {"buffers": sum(b.numel() for b in net.buffers())}
 
 
-def prior_parameters(config: prior.PriorShape, shape: dict) -> dict[str, int]:
+def prior_parameters(config: PriorShape, shape: dict) -> dict[str, int]:
     with torch.device("meta"):
-        return parts_of(prior.make(config, **shape))
+        return parts_of(priors.make(config, **shape))
 
 
 def tokenizer_activations(config: Experiment, micro: int) -> int:
@@ -53,7 +51,7 @@ def tokenizer_activations(config: Experiment, micro: int) -> int:
     loss = Reconstruction(own.loss, 1.0)
 
     def step():
-        module = tokenizer_stage.Objective(make(own.model, channels, own.train.batch), LossConfig(), 1.0)
+        module = tokenizer_objective.Objective(tokenizers.make(own.model, channels, own.train.batch), LossConfig(), 1.0)
         module.reconstruction = loss
         image = torch.zeros(micro, channels, size, size, dtype=torch.uint8)
         return module.train(), {"image": image, "slot": torch.arange(micro), "position": torch.arange(micro)}
@@ -61,11 +59,11 @@ def tokenizer_activations(config: Experiment, micro: int) -> int:
     return peak_activations(step, own.train.engine.precision == "bf16")
 
 
-def prior_activations(config: prior.PriorShape, shape: dict, micro: int, bf16: bool = False) -> int:
+def prior_activations(config: PriorShape, shape: dict, micro: int, bf16: bool = False) -> int:
     """Bytes at the worst moment of one micro-batch."""
 
     def step():
-        return prior_stage.Objective(prior.make(config, **shape)).train(), prior_stage.blank_batch(shape, micro)
+        return prior_objective.Objective(priors.make(config, **shape)).train(), prior_objective.blank_batch(shape, micro)
 
     return peak_activations(step, bf16)
 
@@ -103,7 +101,15 @@ def report(config: Experiment) -> str:
         parts, micro = prior_parameters(own.model, shape), _micro_batch(f"prior-{level}", own.train, ranks)
         activations = prior_activations(own.model, shape, micro, own.train.engine.precision == "bf16")
         title = f"prior-{level}   {own.model.kind}, {math.prod(grid)} tokens a sample, K={model.entries}"
-        lines += _section(title, parts, activations, own.train, ranks, math.prod(grid), prior_stage.flops(own.model, shape))
+        lines += _section(
+            title,
+            parts,
+            activations,
+            own.train,
+            ranks,
+            math.prod(grid),
+            prior_objective.training_flops_per_sample(own.model, shape),
+        )
         upper += ((model.entries, grid),)
     codes = sum(g**2 for g in grids.values()) * (1 if model.entries <= 256 else 2) * config.encode.draws
     lines.append(f"code store  {codes:,} bytes per training image ({config.encode.draws} draws)")

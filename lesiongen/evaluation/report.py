@@ -11,8 +11,8 @@ import time
 import torch
 from PIL import Image
 
-from lesiongen.card import statement
 from lesiongen.data import images
+from lesiongen.evaluation.card import statement
 
 PLOTS = (  # picture, title, what to look for
     ("distances", "Distance to the training data", "Samples should lie where held-out images lie, not left of them."),

@@ -20,8 +20,7 @@ from lesiongen.data.augment import augment, centre, preprocess
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import catalog
-from lesiongen.stages import pack
-from lesiongen.stages.base import directory, packed
+from lesiongen.stages.base import packed, shards_are_current
 
 HEADER, GAP = 20, 12  # pixels: for headings, between blocks
 
@@ -29,8 +28,7 @@ HEADER, GAP = 20, 12  # pixels: for headings, between blocks
 def preview(config: Experiment, out: Path | None = None, rows: int = 8, columns: int = 6) -> Path:
     """Writes a PNG, by default preview.png in the run, and returns where. A row: class, unaugmented view, `columns` views of
     tokenizer.augment, and as many of encode.augment where that is another. The seed decides which images and views."""
-    place = directory(config, pack.stage(config))
-    if config.inputs.shards or (place.done() and not place.stale()):
+    if shards_are_current(config):
         data = ImageShards(packed(config), "train")
         size, found = data.size, _from_shards(data, config.seed)
     elif config.data.images:

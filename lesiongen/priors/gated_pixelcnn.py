@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesiongen.models.causal import CausalConv, RowConv, Window, check_kernel
-from lesiongen.models.prior import Prior, PriorShape
+from lesiongen.priors.causal import CausalConv, RowConv, Window, check_kernel
+from lesiongen.priors.prior import Prior, PriorShape
 
 
 @dataclass(frozen=True)

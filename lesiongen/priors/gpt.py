@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesiongen.models.prior import Prior, PriorShape
+from lesiongen.priors.prior import Prior, PriorShape
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesiongen.models.kmeans import nearest
-from lesiongen.models.quantizer import Quantizer, QuantizerConfig, Replace, random_codebook, usage
+from lesiongen.tokenizers.kmeans import nearest
+from lesiongen.tokenizers.quantizer import Quantizer, QuantizerConfig, Replace, random_codebook, usage
 
 
 class EMAQuantizer(Quantizer):

@@ -1,4 +1,4 @@
-"""One stage on this rank: run it, follow it in MLflow, and turn every kind of ending into its exit code."""
+"""How a process ends: every kind of ending has an exit code, and an explanation for people."""
 
 import atexit
 import contextlib
@@ -8,31 +8,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from hpc import dist, errors
-from hpc.dist import Topology
-from hpc.run import mlflow_sync
-from hpc.train import allocator, preempt
-from lesiongen import stages
-from lesiongen.experiment import Experiment
-from lesiongen.stages.base import execute
-
-
-def work(config: Experiment, name: str, topology: Topology) -> None:
-    """Runs a stage on this rank, with a follower on rank 0. Raises what the stage raises."""
-    allocator.keep_pages(topology.device)
-    uri = mlflow_sync.default_uri(config.directory)
-    # sqlite breaks on the parallel file systems of clusters: there the page's own process reads the JSONL.
-    follows = topology.leader and (uri.startswith("http") or not on_slurm())
-    follower = mlflow_sync.Follower(config.directory, uri) if follows else None
-    try:
-        execute(config, stages.stages(config)[name], topology)
-    finally:
-        if follower:
-            follower.close()
-
-
-def on_slurm() -> bool:
-    return "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ
+from hpc import errors
 
 
 def disk_full(error: BaseException) -> bool:
@@ -79,15 +55,3 @@ def end(code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
-
-
-def rank_main(config: Experiment, name: str, topology: Topology) -> int:
-    """A rank started by an executor: the exit code of its stage."""
-    try:
-        with preempt.interruptible():
-            work(config, name, topology)
-            dist.leave()
-        return errors.DONE
-    except BaseException as error:
-        explain(error)  # on every rank: each has its own log
-        return code_of(error)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lesiongen.models.quantizer import Quantized
+from lesiongen.tokenizers.quantizer import Quantized
 
 
 class Tokenizer(nn.Module, ABC):
@@ -60,10 +60,3 @@ class Tokenizer(nn.Module, ABC):
         parts = statistics.split([q.statistics_size for q in self.quantizers])
         results = {n: q.update(s) for n, q, s in zip(self.names, self.quantizers, parts, strict=True)}
         return {f"{metric}/{name}": v for name, found in results.items() for metric, v in found.items()}
-
-
-def make(config, channels: int, batch: int) -> Tokenizer:
-    """The tokenizer that a config describes. batch: global, as the quantizers need it."""
-    from lesiongen.models import vqvae, vqvae2  # they build on this file
-
-    return {"vqvae": vqvae.VQVAE, "vqvae2": vqvae2.VQVAE2}[config.kind](config, channels, batch)

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lesiongen.models.blocks import Shape, decoder, encoder
-from lesiongen.models.quantize import build
-from lesiongen.models.quantizer import Quantized, QuantizerConfig
-from lesiongen.models.tokenizer import Tokenizer
+from lesiongen.tokenizers.blocks import Shape, decoder, encoder
+from lesiongen.tokenizers.quantize import build
+from lesiongen.tokenizers.quantizer import Quantized, QuantizerConfig
+from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

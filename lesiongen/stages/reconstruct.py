@@ -12,14 +12,15 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import bar
 from hpc.run.rundir import atomic_write
-from lesiongen import figures
 from lesiongen.data import images
 from lesiongen.data.augment import PreprocessConfig, centre, preprocess
+from lesiongen.data.images import to_float, to_uint8, to_unit
 from lesiongen.data.similarity import psnr, ssim
+from lesiongen.evaluation import figures
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.sources import SUFFIXES
 from lesiongen.stages.base import require
-from lesiongen.stages.tokenizer import load_tokenizer, to_float, to_uint8, to_unit
+from lesiongen.tokenizers.export import load_tokenizer
 
 SHEET = 64  # images in the sheet of pairs
 

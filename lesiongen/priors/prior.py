@@ -148,16 +148,3 @@ class Prior(nn.Module, ABC):
                 logits = without + strength * (with_facts - without)
             codes_BT[:, t] = choose(logits, uniform_BT[:, t])
         return codes_BT.view(batch, *self.grid)
-
-
-def make(config: PriorShape, **shape) -> Prior:
-    """The prior that a config describes."""
-    from lesiongen.models import gated_pixelcnn, gpt, pixelcnn, pixelsnail  # they build on this file
-
-    kinds = {
-        "gpt": gpt.GPT,
-        "pixelcnn": pixelcnn.PixelCNN,
-        "gated_pixelcnn": gated_pixelcnn.GatedPixelCNN,
-        "pixelsnail": pixelsnail.PixelSNAIL,
-    }
-    return kinds[config.kind](config, **shape)

@@ -1,0 +1,46 @@
+"""Sample the codes of one level: a prior, how its tokens are chosen, and the random numbers of each sample."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lesiongen.priors.cuda_graphs import Recorded
+from lesiongen.priors.prior import Prior
+from lesiongen.priors.sampling import Choice, uniforms
+
+
+class LevelSampler:
+    """Samples grids of codes of one level. The sample stage owns one for each level and calls them coarse to fine."""
+
+    def __init__(self, prior: Prior, choice: Choice, guidance: Callable[[int], float], seed: int, cuda_graphs: bool = False):
+        """Prepares the sampler.
+
+        Args:
+            prior: The level's prior, in evaluation mode.
+            choice: How a token is chosen from its logits.
+            guidance: Strength of guidance at each token.
+            seed: Seed of the level's random numbers. Each level needs a seed of its own: with the same numbers, samples
+                that are unlikely on one level would be unlikely on all.
+            cuda_graphs: On a GPU, record a batch's kernels once and replay them for later batches.
+        """
+        self.prior, self.choice, self.guidance, self.seed = prior, choice, guidance, seed
+        self.device = prior.head.weight.device
+        self._sample = Recorded(self._draw) if cuda_graphs and self.device.type == "cuda" else self._draw
+
+    def __call__(self, facts: Sequence, upper: list[torch.Tensor], members: range) -> torch.Tensor:
+        """Samples one batch.
+
+        Args:
+            facts: What each sample is to show, as the prior numbers it, [B, F].
+            upper: Codes [B, h, w] of the coarser levels, coarse to fine.
+            members: Global indices of the samples; they decide the random numbers.
+
+        Returns:
+            Codes [B, h, w].
+        """
+        numbers = uniforms(self.seed, members, self.prior.grid).to(self.device)
+        facts_BF = torch.tensor(facts, dtype=torch.long, device=self.device).view(len(members), -1)
+        return self._sample(facts_BF, numbers, *upper)
+
+    def _draw(self, facts_BF: torch.Tensor, uniform_BT: torch.Tensor, *upper: torch.Tensor) -> torch.Tensor:
+        return self.prior.sample(facts_BF, list(upper), uniform_BT, self.choice, self.guidance)
