@@ -19,7 +19,7 @@ import torch
 
 from hpc.data import manifest
 from hpc.data.codestore import CodeStore, code_dtype, write_codes
-from hpc.data.rows import Rows
+from hpc.data.rows import CodeRows
 
 try:
     import lmdb
@@ -49,11 +49,11 @@ class Ours:
         manifest.write(self.folder, {"levels": [], "shards": entries})
 
     def open(self) -> None:
-        self.rows = Rows(CodeStore(self.folder), "train", [*self.codes, "label"], torch.device("cpu"), self.resident)
+        self.rows = CodeRows(CodeStore(self.folder), "train", [*self.codes, "label"], torch.device("cpu"), self.resident)
         self.places = self.rows.all()
 
     def read(self, indices: list[int]) -> list[torch.Tensor]:
-        found = self.rows.take(self.places[indices])
+        found = self.rows.gather_rows(self.places[indices])
         return [found[c] for c in self.codes]
 
 

@@ -152,14 +152,14 @@ def gather(value) -> list:
     return out
 
 
-def sum_(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """All-reduced in place (sum) and returned."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def leader_does(function, *arguments):
+def run_on_leader(function, *arguments):
     """Runs on rank 0; its result, or its UserError, reaches every rank, so that all go on or all stop."""
     outcome = None
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -133,12 +133,12 @@ def sample(options: argparse.Namespace) -> int:
 def submit(options: argparse.Namespace) -> int:
     config = experiment.load(options.config, options.overrides)
     cluster = executors.load_cluster(options.cluster)
-    busy = {n: j for n in stages(config) if (j := status.last_job(config.directory, n)) and status.alive(j["job"])}
+    busy = {n: j for n in stages(config) if (j := status.last_job(config.directory, n)) and status.may_be_running(j["job"])}
     if busy and not options.dry:
         jobs = ", ".join(f"{name} (job {job['job']})" for name, job in busy.items())
         raise UserError(f"Jobs of this run are still in the queue: {jobs}. Wait for them or `lesiongen cancel` the run.")
     todo = pipeline.to_do(config, tuple(options.fresh))
-    executors.check(config, todo, cluster, options.dry)
+    executors.check_before_queue(config, todo, cluster, options.dry)
     if not options.dry:
         pipeline.clear(config, tuple(options.fresh))
         pipeline.write_config(config)

@@ -27,7 +27,7 @@ GIB = 2**30
 ASSUMED = {"label": 7, "site": 12, "sex": 2, "age_band": 5}  # values of each fact, before any data are packed
 
 
-def parts_of(net: nn.Module) -> dict[str, int]:
+def parameters_by_part(net: nn.Module) -> dict[str, int]:
     """Trainable parameters of each part."""
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
     return {name: n for name, n in parts.items() if n}
@@ -37,12 +37,12 @@ def tokenizer_parameters(config: TokenizerModel, channels: int) -> dict[str, int
     """Trainable parameters of each part, and the codebooks' buffers."""
     with torch.device("meta"):
         net = tokenizers.make(config, channels, batch=1)
-    return parts_of(net) | {"buffers": sum(b.numel() for b in net.buffers())}
+    return parameters_by_part(net) | {"buffers": sum(b.numel() for b in net.buffers())}
 
 
 def prior_parameters(config: PriorShape, shape: dict) -> dict[str, int]:
     with torch.device("meta"):
-        return parts_of(priors.make(config, **shape))
+        return parameters_by_part(priors.make(config, **shape))
 
 
 def tokenizer_activations(config: Experiment, micro: int) -> int:
@@ -68,7 +68,7 @@ def prior_activations(config: PriorShape, shape: dict, micro: int, bf16: bool = 
     return peak_activations(step, bf16)
 
 
-def memory(parameters: int, activations: int, zero: int, ranks: int, engine: EngineConfig) -> dict[str, float]:
+def memory_per_gpu(parameters: int, activations: int, zero: int, ranks: int, engine: EngineConfig) -> dict[str, float]:
     """Bytes on one GPU, by part; activations: bytes of one micro-batch. An evaluation takes a whole copy of the weights
     when a step's activations are gone: the larger of the two counts."""
     shard, here = 1 / ranks, not (engine.offload and zero)
@@ -138,7 +138,7 @@ def _section(
     widths = (11, 11, 11, 11, 9, 13, 12, 9)
     lines.append("  GiB per GPU" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
     for zero in range(4):
-        found = memory(trainable, activations, zero, ranks, train.engine)
+        found = memory_per_gpu(trainable, activations, zero, ranks, train.engine)
         mark = "→" if zero == train.engine.zero else " "
         cells = "".join(f"{v / GIB:>{w}.3f}" for v, w in zip(found.values(), widths, strict=True))
         lines.append(f"  {mark} ZeRO {zero}    {cells}")

@@ -147,7 +147,7 @@ def _executor(config: Experiment, cluster: ClusterConfig, stage: Stage, folder: 
     return executor
 
 
-def check(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> None:
+def check_before_queue(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> None:
     """Raises UserError for what would fail after the queue: no Slurm here, a batch that does not divide among the ranks."""
     if not dry and not shutil.which("sbatch"):
         raise UserError("There is no sbatch on this machine. Submit from a login node of the cluster, or look with --dry.")

@@ -48,7 +48,7 @@ def main(folder: Path, srun: int) -> int | None:
     if final or failures >= MAX_FAILURES:
         say(f"{what}{f', {failures} times without a new checkpoint' if failures else ''}; its log says why")
         return code
-    if refused := put_back():
+    if refused := requeue_job():
         say(f"{what}; not requeued ({refused}). Nothing that was saved is lost: submit again to go on")
         return code
     say(f"{what}; back in the queue, to go on where it was")
@@ -68,7 +68,7 @@ def count_failure(folder: Path, code: int) -> int:
     return sum(1 for e in journal.read(folder / FAILURES) if e["at"] == at and e["attempt"].startswith(job))
 
 
-def put_back() -> str | None:
+def requeue_job() -> str | None:
     """Requeues this job. None if it is in the queue again, else the reason it is not."""
     job = os.environ["SLURM_JOB_ID"]
     try:

@@ -35,7 +35,7 @@ def show(config: Experiment) -> str:
         text = f"  {one.stage.name:<14} {one.state:<8} {bar:<20} {one.progress:4.0%}  "
         text += one.detail or figures(config, one.stage.name)
         lines.append(text + (f"  job {job['job']} {job_state(job['job'])}" if job else ""))
-        if one.state == "started" and (age := quiet_seconds(config.directory / one.stage.name)) is not None:
+        if one.state == "started" and (age := seconds_since_last_line(config.directory / one.stage.name)) is not None:
             lines[-1] += f"  (last line {age:.0f} s ago)"
     seen = mlflow_sync.link(config.directory, mlflow_sync.default_uri(config.directory))
     lines.append(f"  MLflow: {seen or f'nothing sent yet; see it with: lesiongen ui --runs {config.directory.parent}'}")
@@ -50,7 +50,7 @@ def figures(config: Experiment, stage: str) -> str:
     return "  ".join(shown[:4])
 
 
-def quiet_seconds(folder: Path) -> float | None:
+def seconds_since_last_line(folder: Path) -> float | None:
     path = folder / metrics_log.METRICS
     return time.time() - path.stat().st_mtime if path.exists() else None
 
@@ -75,7 +75,7 @@ def job_state(job: str) -> str:
     return state[1] + (f" ({reason[1]})" if state[1] == "PENDING" and reason else "")
 
 
-def alive(job: str) -> bool:
+def may_be_running(job: str) -> bool:
     """Whether it may still run; a Slurm that does not answer may have it."""
     return job_state(job).startswith(("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING", SILENT))
 
@@ -97,7 +97,7 @@ def logs(config: Experiment, stage: str | None, lines: int = 40) -> str:
 def cancel(config: Experiment) -> list[str]:
     """Cancels the run's jobs that Slurm still has; returns their ids."""
     ids = [j["job"] for p in (config.directory / "jobs").glob(f"*/{SUBMITTED}") for j in journal.read(p)]
-    living = [i for i in ids if alive(i)]
+    living = [i for i in ids if may_be_running(i)]
     if living:
         done = subprocess.run(["scancel", *living], capture_output=True, text=True, timeout=60)
         if done.returncode:

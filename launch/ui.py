@@ -11,13 +11,13 @@ import threading
 from pathlib import Path
 
 from hpc.errors import UserError
-from hpc.run.mlflow_sync import ENVIRONMENT, TrackError, say, sync
+from hpc.run.mlflow_sync import ENVIRONMENT, SyncError, say, sync
 
 
 def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
     """MLflow's page on the runs of a directory, kept up to date every 5 s until Ctrl-C or SIGTERM.
 
-    Raises UserError (a ValueError) if there is no run or the port is taken, TrackError if the server ends by itself.
+    Raises UserError (a ValueError) if there is no run or the port is taken, SyncError if the server ends by itself.
     """
     runs, stop, told = Path(runs).absolute(), threading.Event(), set()
     if not any(runs.glob("*/config.yaml")):
@@ -43,13 +43,13 @@ def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
             for config in sorted(runs.glob("*/config.yaml")):
                 try:
                     sync(config.parent, uri)
-                except TrackError as error:
+                except SyncError as error:
                     if str(error) not in told:
                         told.add(str(error))
                         say(f"{config.parent.name}: {error}")
             stop.wait(5.0)
         if not stop.is_set():
-            raise TrackError(f"mlflow server ended with code {server.returncode}; its last words are in {log}")
+            raise SyncError(f"mlflow server ended with code {server.returncode}; its last words are in {log}")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

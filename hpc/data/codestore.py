@@ -57,8 +57,8 @@ class CodeStore:
             self.maps[key] = _map(self.folder / file_name(*key))
         return self.maps[key]
 
-    def take(self, split: str, where: Sequence, columns: list[str], dtype=None) -> dict[str, np.ndarray]:
-        """Rows (draw, shard, ordinal), [N, 3], of the named arrays, in the order asked for; dtype: None = as stored."""
+    def gather_rows(self, split: str, where: Sequence, columns: list[str], dtype=None) -> dict[str, np.ndarray]:
+        """CodeRows (draw, shard, ordinal), [N, 3], of the named arrays, in the order asked for; dtype: None = as stored."""
         draws, shards, rows = np.asarray(where, dtype=np.int64).reshape(-1, 3).T
         # By file, and within a file in the order in which it lies on disk.
         order = (draws << 56 | shards << 32 | rows).argsort()

@@ -18,14 +18,14 @@ from math import ceil, gcd
 import numpy as np
 
 
-def share(batch: int, rank: int, world: int) -> range:
-    """Slots of the global batch that a rank takes. Raises ValueError where the batch does not divide."""
+def batch_share(batch: int, rank: int, world: int) -> range:
+    """EvenLayout of the global batch that a rank takes. Raises ValueError where the batch does not divide."""
     if batch % world:
         raise ValueError(f"the global batch of {batch} does not divide among {world} ranks; make it a multiple of {world}")
     return range(rank * batch // world, (rank + 1) * batch // world)
 
 
-def split(count: int, rank: int, world: int) -> range:
+def contiguous_share(count: int, rank: int, world: int) -> range:
     """Contiguous share of `count` items; shares differ by at most one item."""
     return range(rank * count // world, (rank + 1) * count // world)
 
@@ -36,7 +36,7 @@ def default_streams(batch: int) -> int:
 
 
 @dataclass(frozen=True)
-class Slots:
+class EvenLayout:
     """The plan's rule, slot → stream, in closed form: equal runs of slots, whatever the size of the batch."""
 
     batch: int
@@ -62,7 +62,7 @@ class Slots:
         return rounds * width + min(slot, width)
 
 
-class Pattern:
+class TableLayout:
     """The same for one component of a mixture: its positions follow a table of streams that repeats."""
 
     def __init__(self, table: np.ndarray, streams: int):
@@ -84,7 +84,7 @@ class Pattern:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class SampleOrder:
     """counts: samples in each shard; batch: global batch B; streams: C, dividing B; window: shuffle window in samples.
 
     Keeps 8 bytes a shard and 12 more for each of two epochs, and a window of 4-byte integers for each stream it reads.
@@ -96,7 +96,7 @@ class Plan:
     streams: int = 0
     window: int = 4096
     shuffle: bool = True
-    layout: Slots | Pattern | None = None
+    layout: EvenLayout | TableLayout | None = None
     size: int = field(init=False)  # samples in an epoch, N
     _cache: dict = field(init=False, repr=False, default_factory=dict)
 
@@ -107,7 +107,7 @@ class Plan:
         object.__setattr__(self, "counts", counts)
         object.__setattr__(self, "size", int(counts.sum()))
         object.__setattr__(self, "streams", self.streams or default_streams(self.batch))
-        object.__setattr__(self, "layout", self.layout or Slots(self.batch, self.streams))
+        object.__setattr__(self, "layout", self.layout or EvenLayout(self.batch, self.streams))
 
     def epoch(self, position: int) -> int:
         return position // self.size
@@ -153,7 +153,7 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture:
+class MixtureOrder:
     """Weighted components over one sequence of positions. Closed form, like the plan; its state is the same one integer.
 
     counts: per component, its samples in each shard, none empty; weights: any scale; a component of weight 0 is never
@@ -200,21 +200,21 @@ class Mixture:
         return table, turns
 
     @cached_property
-    def _components(self) -> list[Plan | None]:
-        slots, (table, _) = Slots(self.batch, self.streams), self._tables
+    def _components(self) -> list[SampleOrder | None]:
+        slots, (table, _) = EvenLayout(self.batch, self.streams), self._tables
         density = [np.mean(counts) if len(counts) else 0 for counts in self.counts]
         plans = []
         for i, (counts, quota) in enumerate(zip(self.counts, self.quotas.tolist(), strict=True)):
-            pattern = Pattern(slots.stream(np.flatnonzero(table == i)), self.streams)
+            pattern = TableLayout(slots.stream(np.flatnonzero(table == i)), self.streams)
             # Where a component lies thinly, as a rare class does, a window of as many samples would span more shards.
             window = max(1, round(self.window * density[i] / max(density)))
             seed = sample_seed(self.seed, i)
-            plans.append(Plan(counts, quota, seed, self.streams, window, layout=pattern) if quota else None)
+            plans.append(SampleOrder(counts, quota, seed, self.streams, window, layout=pattern) if quota else None)
         return plans
 
 
 def apportion(weights: np.ndarray, slots: int) -> np.ndarray:
-    """Slots for each component, by largest remainder; a positive weight gets one at least. weights sum to 1."""
+    """EvenLayout for each component, by largest remainder; a positive weight gets one at least. weights sum to 1."""
     exact = weights * slots
     quota = np.maximum(np.floor(exact), exact > 0).astype(np.int64)
     while quota.sum() > slots:

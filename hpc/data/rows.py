@@ -1,4 +1,4 @@
-"""Rows of a code store as tensors on a device: the whole split lies there where it fits, else rows come from mapped files."""
+"""Rows of a code store as tensors on a device: the whole split lies there where it fits; else rows come from mapped files."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ from hpc.data.codestore import CodeStore
 SHARE = {"cuda": 0.25, "cpu": 0.5}  # of free memory that a store may take; the model comes after it
 
 
-class Rows:
+class CodeRows:
     """take(where) → tensors of some columns of a split. resident: whether they lie on the device."""
 
     def __init__(self, store: CodeStore, split: str, columns: list[str], device: torch.device, resident: bool | None = None):
@@ -40,10 +40,10 @@ class Rows:
         ordinals = np.arange(self.size) - np.repeat(self.starts, counts)
         return np.stack([np.full(self.size, draw), np.repeat(self.shards, counts), ordinals], 1)
 
-    def take(self, where: Sequence) -> dict[str, torch.Tensor]:
-        """Rows (draw, shard, ordinal), [N, 3], as int64 on the device, in the order asked for."""
+    def gather_rows(self, where: Sequence) -> dict[str, torch.Tensor]:
+        """CodeRows (draw, shard, ordinal), [N, 3], as int64 on the device, in the order asked for."""
         if not self.resident:
-            found = self.store.take(self.split, where, self.columns, np.int64)
+            found = self.store.gather_rows(self.split, where, self.columns, np.int64)
             return {c: torch.from_numpy(v).to(self.device) for c, v in found.items()}
         draws, shards, ordinals = np.asarray(where, dtype=np.int64).reshape(-1, 3).T
         index = draws * self.size + self.starts[self.shards.searchsorted(shards)] + ordinals

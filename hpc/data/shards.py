@@ -25,7 +25,7 @@ import torch.utils.data
 import webdataset as wds
 from safetensors.numpy import load, save
 
-from hpc.data.order import Plan, sample_seed, share, split
+from hpc.data.order import SampleOrder, batch_share, contiguous_share, sample_seed
 from hpc.data.storage import StorageError, Store
 from hpc.errors import UserError
 from hpc.run.rundir import atomic_write
@@ -153,7 +153,7 @@ class Source(torch.utils.data.IterableDataset):
     batches: function that returns an iterator over lists of (position, slot); called in each worker
     """
 
-    def __init__(self, reader: ShardReader, plan: Plan, batches: Callable[[], Iterator[list[tuple[int, int]]]]):
+    def __init__(self, reader: ShardReader, plan: SampleOrder, batches: Callable[[], Iterator[list[tuple[int, int]]]]):
         self.reader, self.plan, self.batches = reader, plan, batches
 
     def __iter__(self) -> Iterator[dict]:
@@ -226,7 +226,7 @@ def _worker(_number: int) -> None:
 
 def training_batches(start: int, batch: int, micro: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
     """This rank's micro-batches of (position, slot) from global position `start`, a multiple of the batch, for ever."""
-    slots = share(batch, rank, world)
+    slots = batch_share(batch, rank, world)
     for step in count(start // batch):
         for first in range(slots.start, slots.stop, micro):
             yield [(step * batch + slot, slot) for slot in range(first, first + micro)]
@@ -234,6 +234,6 @@ def training_batches(start: int, batch: int, micro: int, rank: int, world: int) 
 
 def evaluation_batches(size: int, micro: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
     """This rank's contiguous share of `size` samples, once, in batches of `micro`; the last may be smaller."""
-    part = split(size, rank, world)
+    part = contiguous_share(size, rank, world)
     for first in range(part.start, part.stop, micro):
         yield [(i, i - first) for i in range(first, min(first + micro, part.stop))]

@@ -19,7 +19,7 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w\-.: ]", "_", name)[:100] or "none"
 
 
-class Tracker:
+class MetricsLog:
     """Writes one stage's metrics.jsonl and images/. For rank 0: with enabled=False every method does nothing."""
 
     def __init__(self, stage_dir: Path, enabled: bool = True):

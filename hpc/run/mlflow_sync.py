@@ -42,7 +42,7 @@ ENVIRONMENT = {
 _checked: set[tuple[Path, str]] = set()  # (run, uri) of which this process has asked the server what it has
 
 
-class TrackError(RuntimeError):
+class SyncError(RuntimeError):
     """MLflow did not take what was sent. Nothing is lost: the next sync sends it."""
 
 
@@ -93,7 +93,7 @@ def _client(uri: str):
 def sync(run_dir: Path, uri: str) -> SyncResult:
     """Sends what is new in all stage directories of a run, nothing twice, also after a crash between any two lines.
 
-    One experiment per config name, one parent run per run directory, one child run per stage. Raises TrackError.
+    One experiment per config name, one parent run per run directory, one child run per stage. Raises SyncError.
     """
     run_dir = Path(run_dir).absolute()
     stages = sorted(p.parent for p in run_dir.glob(f"*/{METRICS}") if not p.parent.name.startswith("."))
@@ -114,7 +114,7 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
             return _Sync(run_dir, uri, stages, forget=True).run()
         except Exception as error:
             reason = (_public(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise TrackError(f"MLflow at {_public(uri)}: {reason}") from error
+            raise SyncError(f"MLflow at {_public(uri)}: {reason}") from error
 
 
 class _Sync:
@@ -190,7 +190,7 @@ class _Sync:
                 client.create_experiment(name, beside if self.uri.startswith("sqlite:") else None)
         experiment = client.get_experiment_by_name(name)
         if experiment is None or experiment.lifecycle_stage != "active":
-            raise TrackError(f"experiment {name!r} cannot be made, or was deleted: restore it, or rename the run")
+            raise SyncError(f"experiment {name!r} cannot be made, or was deleted: restore it, or rename the run")
         return experiment.experiment_id
 
     def _stage(self, path: Path) -> None:

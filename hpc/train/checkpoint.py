@@ -25,15 +25,15 @@ def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, be
     """Writes checkpoint `step` with the loop's plain state, then removes all but the newest `keep` and the `best`.
     Collective."""
     final, temporary = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
-    dist.leader_does(_prepare, temporary)
+    dist.run_on_leader(_prepare, temporary)
     engine.save(temporary)
     for path in temporary.rglob("*"):
         if path.is_file() and (dist.rank() == 0 or f"rank_{dist.rank()}_" in path.name):
             _fsync(path)
     dist.barrier()
     facts = {"step": step, "world": engine.world, "zero": engine.config.zero, "state": state}
-    dist.leader_does(_commit, temporary, final, facts)
-    dist.leader_does(_retain, folder, keep, best)
+    dist.run_on_leader(_commit, temporary, final, facts)
+    dist.run_on_leader(_retain, folder, keep, best)
     return final
 
 
@@ -87,7 +87,7 @@ def problems(path: Path) -> list[str]:
 
 def choose(folder: Path) -> Path | None:
     """The newest sound checkpoint, or None. Rank 0 verifies, every rank hears the same. Collective."""
-    return dist.leader_does(_choose, folder)
+    return dist.run_on_leader(_choose, folder)
 
 
 def _choose(folder: Path) -> Path | None:
@@ -109,7 +109,7 @@ def needs_universal(path: Path, config: EngineConfig, world: int) -> bool:
 
 def to_universal(path: Path) -> None:
     """Makes DeepSpeed's universal format beside the engine's state. Raises UserError where its converter cannot. Collective."""
-    dist.leader_does(_to_universal, path)
+    dist.run_on_leader(_to_universal, path)
 
 
 def _to_universal(path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from hpc import dist
 from hpc.config import volatile
-from hpc.data.order import share
+from hpc.data.order import batch_share
 from hpc.train.optim import Skippable
 
 
@@ -49,7 +49,7 @@ class EngineConfig:
                 f"the global batch of {batch} does not divide among {world} ranks × {self.accumulation} micro-batches; "
                 f"make it a multiple of {world * self.accumulation}"
             )
-        return len(share(batch, 0, world)) // self.accumulation
+        return len(batch_share(batch, 0, world)) // self.accumulation
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Engine:
         packed = torch.stack([v.reshape(()).float() for v in values])
         if statistics is not None:
             packed = torch.cat([packed, statistics])
-        dist.sum_(packed)
+        dist.all_reduce_sum(packed)
         head = packed[: len(values)].tolist()
         self.optimizer.skip = head[0] > 0
         for group in self.deepspeed.optimizer.param_groups:

@@ -48,7 +48,7 @@ class Watchdog:
         return self.patience * max(self.floor_s, 10 * statistics.median(self.times) if self.times else 0.0)
 
     @contextlib.contextmanager
-    def patient(self) -> Iterator[None]:
+    def allow_longer(self) -> Iterator[None]:
         """Around an evaluation or a save, which may take as long as many steps."""
         self.patience = PATIENCE
         try:
@@ -80,7 +80,7 @@ def check_skipped(skipped_in_a_row: int, config: HealthConfig) -> None:
         )
 
 
-def straggler(step_seconds: list[float], hosts: list[str]) -> dict[str, float] | None:
+def find_straggler(step_seconds: list[float], hosts: list[str]) -> dict[str, float] | None:
     """How far the slowest rank's own work (without waiting) is above the median; None below 1.5 ×."""
     median = statistics.median(step_seconds)
     worst = max(range(len(step_seconds)), key=step_seconds.__getitem__)

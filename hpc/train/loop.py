@@ -105,7 +105,7 @@ def train(
     engine = Engine(module, optimizer(module, config.optim), config.engine, config.batch, universal)
     if start:
         engine.load(start, universal)
-    tracker = metrics_log.Tracker(folder, enabled=topology.leader)
+    tracker = metrics_log.MetricsLog(folder, enabled=topology.leader)
     tracker.resume(state.samples)
     ledger_path = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
     if ledger_path:
@@ -118,7 +118,7 @@ def train(
         return state.samples // every > last // every or state.samples >= config.samples > last
 
     def evaluate() -> None:
-        with watchdog.patient(), speed.paused():
+        with watchdog.allow_longer(), speed.paused():
             engine.copy_to(plain.to(engine.device))
             metrics, pictures = task.evaluate(plain)
             tracker.log(state.samples // config.batch, state.samples, {f"val/{k}": v for k, v in metrics.items()})
@@ -129,7 +129,7 @@ def train(
             progress.set_postfix_str(f"val {task.metric} {metrics[task.metric]:.4g}")
             if math.isfinite(metrics[task.metric]) and (state.best is None or metrics[task.metric] < state.best):
                 state.best, state.best_at = metrics[task.metric], state.samples
-                dist.leader_does(task.export, plain, metrics)
+                dist.run_on_leader(task.export, plain, metrics)
             plain.to("cpu")  # a second model on the device would undo what ZeRO 3 saves
         state.evaluated = state.samples
         if config.patience and state.samples - max(state.best_at, state.patient_from) >= config.patience:
@@ -142,7 +142,7 @@ def train(
 
     def save() -> None:
         nonlocal saved
-        with watchdog.patient(), speed.paused():
+        with watchdog.allow_longer(), speed.paused():
             step, best = state.samples // config.batch, state.best_at // config.batch
             checkpoint.save(folder / "checkpoints", step, engine, asdict(state), config.keep, best)
         saved = state.samples
@@ -153,7 +153,7 @@ def train(
         counters |= {"epoch": state.samples / task.size, "images_per_second": rate}
         counters |= flops.throughput(task, rate, topology.world, topology.device)
         waits = dist.gather((speed.waited, socket.gethostname()))
-        if late := health.straggler([w for w, _ in waits], [h for _, h in waits]):
+        if late := health.find_straggler([w for w, _ in waits], [h for _, h in waits]):
             counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}
         means = {f"train/{k}": v / state.count for k, v in state.sums.items()}
         tracker.log(state.samples // config.batch, state.samples, means | counters | metrics_log.system_metrics())

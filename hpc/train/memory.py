@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Alive(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors made inside it, each storage once, until they are freed; `peak` is the most at a time."""
 
     def __init__(self):
@@ -51,7 +51,7 @@ def peak_activations(make: Callable[[], tuple[nn.Module, dict]], bf16: bool = Fa
         module, batch = make()
         for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # counted elsewhere
-        with Alive() as alive:
+        with LiveBytes() as alive:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = module(batch)["loss"]
             loss.backward()

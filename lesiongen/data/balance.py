@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hpc.data.order import Mixture, Plan, class_weights
+from hpc.data.order import MixtureOrder, SampleOrder, class_weights
 from hpc.errors import UserError
 
 
@@ -23,12 +23,12 @@ class StreamConfig:
 
 
 @dataclass(frozen=True)
-class Blend:
+class BalancedOrder:
     """A mixture whose components are the members of one label in one set (label None: of every label).
 
     find(shard, label, j) → ordinal of the j-th member of a label in a shard"""
 
-    mixture: Mixture
+    mixture: MixtureOrder
     shards: tuple[tuple[int, ...], ...]
     labels: tuple[int | None, ...]
     find: Callable[[int, int, int], int]
@@ -46,16 +46,16 @@ class Blend:
         return shard, member if label is None else self.find(shard, label, member)
 
 
-def plan_for(
-    tallies: list[dict[int, int]], sets: list[int], batch: int, seed: int, stream: StreamConfig, find: Callable
-) -> Plan | Blend:
-    """The plan of a training stream. tallies: label → count of each shard, -1 for unlabelled; sets: the set of each shard.
+def order_for(
+    label_counts: list[dict[int, int]], sets: list[int], batch: int, seed: int, stream: StreamConfig, find: Callable
+) -> SampleOrder | BalancedOrder:
+    """The plan of a training stream. label_counts: label → count of each shard, -1 for unlabelled; sets: the set of each shard.
 
     Unlabelled images keep their natural share. Raises UserError where weights do not fit the sets."""
     if stream.streams and batch % stream.streams:
         raise UserError(f"stream.streams={stream.streams} does not divide the batch of {batch}.")
     if not stream.balance and not stream.weights:
-        return Plan(tuple(sum(tally.values()) for tally in tallies), batch, seed, stream.streams)
+        return SampleOrder(tuple(sum(tally.values()) for tally in label_counts), batch, seed, stream.streams)
     number = max(sets) + 1
     if stream.weights and len(stream.weights) != number:
         raise UserError(f"stream.weights has {len(stream.weights)} numbers for {number} sets; give one for each.")
@@ -66,16 +66,17 @@ def plan_for(
         if not stream.balance:
             parts.append((share, None, own))
             continue
-        labels = sorted({label for i in own for label in tallies[i]})
-        count = {label: sum(tallies[i].get(label, 0) for i in own) for label in labels}
+        labels = sorted({label for i in own for label in label_counts[i]})
+        count = {label: sum(label_counts[i].get(label, 0) for i in own) for label in labels}
         known = [label for label in labels if label >= 0]
         unlabelled = count.get(-1, 0) / sum(count.values())
         weights = dict(zip(known, class_weights([count[label] for label in known], stream.balance), strict=True))
         for label in labels:
             weight = unlabelled if label < 0 else (1 - unlabelled) * weights[label]
-            parts.append((share * weight, label, [i for i in own if tallies[i].get(label)]))
+            parts.append((share * weight, label, [i for i in own if label_counts[i].get(label)]))
     counts = [
-        tuple(sum(tallies[i].values()) if label is None else tallies[i][label] for i in shards) for _, label, shards in parts
+        tuple(sum(label_counts[i].values()) if label is None else label_counts[i][label] for i in shards)
+        for _, label, shards in parts
     ]
-    mixture = Mixture(tuple(counts), tuple(weight for weight, _, _ in parts), batch, seed, stream.streams)
-    return Blend(mixture, tuple(tuple(shards) for _, _, shards in parts), tuple(label for _, label, _ in parts), find)
+    mixture = MixtureOrder(tuple(counts), tuple(weight for weight, _, _ in parts), batch, seed, stream.streams)
+    return BalancedOrder(mixture, tuple(tuple(shards) for _, _, shards in parts), tuple(label for _, label, _ in parts), find)

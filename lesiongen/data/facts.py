@@ -25,7 +25,7 @@ def vocabularies(store: CodeStore, names: Sequence[str]) -> dict[str, list[str]]
     return {name: known[name] for name in names}
 
 
-def combinations(store: CodeStore, names: Sequence[str]) -> list[str]:
+def count_combinations(store: CodeStore, names: Sequence[str]) -> list[str]:
     """Each combination of facts among the training images and how many have it, as text: "label site … count"."""
     if not names:
         return []
@@ -48,9 +48,9 @@ def columns_of(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, int
 class PriorFacts:
     """The facts of one exported prior: their values, and how they occur together in its training images."""
 
-    def __init__(self, values: dict[str, list[str]], combinations: list[str]):
+    def __init__(self, values: dict[str, list[str]], count_combinations: list[str]):
         self.values = values
-        table = np.array([line.split() for line in combinations], dtype=np.int64).reshape(-1, len(values) + 1)
+        table = np.array([line.split() for line in count_combinations], dtype=np.int64).reshape(-1, len(values) + 1)
         self.rows, self.counts = table[:, :-1], table[:, -1]
         self.kept: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 

@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import default_collate
 
 from hpc import dist
-from hpc.data.order import Plan, sample_seed
+from hpc.data.order import SampleOrder, sample_seed
 from hpc.data.shards import BadSample, ShardReader, Source, evaluation_batches, loader, training_batches
 from lesiongen.data import images
 from lesiongen.data.augment import AugmentConfig, augment, centre
-from lesiongen.data.balance import StreamConfig, plan_for
+from lesiongen.data.balance import StreamConfig, order_for
 from lesiongen.data.packed import Packed
 
 
@@ -54,17 +54,17 @@ class ImageShards:
     ) -> Iterator[dict]:
         """This rank's augmented micro-batches from a global position, for ever (see batch_of())."""
         reader, stream = self.reader(), stream or StreamConfig()
-        plan = plan_for(self.tallies(), self.sets, batch, seed, stream, partial(self.member, reader))
+        plan = order_for(self.label_counts(), self.sets, batch, seed, stream, partial(self.member, reader))
         batches = partial(training_batches, position, batch, micro, dist.rank(), dist.world())
         return loader(Source(reader, plan, batches), Decoder(self, config, seed), batch_of, micro, workers)
 
     def first(self, number: int, batch: int, config: AugmentConfig, seed: int) -> Iterator[dict]:
         """The first `number` samples of the training sequence in one batch, on any rank."""
-        plan = Plan(self.counts, batch, seed)
+        plan = SampleOrder(self.counts, batch, seed)
         where = [[(position, position % batch) for position in range(number)]]
         return loader(Source(self.reader(), plan, partial(iter, where)), Decoder(self, config, seed), batch_of, number, 0)
 
-    def tallies(self) -> list[dict[int, int]]:
+    def label_counts(self) -> list[dict[int, int]]:
         """Images of each label, -1 for none, in each shard."""
         return [{self.label_of.get(c, -1): n for c, n in s["classes"].items()} for s in self.entries]
 
@@ -75,7 +75,7 @@ class ImageShards:
 
     def held_out(self, micro: int) -> Iterator[dict]:
         """This rank's share of the split, unaugmented, once, in shard order."""
-        plan = Plan(self.counts, batch=1, shuffle=False)
+        plan = SampleOrder(self.counts, batch=1, shuffle=False)
         batches = partial(evaluation_batches, len(self), micro, dist.rank(), dist.world())
         return loader(Source(self.reader(), plan, batches), Decoder(self), batch_of, micro, workers=0)
 

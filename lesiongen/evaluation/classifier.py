@@ -79,7 +79,7 @@ def train_classifier(
     for step, index in enumerate(order.split(BATCH)):
         for group in optimizer.param_groups:  # warm-up over a tenth, then down along a cosine
             group["lr"] = 3e-3 * min(1, (step + 1) / (0.1 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        x = vary(to_float(shrink(images_NCHW[index]).to(device)), rng)
+        x = augment_batch(to_float(shrink(images_NCHW[index]).to(device)), rng)
         loss = F.cross_entropy(net(x)[0], labels_N[index].to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -105,8 +105,8 @@ def to_float(images_NCHW: torch.Tensor) -> torch.Tensor:
     return images_NCHW.float() / 127.5 - 1
 
 
-def vary(x_BCHW: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Random symmetry of the square, small shift, brightness and contrast. Rows are shuffled first, then each eighth of
+def augment_batch(x_BCHW: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Random symmetry of the square, small shift, brightness and contrast. CodeRows are shuffled first, then each eighth of
     the batch takes one symmetry: pictures of one class do not share it."""
     out = torch.empty_like(x_BCHW)
     shuffled = torch.randperm(len(x_BCHW), generator=rng)
@@ -153,7 +153,7 @@ def within_class_diversity(features_ND: torch.Tensor, labels_N: torch.Tensor) ->
     return float(torch.stack(means).mean()) if means else math.nan
 
 
-def at_most(labels_N: torch.Tensor, limit: int) -> torch.Tensor:
+def first_of_each_class(labels_N: torch.Tensor, limit: int) -> torch.Tensor:
     """Indices of the first `limit` pictures of each class; shards lie in hash order, so the first are a fair draw."""
     kept = [torch.nonzero(labels_N == label).flatten()[:limit] for label in labels_N.unique().tolist() if label >= 0]
     return torch.cat(kept).sort().values if kept else torch.empty(0, dtype=torch.int64)
@@ -189,7 +189,7 @@ def compare(
     paired = [c for c in common if min((labels[what] == c).sum() for what in ("samples", "real")) > 1]
     spread = {}
     for what in ("samples", "real"):
-        index = at_most(labels[what], per_class)
+        index = first_of_each_class(labels[what], per_class)
         index = index[torch.isin(labels[what][index], torch.tensor(paired))]
         spread[what] = within_class_diversity(features[what][index], labels[what][index])
     ratio = spread["samples"] / spread["real"] if paired and spread["real"] else None

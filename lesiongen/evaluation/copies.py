@@ -25,7 +25,7 @@ class Nearest:
     form: torch.Tensor
 
 
-def turn(x_NCHW: torch.Tensor, form: int) -> torch.Tensor:
+def apply_symmetry(x_NCHW: torch.Tensor, form: int) -> torch.Tensor:
     """One of the 8 symmetries of the square."""
     turned = torch.rot90(x_NCHW, form % 4, (-2, -1))
     return turned.flip(-1) if form >= 4 else turned
@@ -52,7 +52,7 @@ def nearest(
     parts = [(slice(i, i + 4096), queries[i : i + 4096].to(device)) for i in range(0, len(queries), 4096)]
     for first in range(0, len(train_NCHW), chunk):
         part = small(train_NCHW[first : first + chunk].to(device))
-        candidates = torch.stack([turn(part, form).flatten(1) for form in range(8)], 1).flatten(0, 1)
+        candidates = torch.stack([apply_symmetry(part, form).flatten(1) for form in range(8)], 1).flatten(0, 1)
         norms = candidates.square().sum(1)
         for rows, query in parts:
             # |q - t|² less |q|², which is the same for all t
@@ -66,7 +66,7 @@ def nearest(
     index, form = where // 8, where % 8
     # Taken again as a plain difference: the sum above loses the digits that tell a copy from a near miss.
     exact = [
-        (q - turn(small(train_NCHW[i : i + 1]), f).flatten()).square().mean().sqrt()
+        (q - apply_symmetry(small(train_NCHW[i : i + 1]), f).flatten()).square().mean().sqrt()
         for q, i, f in zip(queries, index.tolist(), form.tolist(), strict=True)
     ]
     return Nearest(torch.stack(exact) if exact else torch.empty(0), index, form)

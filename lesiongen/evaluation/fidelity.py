@@ -40,7 +40,7 @@ def fidelity_and_diversity(
     device = next(net.parameters()).device
     with bar(length // classifier.BATCH * classifier.BATCH, "classifier") as progress:
         judge = classifier.train_classifier(train.images, train.labels, len(classes), length, seed, progress, device)
-    some = classifier.at_most(held_out.labels, PER_CLASS)
+    some = classifier.first_of_each_class(held_out.labels, PER_CLASS)
     rebuilt = _reconstruct(net, held_out, some, batch)
     pictures = {"samples": samples.images, "real": held_out.images, "reconstructions": rebuilt}
     labels = {"samples": samples.labels, "real": held_out.labels, "reconstructions": held_out.labels[some]}

@@ -39,7 +39,7 @@ def held_out_figures(net: Tokenizer, data: ImageShards, micro: int) -> tuple[dic
         if not shown:
             codes = {name: q.codes[:8].cpu() for name, q in levels.items()}
             shown = [batch["image"][:8], to_uint8(y[:8]).cpu(), codes]
-    packed = dist.sum_(torch.cat([sums, counts.flatten()]).to(device)).cpu()
+    packed = dist.all_reduce_sum(torch.cat([sums, counts.flatten()]).to(device)).cpu()
     total_psnr, total_ssim, total_mse, number, lost, broken = packed[:6].tolist()
     metrics = {"psnr": total_psnr / number, "ssim": total_ssim / number, "mse": total_mse / number}
     metrics["nmse"] = metrics["mse"] / 4 / data.packed.moments["data_variance"]

@@ -16,7 +16,7 @@ from lesiongen.evaluation.card import statement
 
 PLOTS = (  # picture, title, what to look for
     ("distances", "Distance to the training data", "Samples should lie where held-out images lie, not left of them."),
-    ("confusion", "What the classifier sees in samples", "Rows: the class asked for; columns: the class seen."),
+    ("confusion", "What the classifier sees in samples", "CodeRows: the class asked for; columns: the class seen."),
 )
 BELOW = (
     (

@@ -59,7 +59,7 @@ class Catalog:
     listed: int  # images or rows looked at
 
 
-def read(
+def read_catalog(
     images: Path,
     metadata: Path | None,
     columns: dict[str, str] | None = None,
@@ -79,7 +79,7 @@ def read(
         dx = _folder_classes(images, files, bool(given) and not splits)
         table.rows = {image: {"image": image, "dx": dx[image], "source": images.name} for image in files}
     else:
-        table = sources.read(metadata, columns or {})
+        table = sources.read_table(metadata, columns or {})
     if splits and not given.keys() & table.rows.keys():
         raise UserError(f"{splits} names none of the images. Its first column must hold their ids, and 'split' their split.")
     classes = set(classes)

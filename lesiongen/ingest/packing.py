@@ -52,7 +52,7 @@ def pack(data: DataConfig, folder: Path, topology: Topology | None = None, appen
     """
     topology = topology or Topology()
     began = time.monotonic()
-    work_files = dist.leader_does(_prepare, data, folder, append)
+    work_files = dist.run_on_leader(_prepare, data, folder, append)
     mine = work_files[topology.rank :: topology.world]
     total = sum(images for _, images in mine)
     processes = data.processes or _default_processes(total, topology)
@@ -60,7 +60,7 @@ def pack(data: DataConfig, folder: Path, topology: Topology | None = None, appen
         for images in each(shard_work.pack_shard, [folder / "work" / name for name, _ in mine]):
             progress.update(images)
     dist.barrier()
-    digest = dist.leader_does(_commit, data, folder, [name for name, _ in work_files], append)
+    digest = dist.run_on_leader(_commit, data, folder, [name for name, _ in work_files], append)
     if topology.leader and work_files:
         number, seconds = sum(images for _, images in work_files), time.monotonic() - began
         print(f"{number:,} images in {seconds:.0f} s, {number / seconds:,.0f} images/s")
@@ -90,7 +90,7 @@ def _pool(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
 def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, int]]:
     """Reads the metadata, assigns splits, writes the work files. Returns each work file's name and number of images."""
     before, packed = _read_packed(folder) if append else ({}, {})
-    found = catalog.read(
+    found = catalog.read_catalog(
         Path(data.images),
         Path(data.metadata) if data.metadata else None,
         data.columns,
@@ -109,7 +109,7 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
     pairs = list(found.pairs)
     if data.near_duplicates and records:
         with _pool(data.processes or _default_processes(len(records), Topology())) as each:
-            pairs += pairing.near_duplicates(records, folder, packed, _suffix(before), each)
+            pairs += pairing.find_near_duplicates(records, folder, packed, _suffix(before), each)
     members, unjoined = splits.assign(records, data.val, data.test, pairs, {k: v[:3] for k, v in packed.items()})
     _write_rejected(rejected + unjoined, found.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
     if not append:

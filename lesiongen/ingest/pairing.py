@@ -21,7 +21,9 @@ from lesiongen.ingest.splits import Groups
 MANY = 20  # images of one lesion that are hard to believe
 
 
-def near_duplicates(records: list[Record], folder: Path, packed: dict, suffix: str, each: Callable) -> list[tuple[str, str]]:
+def find_near_duplicates(
+    records: list[Record], folder: Path, packed: dict, suffix: str, each: Callable
+) -> list[tuple[str, str]]:
     """Pairs of images that show one lesion, among the new ones and between them and those packed; listed, with pictures."""
     paths = {r.image: Path(r.path) for r in records}
     names = sorted({place[3] for place in packed.values()})

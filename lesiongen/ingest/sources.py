@@ -1,4 +1,4 @@
-"""Rows of metadata from the CSV files of public skin-lesion data sets, recognised by their columns.
+"""CodeRows of metadata from the CSV files of public skin-lesion data sets, recognised by their columns.
 
 Known: HAM10000 (Tschandl 2018), the ISIC challenges of 2016 to 2020, the ISIC archive's export, and any table with an id
 column of a usual name. A challenge spreads what is known of an image over several files: those that lie beside the one
@@ -132,7 +132,7 @@ class Table:
     source: str = ""
 
 
-def read(metadata: Path, columns: dict[str, str]) -> Table:
+def read_table(metadata: Path, columns: dict[str, str]) -> Table:
     """Reads a CSV file, with its companions in the same folder, or every known one in a folder.
 
     columns: our field → theirs, for a table that is not known. Raises UserError where nothing can be read."""

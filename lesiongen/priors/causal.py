@@ -17,16 +17,16 @@ class Window:
         self.left, self.width = left, width
         self.kept = like.new_zeros(len(like), rows, left + width + right, channels)
 
-    def turn(self) -> None:
+    def next_row(self) -> None:
         """Goes to the next row; what the new one holds until it is put there is never read."""
         for i in range(self.kept.shape[1] - 1):
             self.kept[:, i] = self.kept[:, i + 1]
 
-    def put(self, x_BC: torch.Tensor, column: int) -> None:
+    def write(self, x_BC: torch.Tensor, column: int) -> None:
         """The input at a column of the newest row."""
         self.kept[:, -1, self.left + column] = x_BC
 
-    def put_row(self, x_BwC: torch.Tensor) -> None:
+    def write_row(self, x_BwC: torch.Tensor) -> None:
         self.kept[:, -1, self.left : self.left + self.width] = x_BwC
 
     def patch(self, column: int, size: int) -> torch.Tensor:
@@ -59,11 +59,11 @@ class CausalConv(nn.Linear):
             return _convolve(x_BhwC, F.pad(self.weight, (0, missing)), self.bias, self.rows)
         column = t % window.width
         if not self.itself and t:
-            window.put(x, (t - 1) % window.width)
+            window.write(x, (t - 1) % window.width)
         if t and not column:
-            window.turn()
+            window.next_row()
         if self.itself:
-            window.put(x, column)
+            window.write(x, column)
         return super().forward(window.patch(column, self.columns)[:, : self.in_features])
 
 
@@ -81,8 +81,8 @@ class RowConv(nn.Linear):
         """[B, h, w, C] → [B, h, w, outputs]; with a window, the next row alone: [B, w, C] → [B, w, outputs]."""
         if window is None:
             return _convolve(F.pad(x, (0, 0, self.side, self.side, self.rows - 1, 0)), self.weight, self.bias, self.rows)
-        window.turn()
-        window.put_row(x)
+        window.next_row()
+        window.write_row(x)
         return _convolve(window.kept, self.weight, self.bias, self.rows)[:, 0]
 
 

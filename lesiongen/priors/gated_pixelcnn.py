@@ -30,7 +30,7 @@ class GatedPixelCNNConfig(PriorShape):
 
 
 @dataclass
-class Kept:
+class BlockCache:
     """What a block keeps while sampling."""
 
     down: Window  # inputs of the vertical convolution
@@ -65,8 +65,8 @@ class Block(nn.Module):
         y = gate(self.horizontal(x, window, t) + above)
         return x + self.out(F.dropout(y, self.dropout, self.training))
 
-    def forward(self, v_BhwD, x_BhwD, known_BhwD) -> tuple[torch.Tensor, torch.Tensor]:
-        v_BhwD, above = self.down(v_BhwD, known_BhwD)
+    def forward(self, v_BhwD, x_BhwD, context_BhwD) -> tuple[torch.Tensor, torch.Tensor]:
+        v_BhwD, above = self.down(v_BhwD, context_BhwD)
         return v_BhwD, self.right(x_BhwD, above)
 
 
@@ -79,32 +79,32 @@ class GatedPixelCNN(Prior):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.last = nn.Linear(width, width)
 
-    def features(self, codes_BT: torch.Tensor, known_BTD: torch.Tensor) -> torch.Tensor:
-        tokens_BhwD, known_BhwD = self.tokens(codes_BT).unflatten(1, self.grid), known_BTD.unflatten(1, self.grid)
+    def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
+        tokens_BhwD, context_BhwD = self.tokens(codes_BT).unflatten(1, self.grid), context_BTD.unflatten(1, self.grid)
         # The vertical stack is a row late: then it may see rows whole.
         v_BhwD, x_BhwD = self.down(F.pad(tokens_BhwD[:, :-1], (0, 0, 0, 0, 1, 0))), self.right(tokens_BhwD)
         for block in self.blocks:
-            v_BhwD, x_BhwD = self.run(block, v_BhwD, x_BhwD, known_BhwD)
+            v_BhwD, x_BhwD = self.run_block(block, v_BhwD, x_BhwD, context_BhwD)
         return self._out(x_BhwD).flatten(1, 2)
 
     def _out(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.last(F.relu(x)))
 
-    def new_cache(self, known_BTD: torch.Tensor) -> dict:
-        batch, columns = len(known_BTD), self.grid[1]
+    def new_cache(self, context_BTD: torch.Tensor) -> dict:
+        batch, columns = len(context_BTD), self.grid[1]
         kept = [
-            Kept(
-                block.vertical.new_cache(known_BTD, columns),
-                block.horizontal.new_cache(known_BTD, columns),
-                known_BTD.new_zeros(batch, columns, 2 * self.config.width),
+            BlockCache(
+                block.vertical.new_cache(context_BTD, columns),
+                block.horizontal.new_cache(context_BTD, columns),
+                context_BTD.new_zeros(batch, columns, 2 * self.config.width),
             )
             for block in self.blocks
         ]
-        first = self.down.new_cache(known_BTD, columns), self.right.new_cache(known_BTD, columns)
-        row_BwD = known_BTD.new_zeros(batch, columns, self.config.width)  # of embedded tokens
+        first = self.down.new_cache(context_BTD, columns), self.right.new_cache(context_BTD, columns)
+        row_BwD = context_BTD.new_zeros(batch, columns, self.config.width)  # of embedded tokens
         return {"first": first, "row": row_BwD, "blocks": kept}
 
-    def step(self, previous_B, known_BTD, cache, t: int) -> torch.Tensor:
+    def step(self, previous_B, context_BTD, cache, t: int) -> torch.Tensor:
         columns = self.grid[1]
         column = t % columns
         x_BD = None
@@ -112,15 +112,15 @@ class GatedPixelCNN(Prior):
             x_BD = self.tokens(previous_B)
             cache["row"][:, (t - 1) % columns] = x_BD
         if column == 0:
-            self._next_row(known_BTD[:, t : t + columns], cache)
+            self._next_row(context_BTD[:, t : t + columns], cache)
         x_BD = self.right(x_BD, cache["first"][1], t)
         for block, kept in zip(self.blocks, cache["blocks"], strict=True):
             x_BD = block.right(x_BD, kept.above[:, column], kept.right, t)
         return self._out(x_BD)
 
-    def _next_row(self, known_BwD: torch.Tensor, cache: dict) -> None:
+    def _next_row(self, context_BwD: torch.Tensor, cache: dict) -> None:
         """The vertical stack's part of a row, all at once, when the row above is whole."""
         v_BwD = self.down(cache["row"], cache["first"][0])
         for block, kept in zip(self.blocks, cache["blocks"], strict=True):
-            v_BwD, above = block.down(v_BwD, known_BwD, kept.down)
+            v_BwD, above = block.down(v_BwD, context_BwD, kept.down)
             kept.above.copy_(above)

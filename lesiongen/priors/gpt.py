@@ -32,7 +32,7 @@ def rotary_table(grid: tuple[int, int], head_dim: int) -> torch.Tensor:
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 
-def turned(x_BTHE: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def apply_rotary(x_BTHE: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Neighbouring pairs turned by the angles of their position."""
     pairs = x_BTHE.unflatten(-1, (-1, 2))
     table = table[:, None].to(pairs.dtype)
@@ -63,7 +63,7 @@ class Block(nn.Module):
         """cache: [2, B, H, T, E] written in place at token `at`; None in training."""
         batch, length, width = x_BTD.shape
         q, k, v = self.qkv(self.norm1(x_BTD)).view(batch, length, 3, self.heads, -1).unbind(2)
-        q, k, v = (x.transpose(1, 2) for x in (turned(q, table), turned(k, table), v))
+        q, k, v = (x.transpose(1, 2) for x in (apply_rotary(q, table), apply_rotary(k, table), v))
         if cache is not None:
             cache[0][:, :, at : at + length], cache[1][:, :, at : at + length] = k, v
             k, v = cache[0][:, :, : at + length], cache[1][:, :, : at + length]
@@ -90,20 +90,20 @@ class GPT(Prior):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
 
-    def features(self, codes_BT: torch.Tensor, known_BTD: torch.Tensor) -> torch.Tensor:
+    def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
         # Position t sees token t-1; position 0 sees what is known alone.
-        x_BTD = F.pad(self.tokens(codes_BT[:, :-1]), (0, 0, 1, 0)) + known_BTD
+        x_BTD = F.pad(self.tokens(codes_BT[:, :-1]), (0, 0, 1, 0)) + context_BTD
         for block in self.blocks:
-            x_BTD = self.run(block, x_BTD, self.table)
+            x_BTD = self.run_block(block, x_BTD, self.table)
         return self.norm(x_BTD)
 
-    def new_cache(self, known_BTD: torch.Tensor) -> list[torch.Tensor]:
+    def new_cache(self, context_BTD: torch.Tensor) -> list[torch.Tensor]:
         """Keys and values of each block, [2, B, H, T, E]."""
-        batch, heads = len(known_BTD), self.config.heads
-        return [known_BTD.new_zeros(2, batch, heads, self.length, self.config.width // heads) for _ in self.blocks]
+        batch, heads = len(context_BTD), self.config.heads
+        return [context_BTD.new_zeros(2, batch, heads, self.length, self.config.width // heads) for _ in self.blocks]
 
-    def step(self, previous_B, known_BTD, cache, t: int) -> torch.Tensor:
-        x = known_BTD[:, t : t + 1]
+    def step(self, previous_B, context_BTD, cache, t: int) -> torch.Tensor:
+        x = context_BTD[:, t : t + 1]
         if previous_B is not None:
             x = x + self.tokens(previous_B)[:, None]
         for block, kv in zip(self.blocks, cache, strict=True):

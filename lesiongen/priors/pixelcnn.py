@@ -54,22 +54,22 @@ class PixelCNN(Prior):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.last = nn.Linear(width, width)
 
-    def features(self, codes_BT: torch.Tensor, known_BTD: torch.Tensor) -> torch.Tensor:
+    def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
         x_BhwD = self.first(self.tokens(codes_BT).unflatten(1, self.grid))
-        known_BhwD = known_BTD.unflatten(1, self.grid)
+        context_BhwD = context_BTD.unflatten(1, self.grid)
         for block in self.blocks:
-            x_BhwD = self.run(block, x_BhwD, known_BhwD)
+            x_BhwD = self.run_block(block, x_BhwD, context_BhwD)
         return self._out(x_BhwD).flatten(1, 2)
 
     def _out(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.last(F.relu(x)))
 
-    def new_cache(self, known_BTD: torch.Tensor) -> list[Window]:
+    def new_cache(self, context_BTD: torch.Tensor) -> list[Window]:
         """The last rows that each convolution sees."""
-        return [conv.new_cache(known_BTD, self.grid[1]) for conv in (self.first, *(b.conv for b in self.blocks))]
+        return [conv.new_cache(context_BTD, self.grid[1]) for conv in (self.first, *(b.conv for b in self.blocks))]
 
-    def step(self, previous_B, known_BTD, cache, t: int) -> torch.Tensor:
+    def step(self, previous_B, context_BTD, cache, t: int) -> torch.Tensor:
         x_BD = self.first(None if previous_B is None else self.tokens(previous_B), cache[0], t)
         for block, window in zip(self.blocks, cache[1:], strict=True):
-            x_BD = block(x_BD, known_BTD[:, t], window, t)
+            x_BD = block(x_BD, context_BTD[:, t], window, t)
         return self._out(x_BD)

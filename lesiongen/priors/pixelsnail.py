@@ -72,10 +72,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(2 * width + 2, 3 * width // 2, bias=False)
         self.mix, self.out = nn.Linear(width + width // 2, width), nn.Linear(width, 2 * width)
 
-    def new_cache(self, known_BTD: torch.Tensor) -> torch.Tensor:
+    def new_cache(self, context_BTD: torch.Tensor) -> torch.Tensor:
         """Keys and values, [2, B, H, T, E]."""
-        batch, length, width = known_BTD.shape
-        return known_BTD.new_zeros(2, batch, self.heads, length, width // 2 // self.heads)
+        batch, length, width = context_BTD.shape
+        return context_BTD.new_zeros(2, batch, self.heads, length, width // 2 // self.heads)
 
     def forward(self, given, x, place, cache: torch.Tensor | None = None, t: int = 0) -> torch.Tensor:
         """given, x: [B, T, D], place: [T, 2]; with a cache, which takes keys and values at t, those of position t alone:
@@ -99,19 +99,19 @@ class Block(nn.Module):
         self.residuals = nn.ModuleList(Residual(config) for _ in range(config.residual_blocks))
         self.attention = Attention(config) if config.attention else None
 
-    def forward(self, x_BhwD, known_BhwD, place_T2) -> torch.Tensor:
+    def forward(self, x_BhwD, context_BhwD, position_T2) -> torch.Tensor:
         given = x_BhwD
         for residual in self.residuals:
-            x_BhwD = residual(x_BhwD, known_BhwD)
+            x_BhwD = residual(x_BhwD, context_BhwD)
         if self.attention is None:
             return x_BhwD
-        return self.attention(given.flatten(1, 2), x_BhwD.flatten(1, 2), place_T2).reshape(given.shape)
+        return self.attention(given.flatten(1, 2), x_BhwD.flatten(1, 2), position_T2).reshape(given.shape)
 
-    def step(self, x_BD, known_BD, place_12, cache: dict, t: int) -> torch.Tensor:
+    def step(self, x_BD, context_BD, position_12, cache: dict, t: int) -> torch.Tensor:
         given = x_BD
         for residual, windows in zip(self.residuals, cache["windows"], strict=True):
-            x_BD = residual(x_BD, known_BD, windows, t)
-        return x_BD if self.attention is None else self.attention(given, x_BD, place_12, cache["attention"], t)
+            x_BD = residual(x_BD, context_BD, windows, t)
+        return x_BD if self.attention is None else self.attention(given, x_BD, position_12, cache["attention"], t)
 
 
 class PixelSNAIL(Prior):
@@ -124,34 +124,34 @@ class PixelSNAIL(Prior):
         self.norm = nn.RMSNorm(width)
         self.register_buffer("background", background(grid), persistent=False)
 
-    def features(self, codes_BT: torch.Tensor, known_BTD: torch.Tensor) -> torch.Tensor:
+    def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
         tokens_BTD = self.tokens(codes_BT)
         # Without the code before it, in raster order, no position in reach of attention would hold the last code of the
         # row above (Chen et al. give attention the codes themselves, one late).
         x_BTD = F.pad(tokens_BTD[:, :-1], (0, 0, 1, 0)) + self.place(self.background)
         x_BhwD = self.first(tokens_BTD.unflatten(1, self.grid)) + x_BTD.unflatten(1, self.grid)
-        known_BhwD = known_BTD.unflatten(1, self.grid)
+        context_BhwD = context_BTD.unflatten(1, self.grid)
         for block in self.blocks:
-            x_BhwD = self.run(block, x_BhwD, known_BhwD, self.background)
+            x_BhwD = self.run_block(block, x_BhwD, context_BhwD, self.background)
         return self._out(x_BhwD).flatten(1, 2)
 
     def _out(self, x: torch.Tensor) -> torch.Tensor:
         return F.elu(self.norm(x))
 
-    def new_cache(self, known_BTD: torch.Tensor) -> dict:
+    def new_cache(self, context_BTD: torch.Tensor) -> dict:
         columns, blocks = self.grid[1], []
         for block in self.blocks:
             pairs = [(r.first, r.second) for r in block.residuals]
-            windows = [tuple(conv.new_cache(known_BTD, columns) for conv in pair) for pair in pairs]
-            attention = block.attention and block.attention.new_cache(known_BTD)
+            windows = [tuple(conv.new_cache(context_BTD, columns) for conv in pair) for pair in pairs]
+            attention = block.attention and block.attention.new_cache(context_BTD)
             blocks.append({"windows": windows, "attention": attention})
-        return {"first": self.first.new_cache(known_BTD, columns), "blocks": blocks}
+        return {"first": self.first.new_cache(context_BTD, columns), "blocks": blocks}
 
-    def step(self, previous_B, known_BTD, cache, t: int) -> torch.Tensor:
-        place_12 = self.background[t : t + 1]
+    def step(self, previous_B, context_BTD, cache, t: int) -> torch.Tensor:
+        position_12 = self.background[t : t + 1]
         before = None if previous_B is None else self.tokens(previous_B)
-        x_BD = self.first(before, cache["first"], t) + self.place(place_12)
+        x_BD = self.first(before, cache["first"], t) + self.place(position_12)
         x_BD = x_BD if before is None else x_BD + before
         for block, kept in zip(self.blocks, cache["blocks"], strict=True):
-            x_BD = block.step(x_BD, known_BTD[:, t], place_12, kept, t)
+            x_BD = block.step(x_BD, context_BTD[:, t], position_12, kept, t)
         return self._out(x_BD)

@@ -66,10 +66,10 @@ class Prior(nn.Module, ABC):
 
     def context(self, facts_BF: torch.Tensor, upper: list[torch.Tensor]) -> torch.Tensor:
         """What every position knows beforehand, [B, T, D]: the facts and the coarser codes around it."""
-        known_BD = torch.zeros(len(facts_BF), self.config.width, device=facts_BF.device, dtype=self.tokens.weight.dtype)
+        context_BD = torch.zeros(len(facts_BF), self.config.width, device=facts_BF.device, dtype=self.tokens.weight.dtype)
         for embedding, fact_B in zip(self.facts.values(), facts_BF.T, strict=True):
-            known_BD = known_BD + embedding(torch.where(fact_B < 0, embedding.num_embeddings - 1, fact_B))
-        known = known_BD[:, None].expand(-1, self.length, -1)
+            context_BD = context_BD + embedding(torch.where(fact_B < 0, embedding.num_embeddings - 1, fact_B))
+        known = context_BD[:, None].expand(-1, self.length, -1)
         for embedding, mix, codes_Bhw in zip(self.upper, self.mix, upper, strict=True):
             x_BDhw = embedding(codes_Bhw.long()).movedim(-1, 1)
             x_BDhw = F.interpolate(x_BDhw + mix(x_BDhw), size=self.grid, mode="nearest")
@@ -77,30 +77,30 @@ class Prior(nn.Module, ABC):
         return known
 
     @abstractmethod
-    def features(self, codes_BT: torch.Tensor, known_BTD: torch.Tensor) -> torch.Tensor:
+    def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D], ready for the head; those at t depend on tokens before t only, and on all that is known."""
 
     @abstractmethod
-    def new_cache(self, known_BTD: torch.Tensor):
+    def new_cache(self, context_BTD: torch.Tensor):
         """What step() keeps between tokens; all memory is taken here."""
 
     @abstractmethod
-    def step(self, previous_B: torch.Tensor | None, known_BTD: torch.Tensor, cache, t: int) -> torch.Tensor:
+    def step(self, previous_B: torch.Tensor | None, context_BTD: torch.Tensor, cache, t: int) -> torch.Tensor:
         """Features [B, D] of token t, given token t-1 (none for the first) and the cache of those before."""
 
-    def run(self, block: nn.Module, *x: torch.Tensor):
+    def run_block(self, block: nn.Module, *x: torch.Tensor):
         """A block of features(), computed again in the backward pass where that was asked for."""
         again = self.config.checkpoint and self.training
         return checkpoint(block, *x, use_reentrant=False) if again else block(*x)
 
-    def forward(self, codes_BT: torch.Tensor, known_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, K]."""
-        return self.head(self.features(codes_BT, known_BTD))
+        return self.head(self.features(codes_BT, context_BTD))
 
     def log_likelihood(self, codes_Bhw: torch.Tensor, facts_BF: torch.Tensor, upper: list[torch.Tensor]) -> torch.Tensor:
         """Natural log-probability of each token, [B, T]."""
         codes_BT = codes_Bhw.flatten(1).long()
-        return -self._surprise(self.features(codes_BT, self.context(facts_BF, upper)), codes_BT)
+        return -self._negative_log_likelihood(self.features(codes_BT, self.context(facts_BF, upper)), codes_BT)
 
     def loss(self, codes_Bhw: torch.Tensor, facts_BF: torch.Tensor, upper: list[torch.Tensor]) -> torch.Tensor:
         """Mean cross-entropy in nats per token, with dropout of facts and tokens while training."""
@@ -112,9 +112,9 @@ class Prior(nn.Module, ABC):
             if self.config.token_dropout:
                 lost = torch.rand(codes_BT.shape, device=codes_BT.device) < self.config.token_dropout
                 seen_BT = codes_BT.masked_fill(lost, self.entries)
-        return self._surprise(self.features(seen_BT, self.context(facts_BF, upper)), codes_BT).mean()
+        return self._negative_log_likelihood(self.features(seen_BT, self.context(facts_BF, upper)), codes_BT).mean()
 
-    def _surprise(self, h_BTD: torch.Tensor, codes_BT: torch.Tensor) -> torch.Tensor:
+    def _negative_log_likelihood(self, h_BTD: torch.Tensor, codes_BT: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each token, [B, T], fp32; logits exist for a chunk of tokens at a time."""
         h_ND, codes_N = h_BTD.flatten(0, 1), codes_BT.flatten()
         size = max(1, CHUNK // self.entries)

@@ -112,18 +112,18 @@ def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: Sta
     dist.init(topology, config.local.join_seconds)
     for name in stage.needs:
         if name == "shards" and config.inputs.shards:
-            dist.leader_does(packed(config).refuse_leaks)
+            dist.run_on_leader(packed(config).refuse_leaks)
         else:
-            dist.leader_does(require, config, name)
+            dist.run_on_leader(require, config, name)
     config_yaml = hpc_config.to_yaml(config) if stage_dir is None else None  # outside a run the config says too much
     stage_dir = stage_dir or stage_dir_of(config, stage)
-    dist.leader_does(stage_dir.check)
-    if not stage.appends and dist.leader_does(stage_dir.done):
+    dist.run_on_leader(stage_dir.check)
+    if not stage.appends and dist.run_on_leader(stage_dir.done):
         return
     with contextlib.ExitStack() as held:
-        dist.leader_does(_open, held, stage_dir, stage, config_yaml)
+        dist.run_on_leader(_open, held, stage_dir, stage, config_yaml)
         digest = stage.run(config, topology, stage_dir.path)
-        dist.leader_does(stage_dir.finish, digest)
+        dist.run_on_leader(stage_dir.finish, digest)
 
 
 def _open(held: contextlib.ExitStack, stage_dir: StageDir, stage: Stage, config_yaml: str | None) -> None:

@@ -74,7 +74,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
         "counts": {name: len(data) for name, data in splits.items()},
         **shards.about,
     }
-    return dist.leader_does(manifest.write, folder, facts | {"shards": entries})
+    return dist.run_on_leader(manifest.write, folder, facts | {"shards": entries})
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from hpc import dist
 from hpc.config import digest, plain, read_yaml
 from hpc.dist import Topology
-from hpc.run.metrics_log import Tracker, metric_name, read_metrics
+from hpc.run.metrics_log import MetricsLog, metric_name, read_metrics
 from hpc.run.progress import bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
@@ -49,7 +49,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     if topology.leader:
         print(f"reconstructing {len(test):,} test images")
     figures, pictures = held_out_figures(net, test, config.evaluate.batch)
-    return dist.leader_does(_evaluate, config, folder, net, facts["data"], figures, pictures)
+    return dist.run_on_leader(_evaluate, config, folder, net, facts["data"], figures, pictures)
 
 
 def _evaluate(config: Experiment, folder: Path, net: Tokenizer, data: dict, tokenizer: dict, pictures: dict[str, bytes]) -> str:
@@ -133,7 +133,7 @@ def _data_figures(shards: Packed, samples: Samples) -> dict:
 
 def _neighbours(ours: copies.Nearest, closest: list[int], train: Real, samples: Samples) -> bytes:
     """PNG: the samples nearest to the training images, each above its nearest one, turned to match."""
-    near = [copies.turn(train.full([ours.index[i]]), int(ours.form[i])) for i in closest]
+    near = [copies.apply_symmetry(train.full([ours.index[i]]), int(ours.form[i])) for i in closest]
     return images.png(images.grid(torch.cat([samples.full(closest), *near]), len(closest)))
 
 
@@ -157,7 +157,7 @@ def _strip(pictures: Pictures, label: int | None) -> torch.Tensor | None:
 
 def _write(folder: Path, metrics: dict, pictures: dict[str, bytes], sheets: Sheets, page: str) -> None:
     """Writes the metrics log and pictures for MLflow, metrics.json, and the page last."""
-    tracker = Tracker(folder)
+    tracker = MetricsLog(folder)
     tracker.resume(-1)  # an evaluation that was killed starts again: its lines and pictures are removed
     tracker.log(0, 0, dict(_flatten(metrics)))
     for name, png in pictures.items():

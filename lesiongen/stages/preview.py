@@ -59,7 +59,7 @@ def _from_shards(data: ImageShards, seed: int) -> Iterator[tuple[str, torch.Tens
     reader = data.reader()
     members = [
         (shard, label, number)
-        for shard, tally in enumerate(data.tallies())
+        for shard, tally in enumerate(data.label_counts())
         for label, count in tally.items()
         for number in range(count)
     ]
@@ -76,7 +76,9 @@ def _from_files(config: Experiment) -> Iterator[tuple[str, torch.Tensor]]:
     data = config.data
     prepare = data.preprocess
     metadata = Path(data.metadata) if data.metadata else None
-    records = catalog.read(Path(data.images), metadata, data.columns, data.classes, data.licences, rename=data.rename).records
+    records = catalog.read_catalog(
+        Path(data.images), metadata, data.columns, data.classes, data.licences, rename=data.rename
+    ).records
     for i in _spread([r.dx for r in records], config.seed):
         try:
             image = images.read(Path(records[i].path), data.channels)

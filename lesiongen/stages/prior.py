@@ -12,14 +12,14 @@ from torch import nn
 from hpc import dist
 from hpc.config import plain
 from hpc.data.codestore import CodeStore
-from hpc.data.order import split
-from hpc.data.rows import Rows
+from hpc.data.order import contiguous_share
+from hpc.data.rows import CodeRows
 from hpc.data.shards import training_batches
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.train.loop import train
 from lesiongen.data import facts, images
-from lesiongen.data.balance import plan_for
+from lesiongen.data.balance import order_for
 from lesiongen.data.images import to_uint8
 from lesiongen.evaluation import report
 from lesiongen.evaluation.card import card
@@ -61,13 +61,13 @@ class PriorTask:
     def __init__(self, config: Experiment, own: PriorConfig, level: str, folder: Path, topology: Topology):
         self.config, self.own, self.level, self.folder, self.device = config, own, level, folder, topology.device
         self.store = CodeStore(require(config, "codes"))
-        dist.leader_does(check_codes, config, self.store)
+        dist.run_on_leader(check_codes, config, self.store)
         self.shape = model_shape(self.store, level, own.facts)
         self.shards = self.store.shards("train")
         self.upper = [entry["name"] for entry in self.store.levels][: len(self.shape["upper"])]
         columns = [*own.facts, *(f"codes.{name}" for name in (level, *self.upper))]
         fits = None if own.resident == "auto" else False
-        self.data = {name: Rows(self.store, name, columns, self.device, fits) for name in ("train", "val")}
+        self.data = {name: CodeRows(self.store, name, columns, self.device, fits) for name in ("train", "val")}
         self.size = self.data["train"].size
         self.tokens_per_sample = math.prod(self.shape["grid"])
         self.bigram: float | None = None
@@ -86,7 +86,7 @@ class PriorTask:
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
         """Batches of codes from the plan; the epoch's number picks the augmentation draw."""
         sets = [s["set"] for s in self.shards]
-        plan = plan_for(self.tallies(), sets, self.own.train.batch, self.config.seed, self.own.stream, self.member)
+        plan = order_for(self.label_counts(), sets, self.own.train.batch, self.config.seed, self.own.stream, self.member)
         draws = self.store.draws("train")
         for batch in training_batches(position, self.own.train.batch, micro_batch, dist.rank(), dist.world()):
             where = []
@@ -100,7 +100,7 @@ class PriorTask:
         """Of each training shard's images; no draw changes them."""
         return [self.store.arrays("train", 0, entry["shard"])["label"] for entry in self.shards]
 
-    def tallies(self) -> list[dict[int, int]]:
+    def label_counts(self) -> list[dict[int, int]]:
         """Codes of each label, -1 for none, in each shard."""
         found = [np.unique(labels, return_counts=True) for labels in self.labels]
         return [dict(zip(labels.tolist(), counts.tolist(), strict=True)) for labels, counts in found]
@@ -113,7 +113,7 @@ class PriorTask:
 
     def batch(self, name: str, where) -> dict:
         """codes [B, h, w], facts [B, F], upper: list of coarser codes; rows (draw, shard, ordinal) of a split."""
-        found = self.data[name].take(where)
+        found = self.data[name].gather_rows(where)
         codes = found[f"codes.{self.level}"]
         known = [found[fact] for fact in self.own.facts]
         return {
@@ -132,7 +132,7 @@ class PriorTask:
         metrics = {"bits_per_token": self.bits(module.net, "val", held_out)}
         metrics["train_bits_per_token"] = self.bits(module.net, "train", self.data["train"].all()[: len(held_out)])
         if self.bigram is None:
-            self.bigram = dist.leader_does(self._bigram)
+            self.bigram = dist.run_on_leader(self._bigram)
         metrics["bigram_bits"] = self.bigram
         return metrics, self._picture(module.net)
 
@@ -144,11 +144,11 @@ class PriorTask:
     def bits(self, net: Prior, name: str, where_N3: np.ndarray) -> float:
         """Mean over tokens; each rank takes its share."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        mine = split(len(where_N3), dist.rank(), dist.world())
+        mine = contiguous_share(len(where_N3), dist.rank(), dist.world())
         for first in range(mine.start, mine.stop, BITS_BATCH):
             batch = self.batch(name, where_N3[first : min(first + BITS_BATCH, mine.stop)])
             total -= net.log_likelihood(batch["codes"], batch["facts"], batch["upper"]).double().sum()
-        return float(dist.sum_(total)) / math.log(2) / (len(where_N3) * self.tokens_per_sample)
+        return float(dist.all_reduce_sum(total)) / math.log(2) / (len(where_N3) * self.tokens_per_sample)
 
     def _bigram(self) -> float:
         column = f"codes.{self.level}"
@@ -165,7 +165,7 @@ class PriorTask:
         draws its share, so that large grids stay short."""
         number, held_out = GRID_SAMPLES, self.data["val"].all()
         rows = held_out[np.arange(number) % len(held_out)]
-        mine = split(number, dist.rank(), dist.world())
+        mine = contiguous_share(number, dist.rank(), dist.world())
         codes = None
         if len(mine):  # there may be more ranks than samples
             batch = self.batch("val", rows[mine.start : mine.stop])
@@ -175,12 +175,12 @@ class PriorTask:
             numbers = uniforms(self.config.seed, mine, self.shape["grid"])
             codes = net.sample(batch["facts"], batch["upper"], numbers.to(self.device), Choice())
         parts = [p for p in dist.gather(None if codes is None else codes.cpu()) if p is not None]
-        return dist.leader_does(self._paint, torch.cat(parts), rows) or {}
+        return dist.run_on_leader(self._paint, torch.cat(parts), rows) or {}
 
     def _paint(self, codes: torch.Tensor, rows: np.ndarray) -> dict[str, bytes]:
         net, _ = load_tokenizer(require(self.config, "tokenizer"), self.device)
         names = [entry["name"] for entry in self.store.levels]
-        found = self.store.take("val", rows, [f"codes.{n}" for n in names])
+        found = self.store.gather_rows("val", rows, [f"codes.{n}" for n in names])
         levels = {n: torch.from_numpy(found[f"codes.{n}"].astype("int64")).to(self.device) for n in names}
         levels[self.level] = codes.to(self.device)
         return {"samples": images.png(images.grid(to_uint8(net.decode_codes(levels)).cpu(), 8))}
@@ -192,7 +192,7 @@ class PriorTask:
             "shape": plain(self.shape),
             "level": self.level,
             "facts": values,
-            "training_facts": facts.combinations(self.store, self.own.facts),
+            "training_facts": facts.count_combinations(self.store, self.own.facts),
             "tokenizer": self.store.manifest["tokenizer"],
             "data": {key: self.store.manifest[key] for key in ("licences", "attributions", "sources")},
             "held_out": metrics,

@@ -70,7 +70,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
                     atomic_write(path, png_with(image, provenance | wanted[i] | {"seed": str(own.seed), "index": str(i)}))
             progress.update(len(members) * (topology.world if topology.leader else 1))
     dist.barrier()
-    return dist.leader_does(_finish, folder, own, wanted, provenance, card("samples", config.name, provenance, data, {}))
+    return dist.run_on_leader(_finish, folder, own, wanted, provenance, card("samples", config.name, provenance, data, {}))
 
 
 def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str]:

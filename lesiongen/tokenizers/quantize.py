@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesiongen.tokenizers.kmeans import nearest
-from lesiongen.tokenizers.quantizer import Quantizer, QuantizerConfig, Replace, random_codebook, usage
+from lesiongen.tokenizers.quantizer import Quantizer, QuantizerConfig, Replace, random_codebook, usage_metrics
 
 
 class EMAQuantizer(Quantizer):
@@ -36,7 +36,7 @@ class EMAQuantizer(Quantizer):
     def statistics(self, flat_ND, codes_N, slot_B, position_B) -> torch.Tensor:
         counts = super().statistics(flat_ND, codes_N, slot_B, position_B)
         sums = torch.zeros_like(self.codebook).index_add_(0, codes_N, flat_ND)
-        return torch.cat([counts, sums.flatten(), self.offer(flat_ND, slot_B, position_B)])
+        return torch.cat([counts, sums.flatten(), self.revival_candidates(flat_ND, slot_B, position_B)])
 
     @torch.no_grad()
     def update(self, statistics: torch.Tensor) -> dict[str, float]:
@@ -53,15 +53,15 @@ class EMAQuantizer(Quantizer):
         dead = self.count < self.revive_below * average
         number = int(dead.sum())
         if number:
-            fresh = self.chosen(number, counts, offered)
+            fresh = self.pick_revival_vectors(number, counts, offered)
             # Just at the threshold: a revived code that wins nothing is moved again at the next step.
             self.codebook[dead] = fresh
             self.count[dead] = self.revive_below * average
             self.total[dead] = fresh * self.revive_below * average
-        return usage(counts, number)
+        return usage_metrics(counts, number)
 
-    def place(self, centres_KD: torch.Tensor, won: float) -> None:
-        super().place(centres_KD, won)
+    def initialise_codebook(self, centres_KD: torch.Tensor, won: float) -> None:
+        super().initialise_codebook(centres_KD, won)
         self.count.fill_(won)  # none is dead at the first update
         self.total.copy_(self.codebook * won)
 
@@ -109,7 +109,7 @@ class GradientQuantizer(Quantizer):
 
     def statistics(self, flat_ND, codes_N, slot_B, position_B) -> torch.Tensor:
         counts = super().statistics(flat_ND, codes_N, slot_B, position_B)
-        return torch.cat([counts, self.offer(flat_ND, slot_B, position_B)])
+        return torch.cat([counts, self.revival_candidates(flat_ND, slot_B, position_B)])
 
     @torch.no_grad()
     def update(self, statistics: torch.Tensor) -> dict[str, float]:
@@ -121,11 +121,11 @@ class GradientQuantizer(Quantizer):
         fresh = idle & (turn | ~self.idle)
         self.updates += 1
         if number := int(fresh.sum()):
-            self.target[fresh] = self.chosen(number, counts, offered)
+            self.target[fresh] = self.pick_revival_vectors(number, counts, offered)
         self.idle.copy_(idle)
-        return usage(counts, number)
+        return usage_metrics(counts, number)
 
-    def place(self, centres_KD: torch.Tensor, won: float) -> None:
+    def initialise_codebook(self, centres_KD: torch.Tensor, won: float) -> None:
         self.book.weight.copy_(centres_KD / Book.GAIN)
         self.count.fill_(1.0)  # soon outweighed
 

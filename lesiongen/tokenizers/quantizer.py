@@ -94,7 +94,7 @@ class Quantizer(nn.Module):
 
     def pass_through(self, z_ND: torch.Tensor, q_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(the chosen entries q with a gradient for z, commitment loss)."""
-        carrier_ND = rotated(z_ND, q_ND) if self.rotate else z_ND
+        carrier_ND = rotate_onto(z_ND, q_ND) if self.rotate else z_ND
         return Replace.apply(carrier_ND, q_ND), self.commitment * F.mse_loss(z_ND, q_ND)
 
     def nearest(self, z_ND: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ class Quantizer(nn.Module):
         """[statistics_size]; those of parts of a batch sum to those of the whole."""
         return torch.bincount(codes_N, minlength=self.entries).float()
 
-    def offer(self, flat_ND: torch.Tensor, slot_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
+    def revival_candidates(self, flat_ND: torch.Tensor, slot_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
         """[candidates · D]: vectors of the batch, each sample's in its own rows, so that the sum over ranks is the same
         gather for any topology."""
         samples = slot_B.numel()
@@ -121,7 +121,7 @@ class Quantizer(nn.Module):
         offered[(slot_B[:, None] * self.per_sample + step).flatten()] = flat_ND[rows.flatten()]
         return offered.flatten()
 
-    def chosen(self, number: int, counts: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
+    def pick_revival_vectors(self, number: int, counts: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
         """[number, D] of the vectors offered; a stride coprime to most sizes spreads them over samples."""
         order = torch.arange(number, device=counts.device)
         if number < self.entries:
@@ -131,15 +131,15 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def update(self, statistics: torch.Tensor) -> dict[str, float]:
         """Applies the statistics of one global batch; the same on every rank. Returns usage, perplexity, revived."""
-        return usage(statistics[: self.entries])
+        return usage_metrics(statistics[: self.entries])
 
     @torch.no_grad()
     def initialise(self, z_BDHW: torch.Tensor) -> None:
         """Places the codebook on k-means centres of the encoder's vectors, before an engine is built."""
         z_ND = self.embed(z_BDHW.float().movedim(1, -1).reshape(-1, self.dim))
-        self.place(self.embed(kmeans(z_ND, self.entries)), len(z_ND) / self.entries)
+        self.initialise_codebook(self.embed(kmeans(z_ND, self.entries)), len(z_ND) / self.entries)
 
-    def place(self, centres_KD: torch.Tensor, won: float) -> None:
+    def initialise_codebook(self, centres_KD: torch.Tensor, won: float) -> None:
         """Puts the codebook there, with every code alive. won: vectors of each centre, on average."""
         self.codebook.copy_(centres_KD)
 
@@ -162,7 +162,7 @@ def random_codebook(config: QuantizerConfig) -> torch.Tensor:
     return torch.randn(config.entries, config.dim, generator=generator) * config.dim**-0.5
 
 
-def rotated(z_ND: torch.Tensor, q_ND: torch.Tensor) -> torch.Tensor:
+def rotate_onto(z_ND: torch.Tensor, q_ND: torch.Tensor) -> torch.Tensor:
     """z rotated and rescaled onto q, with the rotation held constant (Fifty et al. 2024, arXiv:2410.06424, section 4.2):
     the gradient keeps its angle to the vector on its way from q back to z."""
     with torch.no_grad():
@@ -173,7 +173,7 @@ def rotated(z_ND: torch.Tensor, q_ND: torch.Tensor) -> torch.Tensor:
     return scale * (z_ND - 2 * along * middle_ND + 2 * (z_ND * from_ND).sum(1, keepdim=True) * to_ND)
 
 
-def usage(counts_K: torch.Tensor, revived: float = 0.0) -> dict[str, float]:
+def usage_metrics(counts_K: torch.Tensor, revived: float = 0.0) -> dict[str, float]:
     """Share of codes used, exp(entropy) of their use, and codes revived, of one global batch."""
     p = counts_K / counts_K.sum()
     perplexity = torch.exp(-(p * torch.log(p + 1e-10)).sum())

@@ -4,7 +4,7 @@ import json
 import time
 
 from hpc.run import mlflow_sync
-from hpc.run.metrics_log import Tracker, read_metrics
+from hpc.run.metrics_log import MetricsLog, read_metrics
 from hpc.run.mlflow_sync import default_uri
 
 CONFIG = "name: {name}\nseed: 3\nbatch: [8, 8]\ntokenizer:\n  dim: 64\n  quantizer: {{kind: ema}}\nprior:\n  width: 128\n"
@@ -20,7 +20,7 @@ def make_run(runs, name, stages=("tokenizer",), lines=4, experiment=None):
 
 
 def extend(stage, counts, offset=0.0):
-    tracker = Tracker(stage)
+    tracker = MetricsLog(stage)
     for count in counts:
         tracker.log(count // 10, count, {"train/loss": 1 / count + offset, "system/cpu_percent": 50.0})
     tracker.close()

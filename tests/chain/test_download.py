@@ -111,7 +111,7 @@ def test_each_set_comes_whole_and_pack_understands_it(name, tmp_path, monkeypatc
     assert f"lesiongen pack --images {tmp_path}/images --metadata {tmp_path}/metadata --out {tmp_path}/shards" in out
     licence = (tmp_path / "LICENCE.txt").read_text()
     assert ("CC-0" if name == "isic-2016" else "CC-BY-NC 4.0") in licence and licence in out
-    found = catalog.read(tmp_path / "images", tmp_path / "metadata")
+    found = catalog.read_catalog(tmp_path / "images", tmp_path / "metadata")
     assert len(found.records) == {"isic-2016": 6, "isic-2018": 9, "ham10000": 6}[name] and not found.rejected
     assert all(r.dx for r in found.records) and not (tmp_path / ".incoming").exists()
     by_split = {s: sum(r.split == s for r in found.records) for s in ("train", "val", "test", "")}

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from hpc.run import mlflow_sync
-from hpc.run.metrics_log import Tracker
+from hpc.run.metrics_log import MetricsLog
 from hpc.run.mlflow_sync import Follower, default_uri, sync
 from tests.chain.mlflow_runs import CONFIG, client_of, entry_of, expected, extend, history, make_run, mark, new_process, runs_of
 
@@ -21,7 +21,7 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     run = make_run(runs, "two", ("tokenizer", "prior-top"))
     mark(run / "tokenizer", done=True, finished=1.7e9 + 60)
-    tracker = Tracker(run / "prior-top")
+    tracker = MetricsLog(run / "prior-top")
     tracker.log(9, 90, {"bad": math.nan, "worse": math.inf})
     tracker.image("samples", 90, b"first")
     tracker.close()
@@ -57,7 +57,7 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
 
     # The rest of the run: another picture, the report, all done. A changed parameter keeps its first value.
     (run / "config.yaml").write_text(CONFIG.format(name="two").replace("width: 128", "width: 256\n  depth: 4"))
-    Tracker(run / "prior-top").image("samples", 100, b"second")
+    MetricsLog(run / "prior-top").image("samples", 100, b"second")
     mark(run / "prior-top", done=True)
     mark(run / "report", done=True)
     (run / "report" / "report.html").write_text("<p>one")
@@ -138,7 +138,7 @@ def test_a_lost_answer_and_a_refused_request(runs, monkeypatch):
 
     monkeypatch.setattr(client, "log_batch", unreliable)
     for _ in range(2):
-        with pytest.raises(mlflow_sync.TrackError, match="http://server: no answer"):
+        with pytest.raises(mlflow_sync.SyncError, match="http://server: no answer"):
             sync(run, default_uri(run))
     assert sync(run, default_uri(run)).metrics == 400
     assert calls == [1000, 1000, 1000, 400]
@@ -151,7 +151,7 @@ def test_a_resume_doubles_no_point(runs):
     run = make_run(runs, "resume", lines=6)
     sync(run, default_uri(run))
     before = history(run)
-    tracker = Tracker(run / "tokenizer")
+    tracker = MetricsLog(run / "tokenizer")
     tracker.resume(30)
     assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
     extend(run / "tokenizer", [40], offset=1.0)
@@ -166,7 +166,7 @@ def test_two_lines_at_one_count_and_a_torn_one(runs):
     """Held-out figures come in a line of their own, at the same samples as the training's, perhaps a sync later."""
     run = make_run(runs, "lines", lines=1)
     sync(run, default_uri(run))
-    tracker = Tracker(run / "tokenizer")
+    tracker = MetricsLog(run / "tokenizer")
     tracker.log(1, 10, {"val/loss": 7.0})
     tracker.close()
     path = run / "tokenizer" / "metrics.jsonl"
@@ -185,7 +185,7 @@ def test_fresh_is_another_run_and_a_deleted_one_stays_deleted(runs):
     mark(run / "tokenizer", created=1.7e9)
     sync(run, default_uri(run))
     first = entry_of(run)["id"]
-    Tracker(run / "tokenizer").resume(0)
+    MetricsLog(run / "tokenizer").resume(0)
     mark(run / "tokenizer", created=1.8e9)
     extend(run / "tokenizer", [10, 20], offset=5.0)
     assert sync(run, default_uri(run)).metrics == 8
@@ -206,7 +206,7 @@ def test_fresh_is_another_run_and_a_deleted_one_stays_deleted(runs):
 def test_runs_of_one_name_and_many_at_once(runs):
     """Two runs of one experiment, each followed from two sides while it writes: what two priors side by side do."""
     both = [make_run(runs, name, ("tokenizer", "prior-top"), experiment="shared") for name in ("a", "b")]
-    trackers = [Tracker(run / stage) for run in both for stage in ("tokenizer", "prior-top")]
+    trackers = [MetricsLog(run / stage) for run in both for stage in ("tokenizer", "prior-top")]
     followers = [Follower(run, default_uri(run), interval=0.01) for run in both for _ in range(2)]
     for count in range(50, 650, 10):
         for tracker in trackers:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hpc.run import mlflow_sync
-from hpc.run.metrics_log import Tracker
+from hpc.run.metrics_log import MetricsLog
 from hpc.run.mlflow_sync import Follower, link, sync
 from tests.chain.mlflow_runs import entry_of, expected, extend, history, make_run, new_process, runs_of, wait_for
 
@@ -67,7 +67,7 @@ class Server:
 def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
     server = Server(tmp_path)
     run = make_run(tmp_path / "runs", "http", lines=1)
-    tracker, count, slowest = Tracker(run / "tokenizer"), 10, 0.0
+    tracker, count, slowest = MetricsLog(run / "tokenizer"), 10, 0.0
 
     def train(lines):
         nonlocal count, slowest
@@ -148,7 +148,7 @@ def test_serve_shows_what_is_there_and_what_comes(tmp_path):
     """What `lesiongen ui` does, on a store that does not exist yet, beside a run that goes on."""
     runs, port = tmp_path / "runs", free_port()
     run = make_run(runs, "ham")
-    Tracker(run / "tokenizer").image("recon", 10, b"a picture")
+    MetricsLog(run / "tokenizer").image("recon", 10, b"a picture")
     code = f"import sys; from launch.ui import serve; serve(sys.argv[1], port={port})"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(runs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -125,6 +125,6 @@ def refused(topology, folder: str):
     if topology.leader:
         StageDir(Path(folder), {"a": 1}, {}).begin()
     try:
-        dist.leader_does(place.check)
+        dist.run_on_leader(place.check)
     except UserError as error:
         return str(error)

@@ -165,10 +165,10 @@ def test_a_process_that_ends_in_the_middle_of_a_stream_ends(folder):
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from hpc.data.order import Plan
+from hpc.data.order import SampleOrder
 from hpc.data.shards import ShardReader, Source, loader, training_batches
 batches = partial(training_batches, 0, 2, 2, 0, 1)
-stream = loader(Source(ShardReader.local(Path("."), ["a.tar"]), Plan((6,), 2), batches), dict, itemgetter(0), 2, 1)
+stream = loader(Source(ShardReader.local(Path("."), ["a.tar"]), SampleOrder((6,), 2), batches), dict, itemgetter(0), 2, 1)
 print(next(stream)["__key__"])
 """
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])

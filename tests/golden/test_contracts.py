@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from hpc.config import digest
-from hpc.data.order import Plan, sample_seed
+from hpc.data.order import SampleOrder, sample_seed
 from hpc.data.shards import write_shard
 from lesiongen.ingest.splits import split_of
 from lesiongen.priors.sampling import uniforms
@@ -18,7 +18,7 @@ def test_splits():
 
 
 def test_the_plans_sequence():
-    plan = Plan((7, 5, 9), 6, seed=3, streams=3, window=4)
+    plan = SampleOrder((7, 5, 9), 6, seed=3, streams=3, window=4)
     expected = [(0, 4), (0, 6), (2, 0), (2, 0), (1, 0), (2, 8), (0, 2), (0, 1)]
     assert [plan.sample(i) for i in range(18, 26)] == expected
 

@@ -8,7 +8,7 @@ import pytest
 
 from hpc.config import build
 from hpc.errors import UserError
-from lesiongen.data.facts import PriorFacts, combinations, vocabularies
+from lesiongen.data.facts import PriorFacts, count_combinations, vocabularies
 from lesiongen.experiment import PriorConfig, SampleConfig
 from lesiongen.priors.sampling import guidance
 from lesiongen.stages.sample import draw_facts
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def known(*names: str) -> PriorFacts:
-    return PriorFacts(vocabularies(STORE, names), combinations(STORE, names))
+    return PriorFacts(vocabularies(STORE, names), count_combinations(STORE, names))
 
 
 def test_a_fact_that_no_image_has_is_refused_by_name():

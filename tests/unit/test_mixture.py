@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc.data.order import Mixture, Pattern, Plan, Slots, class_weights
+from hpc.data.order import EvenLayout, MixtureOrder, SampleOrder, TableLayout, class_weights
 from hpc.data.shards import training_batches
 
 shards = st.lists(st.integers(1, 30), min_size=1, max_size=6)
@@ -19,7 +19,7 @@ batches = st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 12))
 def mixture(parts, layout, seed=0, window=7):
     streams, width = layout
     counts, weights = zip(*parts, strict=True)
-    return Mixture(counts, weights, streams * width, seed, streams, window)
+    return MixtureOrder(counts, weights, streams * width, seed, streams, window)
 
 
 @settings(max_examples=40, deadline=None)
@@ -71,7 +71,7 @@ def test_resumed_anywhere_by_any_world(parts, worlds, step):
 @given(st.integers(1, 6), st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(0, 200))
 def test_patterns_count_streams(streams, table, position):
     table = np.array(table) % streams
-    pattern, sequence = Pattern(table, streams), [int(table[i % len(table)]) for i in range(position)]
+    pattern, sequence = TableLayout(table, streams), [int(table[i % len(table)]) for i in range(position)]
     for stream in range(streams):
         assert pattern.of(position, stream) == sequence.count(stream)
         assert pattern.before(position, stream) == sum(s < stream for s in sequence)
@@ -81,15 +81,15 @@ def test_patterns_count_streams(streams, table, position):
 @given(st.integers(1, 5), st.integers(1, 5), shards, st.integers(0, 3))
 def test_slots_are_a_pattern(streams, width, counts, seed):
     """The closed form and the tables agree: a plan is the same plan under either."""
-    slots = Slots(streams * width, streams)
-    pattern = Pattern(np.array([slots.stream(j) for j in range(slots.batch)]), streams)
-    plain, tabled = (Plan(counts, slots.batch, seed, streams, 5, layout=layout) for layout in (None, pattern))
+    slots = EvenLayout(streams * width, streams)
+    pattern = TableLayout(np.array([slots.stream(j) for j in range(slots.batch)]), streams)
+    plain, tabled = (SampleOrder(counts, slots.batch, seed, streams, 5, layout=layout) for layout in (None, pattern))
     assert [plain.sample(p) for p in range(200)] == [tabled.sample(p) for p in range(200)]
 
 
 def test_streams_keep_to_their_range():
     """64 ranks: of each component a rank reads its own share of the shards, and so does a node, once per pass."""
-    mix = Mixture([(20,) * 700, (20,) * 300], [0.7, 0.3], batch=512, streams=64)
+    mix = MixtureOrder([(20,) * 700, (20,) * 300], [0.7, 0.3], batch=512, streams=64)
     slots, read = mix.quotas.sum(), [set() for _ in range(64)]
     for position in range(mix.size):
         component, shard, _ = mix.sample(position)
@@ -103,7 +103,7 @@ def test_streams_keep_to_their_range():
 
 def test_rare_classes_come_as_often_as_frequent_ones():
     counts = [6700, 1100, 115, 0]  # two shards of each class; the last has no members here
-    mix = Mixture([(n // 2, n - n // 2) if n else () for n in counts], class_weights(counts, 1), batch=30)
+    mix = MixtureOrder([(n // 2, n - n // 2) if n else () for n in counts], class_weights(counts, 1), batch=30)
     seen = Counter(mix.sample(position) for position in range(3 * 1150))
     assert [sum(n for (c, *_), n in seen.items() if c == i) for i in range(4)] == pytest.approx([1150] * 3 + [0], abs=5)
     assert {n for (c, *_), n in seen.items() if c == 2} <= {9, 10, 11}
@@ -112,14 +112,14 @@ def test_rare_classes_come_as_often_as_frequent_ones():
 
 
 def test_seeds_give_other_mixtures():
-    first, second = (Mixture([(50,), (50,)], [1, 1], 8, seed) for seed in (0, 1))
+    first, second = (MixtureOrder([(50,), (50,)], [1, 1], 8, seed) for seed in (0, 1))
     assert [first.sample(p) for p in range(50)] != [second.sample(p) for p in range(50)]
     members = [[m for c, *m in map(first.sample, range(100)) if c == i] for i in range(2)]
     assert members[0] != members[1]  # components do not walk in step
 
 
 def test_tiny_weights_get_a_slot_and_far_positions_cost_no_more():
-    mix = Mixture([(5000,) * 100, (3,)], [1, 1e-9], 64)
+    mix = MixtureOrder([(5000,) * 100, (3,)], [1, 1e-9], 64)
     assert mix.quotas.tolist() == [2**20 - 1, 1]
     component, shard, ordinal = mix.sample(10**15)
     assert component in (0, 1) and shard < 100 and ordinal < 5000
@@ -138,4 +138,4 @@ def test_class_weights():
 @pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, float("nan")]])
 def test_refusals(weights):
     with pytest.raises(ValueError, match="weights"):
-        Mixture([(3,), (4,)], weights, 4)
+        MixtureOrder([(3,), (4,)], weights, 4)

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 
 from hpc.run import mlflow_sync
-from hpc.run.metrics_log import Tracker, read_metrics, system_metrics
+from hpc.run.metrics_log import MetricsLog, read_metrics, system_metrics
 from hpc.run.mlflow_sync import Follower, default_uri, link, sync
 from launch.ui import serve
 
 
 def written(tmp_path, *samples):
-    tracker = Tracker(tmp_path)
+    tracker = MetricsLog(tmp_path)
     for count in samples:
         tracker.log(count // 10, count, {"loss": 1.0 / count})
     tracker.close()
@@ -25,7 +25,7 @@ def written(tmp_path, *samples):
 
 
 def test_a_line_is_readable_at_once(tmp_path):
-    tracker = Tracker(tmp_path / "new" / "tokenizer")
+    tracker = MetricsLog(tmp_path / "new" / "tokenizer")
     tracker.log(3, 96, {"train/loss": 0.25, "usage": 1})
     [row] = read_metrics(tracker.stage_dir)
     assert (row["step"], row["samples"], row["train/loss"], row["usage"]) == (3, 96, 0.25, 1.0)
@@ -34,7 +34,7 @@ def test_a_line_is_readable_at_once(tmp_path):
 
 
 def test_non_finite_values_stay_strict_json(tmp_path):
-    tracker = Tracker(tmp_path)
+    tracker = MetricsLog(tmp_path)
     tracker.log(1, 10, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 2.5})
     tracker.close()
 
@@ -52,14 +52,14 @@ def test_non_finite_values_stay_strict_json(tmp_path):
 @pytest.mark.parametrize("name", ["a//b", "/a", "a=b", "", "x" * 251, "samples", "time"])
 def test_a_name_mlflow_would_refuse_never_reaches_the_file(tmp_path, name):
     with pytest.raises(AssertionError):
-        Tracker(tmp_path).log(1, 10, {name: 0.0})
+        MetricsLog(tmp_path).log(1, 10, {name: 0.0})
     assert read_metrics(tmp_path) == []
 
 
 def test_resume_cuts_back_to_the_checkpoint(tmp_path):
     path = written(tmp_path, 10, 20, 30, 40)
     kept = path.read_bytes().splitlines(keepends=True)[:2]
-    tracker = Tracker(tmp_path)
+    tracker = MetricsLog(tmp_path)
     tracker.log(5, 50, {"loss": 0.0})
     tracker.resume(20)
     assert path.read_bytes() == b"".join(kept)
@@ -70,7 +70,7 @@ def test_resume_cuts_back_to_the_checkpoint(tmp_path):
 
 
 def test_resume_where_nothing_is(tmp_path):
-    Tracker(tmp_path / "absent").resume(0)
+    MetricsLog(tmp_path / "absent").resume(0)
     assert not (tmp_path / "absent").exists()
 
 
@@ -79,7 +79,7 @@ def test_a_torn_last_line_is_passed_over_and_dropped_on_resume(tmp_path, cut):
     path = written(tmp_path, 10, 20)
     path.write_bytes(path.read_bytes()[:-cut])
     assert [row["samples"] for row in read_metrics(tmp_path)] == [10]
-    tracker = Tracker(tmp_path)
+    tracker = MetricsLog(tmp_path)
     tracker.resume(1000)
     tracker.log(3, 30, {"loss": 0.0})
     tracker.close()
@@ -87,7 +87,7 @@ def test_a_torn_last_line_is_passed_over_and_dropped_on_resume(tmp_path, cut):
 
 
 def test_pictures_are_whole_and_cut_back_too(tmp_path):
-    tracker = Tracker(tmp_path)
+    tracker = MetricsLog(tmp_path)
     for count in (10, 20, 1_500_000_000):
         tracker.image("recon-top", count, b"png")
     (tmp_path / "images" / "legend-x.png").write_bytes(b"png")
@@ -98,7 +98,7 @@ def test_pictures_are_whole_and_cut_back_too(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path):
     written(tmp_path, 10)
-    tracker = Tracker(tmp_path, enabled=False)
+    tracker = MetricsLog(tmp_path, enabled=False)
     tracker.resume(0)
     tracker.log(2, 20, {"loss": 0.0})
     tracker.image("a", 20, b"png")
@@ -164,8 +164,8 @@ def test_nothing_to_send_needs_no_mlflow(tmp_path):
 
 def test_follower_says_once_that_it_fails_and_once_that_it_is_back(tmp_path, monkeypatch, capsys):
     answers = [
-        mlflow_sync.TrackError("away"),
-        mlflow_sync.TrackError("away"),
+        mlflow_sync.SyncError("away"),
+        mlflow_sync.SyncError("away"),
         mlflow_sync.SyncResult(1),
         mlflow_sync.SyncResult(busy=True),
     ]

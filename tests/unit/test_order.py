@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc.data.order import Plan, sample_seed, share, split
+from hpc.data.order import SampleOrder, batch_share, contiguous_share, sample_seed
 from hpc.data.shards import evaluation_batches, training_batches
 
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -16,7 +16,7 @@ counts = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 @settings(max_examples=60, deadline=None)
 @given(counts, st.sampled_from([1, 2, 4]), st.integers(1, 8), st.integers(1, 50), st.integers(0, 9), st.integers(0, 5))
 def test_every_epoch_is_the_data_set(counts, streams, width, window, seed, epoch):
-    plan = Plan(tuple(counts), batch=streams * width, seed=seed, streams=streams, window=window)
+    plan = SampleOrder(tuple(counts), batch=streams * width, seed=seed, streams=streams, window=window)
     seen = [plan.sample(p) for p in range(epoch * plan.size, (epoch + 1) * plan.size)]
     assert sorted(seen) == [(s, i) for s, n in enumerate(counts) for i in range(n)]
 
@@ -25,7 +25,7 @@ def test_every_epoch_is_the_data_set(counts, streams, width, window, seed, epoch
 @given(counts, st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=5), st.integers(0, 9))
 def test_kills_and_changes_of_world_lose_nothing(counts, worlds, seed):
     """Each world trains some steps, is killed, and the next goes on: together they see the undisturbed sequence."""
-    plan, batch, position, seen = Plan(tuple(counts), 8, seed), 8, 0, []
+    plan, batch, position, seen = SampleOrder(tuple(counts), 8, seed), 8, 0, []
     for number, world in enumerate(worlds):
         streams = [training_batches(position, batch, 8 // world, rank, world) for rank in range(world)]
         for _ in range(number % 3 + 1):
@@ -33,7 +33,7 @@ def test_kills_and_changes_of_world_lose_nothing(counts, worlds, seed):
             assert [slot for _, slot in slots] == list(range(batch))
             seen += [plan.sample(p) for p, _ in slots]
             position += batch
-    fresh = Plan(tuple(counts), 8, seed)
+    fresh = SampleOrder(tuple(counts), 8, seed)
     assert seen == [fresh.sample(p) for p in range(position)]
 
 
@@ -48,7 +48,7 @@ def test_a_killed_epoch_is_the_data_set(counts, lives, seed):
     batch, position, seen = 12, 0, []
     while position < 2 * sum(counts):
         for world, steps in lives:
-            plan = Plan(tuple(counts), batch, seed)  # a new process, which knows its position alone
+            plan = SampleOrder(tuple(counts), batch, seed)  # a new process, which knows its position alone
             ranks = [training_batches(position, batch, batch // world, rank, world) for rank in range(world)]
             for _ in range(steps):
                 seen += [plan.sample(p) for rank in ranks for p, _ in next(rank)]
@@ -70,7 +70,7 @@ def test_order_knows_no_workers(world, workers):
 
 def test_epochs_differ_and_seeds_differ():
     def order(seed, epoch):
-        plan = Plan((50, 50, 50), 10, seed)
+        plan = SampleOrder((50, 50, 50), 10, seed)
         return [plan.sample(p) for p in range(epoch * 150, (epoch + 1) * 150)]
 
     assert order(0, 0) != order(0, 1)
@@ -78,15 +78,15 @@ def test_epochs_differ_and_seeds_differ():
 
 
 def test_a_rank_reads_few_shards():
-    plan = Plan((100,) * 64, batch=64, window=100)
+    plan = SampleOrder((100,) * 64, batch=64, window=100)
     for rank in range(8):
-        shards = {plan.sample(p + slot)[0] for p in range(0, plan.size, 64) for slot in share(64, rank, 8)}
+        shards = {plan.sample(p + slot)[0] for p in range(0, plan.size, 64) for slot in batch_share(64, rank, 8)}
         assert len(shards) <= 64 / 8 + 8 + 1
 
 
 def test_shards_of_a_rank_and_of_a_node():
     """64 ranks, 1000 shards: a share of the shards and at most two cut ones, of which a node of 8 ranks has no more."""
-    plan, batch = Plan((20,) * 1000, batch=512, streams=64), 512
+    plan, batch = SampleOrder((20,) * 1000, batch=512, streams=64), 512
     for epoch in range(2):
         shards = [set() for _ in range(64)]
         for position in range(epoch * plan.size, (epoch + 1) * plan.size):
@@ -101,11 +101,15 @@ def test_shards_of_a_rank_and_of_a_node():
 def test_evaluation_covers_a_split_once(size, world, micro):
     seen = [i for rank in range(world) for batch in evaluation_batches(size, micro, rank, world) for i, _ in batch]
     assert seen == list(range(size))
-    assert max(len(split(size, r, world)) for r in range(world)) - min(len(split(size, r, world)) for r in range(world)) <= 1
+    assert (
+        max(len(contiguous_share(size, r, world)) for r in range(world))
+        - min(len(contiguous_share(size, r, world)) for r in range(world))
+        <= 1
+    )
 
 
 def test_far_positions_cost_what_near_ones_do():
-    plan = Plan((5000,) * 1000, 4096)
+    plan = SampleOrder((5000,) * 1000, 4096)
     shard, ordinal = plan.sample(10**15)
     assert 0 <= shard < 1000
     assert 0 <= ordinal < 5000
@@ -115,7 +119,7 @@ def test_far_positions_cost_what_near_ones_do():
 
 
 def test_a_million_shards():
-    plan = Plan(np.full(1_000_000, 1000), 65536)
+    plan = SampleOrder(np.full(1_000_000, 1000), 65536)
     shard, ordinal = plan.sample(12 * 10**9 + 345)
     assert plan.size == 10**9 and 0 <= shard < 1_000_000 and 0 <= ordinal < 1000
     assert sum(array.nbytes for array in plan._cache["shards", 0][1]) == 12 * 1_000_000
@@ -129,8 +133,8 @@ def test_seeds_do_not_collide():
 
 def test_refusals():
     with pytest.raises(ValueError, match="does not divide"):
-        share(10, 0, 3)
+        batch_share(10, 0, 3)
     with pytest.raises(ValueError, match="empty"):
-        Plan((3, 0), 1)
+        SampleOrder((3, 0), 1)
     with pytest.raises(ValueError, match="streams do not divide"):
-        Plan((3,), 10, streams=4)
+        SampleOrder((3,), 10, streams=4)

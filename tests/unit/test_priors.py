@@ -11,7 +11,7 @@ from hpc.config import build, to_yaml
 from lesiongen.priors import make
 from lesiongen.priors import prior as module
 from lesiongen.priors.gated_pixelcnn import GatedPixelCNNConfig
-from lesiongen.priors.gpt import GPTConfig, rotary_table, turned
+from lesiongen.priors.gpt import GPTConfig, apply_rotary, rotary_table
 from lesiongen.priors.pixelcnn import PixelCNNConfig
 from lesiongen.priors.pixelsnail import PixelSNAILConfig
 from lesiongen.priors.prior import Prior
@@ -173,7 +173,7 @@ class TestEachPrior:
         assert build(type(config), yaml.safe_load(to_yaml(config))) == config
 
     def test_it_learns_a_simple_language(self, name):
-        """Rows that repeat their label: bits fall well below a uniform guess's."""
+        """CodeRows that repeat their label: bits fall well below a uniform guess's."""
         torch.manual_seed(0)
         config = replace(PRIORS[name], layers=1, dropout=0.0, token_dropout=0.0)
         net = make(config, grid=(3, 3), entries=5, facts={"label": 5})
@@ -253,12 +253,14 @@ def test_a_config_says_what_to_change(kind, changes, message):
 
 def test_rotation_is_the_same_by_complex_and_by_real_numbers():
     table, x = rotary_table((3, 2), 8), torch.randn(2, 6, 2, 8)
-    assert torch.allclose(turned(x, table).double(), turned(x.double(), table), atol=1e-6)  # only fp32 goes by complex ones
+    assert torch.allclose(
+        apply_rotary(x, table).double(), apply_rotary(x.double(), table), atol=1e-6
+    )  # only fp32 goes by complex ones
 
 
 def test_rotated_scores_depend_on_the_way_between_two_positions_alone():
     q, k = torch.randn(2, 8, dtype=torch.double)
-    at = [turned(x.expand(1, 12, 1, 8), rotary_table((4, 3), 8))[0, :, 0].view(4, 3, 8) for x in (q, k)]
+    at = [apply_rotary(x.expand(1, 12, 1, 8), rotary_table((4, 3), 8))[0, :, 0].view(4, 3, 8) for x in (q, k)]
     score = {(a, b): float(at[0][a] @ at[1][b]) for a in ((0, 0), (1, 1), (2, 0)) for b in ((1, 1), (2, 2), (3, 1))}
     assert score[(0, 0), (1, 1)] == pytest.approx(score[(1, 1), (2, 2)]) == pytest.approx(score[(2, 0), (3, 1)])
     assert score[(0, 0), (1, 1)] != pytest.approx(score[(0, 0), (2, 2)], abs=1e-3)

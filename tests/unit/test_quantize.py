@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lesiongen.tokenizers import quantize
 from lesiongen.tokenizers.kmeans import kmeans, nearest
 from lesiongen.tokenizers.quantize import QUANTIZERS
-from lesiongen.tokenizers.quantizer import Quantizer, QuantizerConfig, rotated
+from lesiongen.tokenizers.quantizer import Quantizer, QuantizerConfig, rotate_onto
 from lesiongen.tokenizers.vqvae2 import VQVAE2, VQVAE2Config
 
 B, D, K = 8, 4, 16
@@ -151,7 +151,7 @@ def test_rotation_is_the_papers():
     torch.manual_seed(0)
     z, q, g = torch.randn(3, 6, 5, dtype=torch.float64).unbind()
     z.requires_grad_()
-    y = rotated(z, q)
+    y = rotate_onto(z, q)
     assert torch.allclose(y, q)
     y.backward(g)
     for i in range(6):

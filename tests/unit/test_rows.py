@@ -6,7 +6,7 @@ import torch
 
 from hpc.data import manifest, rows
 from hpc.data.codestore import CodeStore, code_dtype, file_name, write_codes
-from hpc.data.rows import Rows
+from hpc.data.rows import CodeRows
 
 COUNTS = {0: 5, 3: 7, 4: 1}  # shards need not be numbered without gaps
 
@@ -31,11 +31,11 @@ def store(request, tmp_path) -> tuple[CodeStore, dict]:
 @pytest.mark.parametrize("resident", [True, False])
 def test_rows_are_those_asked_for(store, resident):
     store, truth = store
-    data = Rows(store, "train", ["codes.top", "sex"], torch.device("cpu"), resident)
+    data = CodeRows(store, "train", ["codes.top", "sex"], torch.device("cpu"), resident)
     assert (data.size, data.draws, data.resident) == (13, 2, resident)
     places = list(truth)
     chosen = [places[i] for i in np.random.default_rng(1).integers(0, len(places), 40)]
-    found = data.take(chosen)
+    found = data.gather_rows(chosen)
     assert found["codes.top"].dtype == found["sex"].dtype == torch.int64
     assert np.array_equal(found["codes.top"], np.stack([truth[p][0] for p in chosen]))
     assert found["sex"].tolist() == [truth[p][1] for p in chosen]
@@ -45,11 +45,11 @@ def test_rows_are_those_asked_for(store, resident):
 def test_a_store_lies_in_memory_only_where_it_fits(store, monkeypatch):
     store, _ = store
     cpu = torch.device("cpu")
-    assert Rows(store, "train", ["codes.top"], cpu).resident
-    size = Rows(store, "train", ["codes.top"], cpu).bytes()
+    assert CodeRows(store, "train", ["codes.top"], cpu).resident
+    size = CodeRows(store, "train", ["codes.top"], cpu).bytes()
     assert size == 26 * 6 * store.arrays("train", 0, 0)["codes.top"].itemsize
     monkeypatch.setattr(rows, "free_memory", lambda device: 2 * size - 1)
-    assert not Rows(store, "train", ["codes.top"], cpu).resident
+    assert not CodeRows(store, "train", ["codes.top"], cpu).resident
 
 
 def test_memory_is_shared_by_the_ranks_of_a_machine(monkeypatch):

@@ -89,7 +89,7 @@ def test_a_layout_is_recognised(name, folder):
     for file, text in files.items():
         (folder / file).write_text(text)
     first = folder / next(iter(files))
-    found = catalog.read(folder / "images", first)
+    found = catalog.read_catalog(folder / "images", first)
     assert [(r.dx, r.lesion, r.licence) for r in found.records] == expected
     assert name.removesuffix(" test").removesuffix(", in levels") in found.recognised[0]
     assert len(found.recognised) == len(files)
@@ -100,11 +100,11 @@ def test_a_layout_is_recognised(name, folder):
 def test_what_the_companions_say(folder):
     for file, text in LAYOUTS["ISIC 2017"][0].items():
         (folder / file).write_text(text)
-    a, b = catalog.read(folder / "images", folder / "ISIC-2017_Training_Part3_GroundTruth.csv").records
+    a, b = catalog.read_catalog(folder / "images", folder / "ISIC-2017_Training_Part3_GroundTruth.csv").records
     assert (a.age, a.sex, b.age, b.sex) == (55.0, "female", None, "male")
     for file, text in LAYOUTS["ISIC 2020"][0].items():
         (folder / file).write_text(text)
-    assert catalog.read(folder / "images", folder / "ISIC_2020_Training_GroundTruth.csv").pairs == [(ISIC_A, ISIC_B)]
+    assert catalog.read_catalog(folder / "images", folder / "ISIC_2020_Training_GroundTruth.csv").pairs == [(ISIC_A, ISIC_B)]
 
 
 def test_a_folder_of_tables_is_read_whole(folder):
@@ -112,7 +112,7 @@ def test_a_folder_of_tables_is_read_whole(folder):
         (folder / "tables").mkdir(exist_ok=True)
         (folder / "tables" / file).write_text(text)
     (folder / "tables" / "other.csv").write_text("a,b\n1,2\n")
-    found = catalog.read(folder / "images", folder / "tables")
+    found = catalog.read_catalog(folder / "images", folder / "tables")
     assert found.records[0].lesion == "BCN_1"
     assert any("left aside" in line for line in found.recognised)
 
@@ -120,7 +120,7 @@ def test_a_folder_of_tables_is_read_whole(folder):
 def test_two_diagnoses_are_none(folder):
     row = f"{ISIC_A},1.0,1.0,0.0,0.0,0.0,0.0,0.0\n"
     (folder / "t.csv").write_text("image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\n" + row)
-    found = catalog.read(folder / "images", folder / "t.csv")
+    found = catalog.read_catalog(folder / "images", folder / "t.csv")
     assert {"image": ISIC_A, "reason": "several diagnoses on line 2"} in found.rejected
 
 
@@ -129,17 +129,17 @@ def test_folders_are_splits_and_classes(tmp_path):
         for label in ("mel", "nv"):
             (tmp_path / split / label).mkdir(parents=True)
             Image.new("L", (8, 8)).save(tmp_path / split / label / f"{split}_{label}.png")
-    found = catalog.read(tmp_path, None)
+    found = catalog.read_catalog(tmp_path, None)
     assert {(r.split, r.dx) for r in found.records} == {(s, c) for s in ("train", "val", "test") for c in ("mel", "nv")}
 
 
 def test_licences_filter_and_renaming(folder):
     (folder / "m.csv").write_text(LAYOUTS["ISIC archive"][0]["metadata.csv"])
-    found = catalog.read(folder / "images", folder / "m.csv", allowed=["cc0"], rename={"nevus": "nv"})
+    found = catalog.read_catalog(folder / "images", folder / "m.csv", allowed=["cc0"], rename={"nevus": "nv"})
     assert [(r.image, r.dx) for r in found.records] == [(ISIC_A, "nv")]
     assert [entry["image"] for entry in found.left_out] == [ISIC_B]
     with pytest.raises(UserError, match="those here: CC-0, CC-BY"):
-        catalog.read(folder / "images", folder / "m.csv", allowed=["CC-BY-SA"])
+        catalog.read_catalog(folder / "images", folder / "m.csv", allowed=["CC-BY-SA"])
 
 
 def test_licences_compare():
@@ -161,8 +161,8 @@ def test_what_a_tokenizer_and_codes_of_other_images_come_to():
 def test_splits_that_come_in_a_table(folder):
     (folder / "m.csv").write_text(LAYOUTS["ISIC archive"][0]["metadata.csv"])
     (folder / "s.csv").write_text(f"image,split\n{ISIC_A}.jpg,train\n{ISIC_B}.jpg,validation\n")
-    found = catalog.read(folder / "images", folder / "m.csv", splits=folder / "s.csv")
+    found = catalog.read_catalog(folder / "images", folder / "m.csv", splits=folder / "s.csv")
     assert [r.split for r in found.records] == ["train", "val"]
     (folder / "s.csv").write_text(f"image,split\n{ISIC_A}.jpg,holdout\n")
     with pytest.raises(UserError, match="line 2: the split is 'holdout'"):
-        catalog.read(folder / "images", folder / "m.csv", splits=folder / "s.csv")
+        catalog.read_catalog(folder / "images", folder / "m.csv", splits=folder / "s.csv")

@@ -94,7 +94,7 @@ def test_codes_read_back_and_damage_is_named(tmp_path):
     entry = manifest.describe(tmp_path / "train-00-000000.safetensors", split="train", draw=0, shard=0, count=5)
     manifest.write(tmp_path, {"levels": [], "shards": [entry]})
     store = CodeStore(tmp_path)
-    found = store.take("train", [(0, 0, 4), (0, 0, 1)], ["codes.top", "label"])
+    found = store.gather_rows("train", [(0, 0, 4), (0, 0, 1)], ["codes.top", "label"])
     assert np.array_equal(found["codes.top"], arrays["codes.top"][[4, 1]])
     assert found["label"].tolist() == [4, 1]
     with pytest.raises(UserError, match="no split 'val'"):

@@ -1,6 +1,6 @@
 """The plan at 10,000 ranks and up to a billion samples, simulated on one core: time, memory, shards, and exactly-once.
 
-    python -m benchmarks.plan
+    python -m benchmarks.order
 
 Prints a table within two minutes. Shards hold 9,000 to 11,000 samples; the global batch is 80,000 with 10,000 streams,
 one to a rank: under the default of 64, some 156 ranks would read the same 1/64 of the shards. Shards of a rank and of a
@@ -15,7 +15,7 @@ from itertools import islice
 
 import numpy as np
 
-from hpc.data.order import Mixture, Plan, class_weights
+from hpc.data.order import MixtureOrder, SampleOrder, class_weights
 from hpc.data.shards import training_batches
 
 RANKS, NODE, BATCH, STREAMS, SHARD = 10_000, 8, 80_000, 10_000, 10_000
@@ -26,13 +26,13 @@ def shards(size: int, each: int = SHARD) -> np.ndarray:
     return np.random.default_rng(0).integers(each * 9 // 10, each * 11 // 10, size // SHARD)
 
 
-def plain(size: int) -> Plan:
-    return Plan(shards(size), BATCH, streams=STREAMS)
+def plain(size: int) -> SampleOrder:
+    return SampleOrder(shards(size), BATCH, streams=STREAMS)
 
 
-def mixed(size: int) -> Mixture:
+def mixed(size: int) -> MixtureOrder:
     counts = [shards(size, int(SHARD * part)) for part in CLASSES]
-    return Mixture(counts, class_weights([n.sum() for n in counts], 0.5), BATCH, streams=STREAMS)
+    return MixtureOrder(counts, class_weights([n.sum() for n in counts], 0.5), BATCH, streams=STREAMS)
 
 
 def positions(plan, epoch: int, rank: int) -> list[int]:
@@ -82,7 +82,7 @@ def read(plan, epoch: int, node: int) -> list[list[tuple]]:
     return [[plan.sample(position)[-2:] for position in positions(plan, epoch, rank)] for rank in ranks]
 
 
-def check_all(plan: Plan, epoch: int) -> None:
+def check_all(plan: SampleOrder, epoch: int) -> None:
     """Every sample once among all ranks, in a bitmap."""
     seen = np.zeros((len(plan.counts), plan.counts.max()), dtype=np.uint8)
     for rank in range(RANKS):
@@ -91,7 +91,7 @@ def check_all(plan: Plan, epoch: int) -> None:
     assert (seen.sum(1) == plan.counts).all() and seen.max() == 1
 
 
-def check_node(plan: Plan, seen: list[list[tuple]]) -> None:
+def check_node(plan: SampleOrder, seen: list[list[tuple]]) -> None:
     """A node's eight whole streams are one run of samples, each once: whole shards, but for a piece at either end."""
     members, times = np.unique([s * 2 * SHARD + i for rank in seen for s, i in rank], return_counts=True)
     pieces = np.split(members, np.flatnonzero(np.diff(members // (2 * SHARD))) + 1)
