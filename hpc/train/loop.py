@@ -1,4 +1,8 @@
-"""The one training loop, for tokenizers and priors alike. Its whole position is one integer: samples seen."""
+"""The training loop, for tokenizers and priors alike. Its position in the data is one integer: samples seen.
+
+`train` tells the story of a run; `Trainer` holds what stays open during it. Data come from the task's stream, weights go to
+`checkpoints/` and through the task to `export/`, figures to the metrics log.
+"""
 
 import contextlib
 import itertools
@@ -8,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -24,23 +27,24 @@ from hpc.train.engine import Engine, EngineConfig, Step
 from hpc.train.health import HealthConfig
 from hpc.train.optim import OptimConfig, average_decay, learning_rate, optimizer
 from hpc.train.preempt import Preemption
+from hpc.train.task import Task
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Lengths and intervals are in samples."""
+    """How long and how a model is trained. Lengths and intervals are in samples."""
 
-    samples: int = volatile(1_000_000)
-    batch: int = 32  # global
+    samples: int = volatile(1_000_000)  # length of training
+    batch: int = 32  # global batch: samples of one optimizer step, over all ranks
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log_every: int = volatile(1_000)
     eval_every: int = volatile(50_000)
-    patience: int = volatile(0)  # samples without a better held-out figure after which training ends, well; 0 = never
+    patience: int = volatile(0)  # end training after so many samples without a better held-out figure; 0 = never
     save_every: int = volatile(50_000)
-    keep: int = volatile(2)
-    max_bad_fraction: float = volatile(0.001)
+    keep: int = volatile(2)  # newest checkpoints kept, beside the best
+    max_bad_fraction: float = volatile(0.001)  # stop when more than this share of the samples cannot be read
 
     def __post_init__(self):
         if min(self.samples, self.batch, self.log_every, self.eval_every, self.save_every) < 1:
@@ -48,211 +52,322 @@ class TrainConfig:
         if self.patience < 0:
             raise ValueError("patience is a number of samples, or 0 for never")
         if self.keep < 2:
-            raise ValueError("keep must be at least 2: a damaged checkpoint needs one to fall back to")
-
-
-class Task(Protocol):
-    """What is trained. `metric` is the held-out figure that selects the exported weights; lower is better. What a task knows
-    of its samples' cost, tokens_per_sample and flops_per_sample, is logged as speed; see hpc/train/flops.py."""
-
-    metric: str
-    size: int  # samples in an epoch
-
-    def build(self) -> nn.Module: ...
-    def prepare(self, module: nn.Module) -> None: ...  # once, before the engine holds it; the same on every rank
-    def stream(self, position: int, micro_batch: int) -> Iterator[dict]: ...
-    def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, float]: ...
-    def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]: ...
-    def curves(self, rows: list[dict]) -> dict[str, bytes]: ...  # pictures of metrics.jsonl so far; on rank 0
-    def export(self, module: nn.Module, metrics: dict[str, float]) -> None: ...
+            raise ValueError("keep must be at least 2, so that an older checkpoint remains if the newest is damaged")
 
 
 @dataclass
 class State:
-    """Everything a resumed run needs beside the engine's own state; plain numbers, exact in JSON."""
+    """What a resumed run needs beside the engine's own state. Plain numbers, stored as JSON in each checkpoint's manifest.
+
+    Attributes:
+        samples: Samples seen.
+        evaluated: Samples seen at the last evaluation.
+        best: The best held-out figure; None before the first finite one.
+        best_at: Samples seen when it was measured.
+        patience_from: Patience counts from here, or from `best_at` if that is later.
+        ended_length: `TrainConfig.samples` at the time when patience ran out; 0 while it has not.
+        skipped: Non-finite steps in a row.
+        skipped_total: Non-finite steps in all.
+        bad: Samples that were replaced because they could not be read.
+        sums: Sum of each training metric since the last log line.
+        count: Steps in these sums.
+    """
 
     samples: int = 0
-    evaluated: int = 0  # samples at the last evaluation
+    evaluated: int = 0
     best: float | None = None
     best_at: int = 0
-    patient_from: int = 0  # patience counts from here, or from the best
-    ended_for: int = 0  # length that was asked for when patience ran out
-    skipped: int = 0  # non-finite steps in a row
+    patience_from: int = 0
+    ended_length: int = 0
+    skipped: int = 0
     skipped_total: int = 0
-    bad: int = 0  # samples replaced because they could not be read
-    sums: dict[str, float] = field(default_factory=dict)  # since the last log line
+    bad: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
+
+    FORMER_NAMES = {"patient_from": "patience_from", "ended_for": "ended_length"}  # noqa: RUF012 — not a field
+
+    @classmethod
+    def resume(cls, path: Path | None, length: int) -> "State":
+        """Reads the state of a checkpoint; a new state for None. length: `TrainConfig.samples` of the run that resumes."""
+        if path is None:
+            return cls()
+        stored = checkpoint.read(path)["state"]
+        state = cls(**{cls.FORMER_NAMES.get(name, name): value for name, value in stored.items()})
+        if 0 < state.ended_length < length:  # a longer training was asked for after patience ran out: patience starts again
+            state.patience_from, state.ended_length = state.samples, 0
+        return state
+
+    def account(self, step: Step, after: dict[str, float]) -> None:
+        """Adds one optimizer step to the counters and sums. after: metrics of what followed the step."""
+        self.skipped = 0 if step.accepted else self.skipped + 1
+        self.skipped_total += not step.accepted
+        self.bad += int(step.flags["bad"])
+        if step.accepted:
+            self.count += 1
+            for name, value in (step.metrics | after).items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
 
 
 def train(
     task: Task, config: TrainConfig, folder: Path, topology: dist.Topology, seed: int, what: str, ledger: bool = False
 ) -> None:
-    """Trains until config.samples, from the newest sound checkpoint. Raises Stopped when asked to stop early, after
-    saving; Diverged after too many non-finite steps. ledger: each rank logs the samples delivered to it. Collective."""
+    """Trains until `config.samples`, or until patience runs out. Resumes from the newest sound checkpoint. Collective.
+
+    Args:
+        task: What is trained.
+        config: How long, and how.
+        folder: The stage's directory.
+        topology: This process among the ranks.
+        seed: Seed of initial weights, dropout and data order.
+        what: Name of the training in messages.
+        ledger: Each rank also logs the keys of the samples that it trained on.
+
+    Raises:
+        Stopped: A signal or the end of the allocation asked for a stop. A checkpoint was saved.
+        Diverged: Too many non-finite steps in a row, or no finite held-out figure at all.
+        UserError: Too many samples cannot be read.
+    """
     torch.manual_seed(seed)
     start = checkpoint.choose(folder / "checkpoints")
-    universal = start is not None and checkpoint.needs_universal(start, config.engine, topology.world)
-    if universal:
-        checkpoint.to_universal(start)
-    state = State(**checkpoint.read(start)["state"]) if start else State()
-    if 0 < state.ended_for < config.samples:  # more was asked for than when patience ran out: it begins anew
-        state.patient_from, state.ended_for = state.samples, 0
-    # First, so that data workers start while the engine is built.
+    state = State.resume(start, config.samples)
+    # Start the data workers first: they load while the engine is built.
     batches = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world))
-    module, plain = task.build(), task.build().eval()
-    if not start:
-        task.prepare(module)
-    engine = Engine(module, optimizer(module, config.optim), config.engine, config.batch, universal)
-    if start:
-        engine.load(start, universal)
-    tracker = metrics_log.MetricsLog(folder, enabled=topology.leader)
-    tracker.resume(state.samples)
-    ledger_path = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
-    if ledger_path:
-        journal.cut_back(ledger_path, state.samples)
-    watchdog = health.Watchdog(folder, topology.rank, config.health.hang_minutes * 60)
-    progress = bar(config.samples, what, initial=state.samples, shown=topology.leader)
+    trainer = Trainer(task, config, folder, topology, seed, what, state, start, ledger)
 
-    def due(every: int, last: int) -> bool:
-        """Whether a multiple of `every` samples, or the end, has come since `last`."""
-        return state.samples // every > last // every or state.samples >= config.samples > last
-
-    def evaluate() -> None:
-        with watchdog.allow_longer(), speed.paused():
-            engine.copy_to(plain.to(engine.device))
-            metrics, pictures = task.evaluate(plain)
-            tracker.log(state.samples // config.batch, state.samples, {f"val/{k}": v for k, v in metrics.items()})
-            if topology.leader:
-                pictures = pictures | task.curves(metrics_log.read_metrics(folder))
-            for name, png in pictures.items():
-                tracker.image(name, state.samples, png)
-            progress.set_postfix_str(f"val {task.metric} {metrics[task.metric]:.4g}")
-            if math.isfinite(metrics[task.metric]) and (state.best is None or metrics[task.metric] < state.best):
-                state.best, state.best_at = metrics[task.metric], state.samples
-                dist.run_on_leader(task.export, plain, metrics)
-            plain.to("cpu")  # a second model on the device would undo what ZeRO 3 saves
-        state.evaluated = state.samples
-        if config.patience and state.samples - max(state.best_at, state.patient_from) >= config.patience:
-            state.ended_for = config.samples  # the same on all ranks, as the figure is
-            if topology.leader:
-                print(
-                    f"{what}: no better held-out {task.metric} since {state.best_at:,} samples (patience {config.patience:,}): "
-                    f"training ends at {state.samples:,}, the export holds the best weights"
-                )
-
-    def save() -> None:
-        nonlocal saved
-        with watchdog.allow_longer(), speed.paused():
-            step, best = state.samples // config.batch, state.best_at // config.batch
-            checkpoint.save(folder / "checkpoints", step, engine, asdict(state), config.keep, best)
-        saved = state.samples
-
-    def log(lr: float) -> None:
-        counters = {"lr": lr, "skipped_steps": state.skipped_total, "bad_samples": state.bad}
-        rate = speed.rate()
-        counters |= {"epoch": state.samples / task.size, "images_per_second": rate}
-        counters |= flops.throughput(task, rate, topology.world, topology.device)
-        waits = dist.gather((speed.waited, socket.gethostname()))
-        if late := health.find_straggler([w for w, _ in waits], [h for _, h in waits]):
-            counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}
-        means = {f"train/{k}": v / state.count for k, v in state.sums.items()}
-        tracker.log(state.samples // config.batch, state.samples, means | counters | metrics_log.system_metrics())
-        state.sums, state.count = {}, 0
-        speed.restart()
-
-    saved, speed = state.samples, Speed()
-    with Preemption() as preemption, contextlib.ExitStack() as closing:
-        for resource in (tracker, progress, watchdog):
-            closing.callback(resource.close)
+    with Preemption() as preemption, trainer:
         while True:
-            # What is owed at these samples comes before the next step, also after a resume.
-            if due(config.eval_every, state.evaluated):
-                evaluate()
-                if state.ended_for or state.best_at == state.samples:
-                    save()  # the best is kept; also in place of a checkpoint at these samples, which does not know of the end
-            if due(config.save_every, saved):
-                save()
-            if state.ended_for or state.samples >= config.samples:
+            # Run any evaluation or save that is due before training on. This also covers a run that was killed just before one.
+            if trainer.due(config.eval_every, state.evaluated):
+                trainer.evaluate()
+            if trainer.due(config.save_every, trainer.saved):
+                trainer.save()
+            if state.ended_length or state.samples >= config.samples:
                 break
-            with speed.waiting():
+
+            # One optimizer step. In it all ranks agree whether it is accepted, and whether any of them was asked to stop.
+            with trainer.speed.waiting():
                 micro_batches = list(itertools.islice(batches, config.engine.accumulation))
-            bad = [entry for b in micro_batches for entry in b.pop("bad", ())]
-            journal.append(folder / "quarantine.jsonl", *bad)
-            keys = [key for b in micro_batches for key in b.pop("key")]
-            torch.manual_seed(sample_seed(seed, state.samples) + topology.rank)  # dropout is the same after a resume
-            lr = learning_rate(config.optim, state.samples, config.samples)
-            flags = {"stop": preemption.requested, "bad": len(bad)}
-            decay = average_decay(config.engine.average, state.samples, config.batch)
-            step = engine.step([_to(b, engine.device) for b in micro_batches], lr, flags, decay)
-            changed = task.after_step(module, step.statistics) if step.accepted else {}
-            state.samples += config.batch
-            if ledger_path:
-                journal.append(ledger_path, {"samples": state.samples, "keys": keys})
-            _account(state, step, changed)
-            health.check_skipped(state.skipped, config.health)
-            _check_bad(state, task.size, config.max_bad_fraction)
-            watchdog.beat()
-            speed.count(config.batch)
-            progress.update(config.batch)
-            if due(config.log_every, state.samples - config.batch):
-                log(lr)
+            step = trainer.step(micro_batches, stop=preemption.requested)
+            trainer.check()
+            if trainer.due(config.log_every, state.samples - config.batch):
+                trainer.log()
+
+            # Stop early, on all ranks after the same step.
             if step.flags["stop"] and state.samples < config.samples:
-                save()
+                trainer.save()
                 raise Stopped(f"{what} stopped by {preemption.reason or 'another rank'} at {state.samples:,} samples")
     if state.best is None:
         raise Diverged(f"{what}: the held-out {task.metric} was never finite, so there is nothing to export")
 
 
+class Trainer:
+    """What stays open during a training: model, engine, metrics log, watchdog, progress bar. `train` calls its methods."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        folder: Path,
+        topology: dist.Topology,
+        seed: int,
+        what: str,
+        state: State,
+        start: Path | None,
+        ledger: bool,
+    ):
+        """Builds the model and its engine, loads the checkpoint `start` if there is one, and cuts logs back to it.
+
+        Other arguments are those of `train`.
+        """
+        self.task, self.config, self.folder, self.topology = task, config, folder, topology
+        self.seed, self.what, self.state = seed, what, state
+        self.engine, self.module, self.copy = self._build(start)
+        self.log_file = metrics_log.MetricsLog(folder, enabled=topology.leader)
+        self.log_file.resume(state.samples)
+        self.ledger = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
+        if self.ledger:
+            journal.cut_back(self.ledger, state.samples)
+        self.saved = state.samples
+        self.speed = Speed()
+        self.watchdog = health.Watchdog(folder, topology.rank, config.health.hang_minutes * 60)
+        self.progress = bar(config.samples, what, initial=state.samples, shown=topology.leader)
+
+    def _build(self, start: Path | None) -> tuple[Engine, nn.Module, nn.Module]:
+        """The engine, its model, and an ordinary copy of the model for evaluation and export."""
+        config, world = self.config, self.topology.world
+        universal = start is not None and checkpoint.needs_universal(start, config.engine, world)
+        if universal:
+            checkpoint.to_universal(start)
+        module, copy = self.task.build(), self.task.build().eval()
+        if start is None:
+            self.task.prepare(module)
+        engine = Engine(module, optimizer(module, config.optim), config.engine, config.batch, universal)
+        if start is not None:
+            engine.load(start, universal)
+        return engine, module, copy
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.watchdog.close()
+        self.progress.close()
+
+    def due(self, every: int, last: int) -> bool:
+        """Whether a multiple of `every` samples, or the end of training, has been reached since `last`."""
+        samples = self.state.samples
+        return samples // every > last // every or samples >= self.config.samples > last
+
+    def step(self, micro_batches: list[dict], stop: bool) -> Step:
+        """Takes one optimizer step and accounts for it.
+
+        Args:
+            micro_batches: This rank's micro-batches, from the task's stream.
+            stop: This rank was asked to stop.
+        """
+        config, state, engine = self.config, self.state, self.engine
+        bad = [entry for batch in micro_batches for entry in batch.pop("bad", ())]
+        journal.append(self.folder / "quarantine.jsonl", *bad)
+        keys = [key for batch in micro_batches for key in batch.pop("key")]
+        # Seed dropout by the position, so that a resumed run draws the same numbers.
+        torch.manual_seed(sample_seed(self.seed, state.samples) + self.topology.rank)
+        step = engine.step(
+            [_to(batch, engine.device) for batch in micro_batches],
+            lr=learning_rate(config.optim, state.samples, config.samples),
+            flags={"stop": stop, "bad": len(bad)},
+            decay=average_decay(config.engine.average, state.samples, config.batch),
+        )
+        after = self.task.after_step(self.module, step.statistics) if step.accepted else {}
+        state.samples += config.batch
+        if self.ledger:
+            journal.append(self.ledger, {"samples": state.samples, "keys": keys})
+        state.account(step, after)
+        return step
+
+    def check(self) -> None:
+        """Ends a run that cannot go well, and tells the watchdog and the progress bar that a step has ended."""
+        health.check_skipped(self.state.skipped, self.config.health)
+        self._check_bad()
+        self.watchdog.beat()
+        self.speed.count(self.config.batch)
+        self.progress.update(self.config.batch)
+
+    def _check_bad(self) -> None:
+        state, limit = self.state, self.config.max_bad_fraction
+        # Count at least 1,000 samples: one bad sample among the first few says nothing about the data set.
+        if state.bad > limit * max(state.samples, self.task.size, 1_000):
+            raise UserError(
+                f"{state.bad} of {state.samples} samples could not be read, above max_bad_fraction={limit}. They are listed in "
+                "quarantine.jsonl; `lesiongen verify` shows which shards are damaged."
+            )
+
+    def evaluate(self) -> None:
+        """Measures held-out figures, exports the weights if they are the best so far, ends training if patience has run out.
+
+        What ends by patience, or is the best, is saved at once: the best checkpoint is kept, and a checkpoint that was saved
+        at these samples before does not know of the end.
+        """
+        state, metric = self.state, self.task.metric
+        with self.watchdog.allow_longer(), self.speed.paused():
+            self.engine.copy_to(self.copy.to(self.engine.device))
+            metrics, pictures = self.task.evaluate(self.copy)
+            self._log_row({f"val/{name}": value for name, value in metrics.items()})
+            if self.topology.leader:
+                pictures = pictures | self.task.curves(metrics_log.read_metrics(self.folder))
+            for name, png in pictures.items():
+                self.log_file.image(name, state.samples, png)
+            self.progress.set_postfix_str(f"val {metric} {metrics[metric]:.4g}")
+            if math.isfinite(metrics[metric]) and (state.best is None or metrics[metric] < state.best):
+                state.best, state.best_at = metrics[metric], state.samples
+                dist.run_on_leader(self.task.export, self.copy, metrics)
+            self.copy.to("cpu")  # a second model on the device would undo what ZeRO 3 saves
+        state.evaluated = state.samples
+        self._check_patience()
+        if state.ended_length or state.best_at == state.samples:
+            self.save()
+
+    def _check_patience(self) -> None:
+        state, patience = self.state, self.config.patience
+        if patience and state.samples - max(state.best_at, state.patience_from) >= patience:
+            state.ended_length = self.config.samples  # the same on all ranks, as they share the held-out figure
+            if self.topology.leader:
+                print(
+                    f"{self.what}: no better held-out {self.task.metric} since {state.best_at:,} samples (patience "
+                    f"{patience:,}): training ends at {state.samples:,}, the export holds the best weights"
+                )
+
+    def save(self) -> None:
+        """Saves a checkpoint. Collective."""
+        state, batch = self.state, self.config.batch
+        with self.watchdog.allow_longer(), self.speed.paused():
+            checkpoint.save(
+                self.folder / "checkpoints",
+                state.samples // batch,
+                self.engine,
+                asdict(state),
+                self.config.keep,
+                best=state.best_at // batch,
+            )
+        self.saved = state.samples
+
+    def log(self) -> None:
+        """Logs the means of the training metrics since the last line, speed, stragglers, and the load of the machine."""
+        state, rate = self.state, self.speed.rate()
+        # The learning rate of the step that has just ended.
+        lr = learning_rate(self.config.optim, state.samples - self.config.batch, self.config.samples)
+        counters = {"lr": lr, "skipped_steps": state.skipped_total, "bad_samples": state.bad}
+        counters |= {"epoch": state.samples / self.task.size, "images_per_second": rate}
+        counters |= flops.throughput(self.task, rate, self.topology.world, self.topology.device)
+        waits = dist.gather((self.speed.waited, socket.gethostname()))
+        if late := health.find_straggler([seconds for seconds, _ in waits], [host for _, host in waits]):
+            counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}
+        means = {f"train/{name}": total / state.count for name, total in state.sums.items()}
+        self._log_row(means | counters | metrics_log.system_metrics())
+        state.sums, state.count = {}, 0
+        self.speed.restart()
+
+    def _log_row(self, metrics: dict[str, float]) -> None:
+        self.log_file.log(self.state.samples // self.config.batch, self.state.samples, metrics)
+
+
 class Speed:
-    """Images per second and time spent waiting for data, since the last log line."""
+    """Images per second and seconds spent waiting for data, since the last log line."""
 
     def __init__(self):
         self.restart()
 
     def restart(self) -> None:
+        """Starts a new interval."""
         self.began, self.images, self.waited = time.monotonic(), 0, 0.0
 
     def count(self, images: int) -> None:
+        """Adds images of a step that has ended."""
         self.images += images
 
     def rate(self) -> float:
+        """Images per second over all ranks."""
         return self.images / max(time.monotonic() - self.began, 1e-9)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        """Leaves the time of the block out of the rate."""
         began = time.monotonic()
         yield
         self.began += time.monotonic() - began
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
+        """Counts the time of the block as waiting for data."""
         began = time.monotonic()
         yield
         self.waited += time.monotonic() - began
 
 
 def _to(value, device: torch.device):
+    """Moves every tensor in nested dicts and lists to the device."""
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}
     if isinstance(value, list):
         return [_to(v, device) for v in value]
     return value.to(device, non_blocking=True)
-
-
-def _account(state: State, step: Step, changed: dict[str, float]) -> None:
-    state.skipped = 0 if step.accepted else state.skipped + 1
-    state.skipped_total += not step.accepted
-    state.bad += int(step.flags["bad"])
-    if step.accepted:
-        state.count += 1
-        for name, value in (step.metrics | changed).items():
-            state.sums[name] = state.sums.get(name, 0.0) + value
-
-
-def _check_bad(state: State, size: int, limit: float) -> None:
-    # One in the first thousand is no verdict on a data set.
-    if state.bad > limit * max(state.samples, size, 1_000):
-        raise UserError(
-            f"{state.bad} of {state.samples} samples could not be read, above max_bad_fraction={limit}. They are listed in "
-            "quarantine.jsonl; `lesiongen verify` shows which shards are damaged."
-        )
