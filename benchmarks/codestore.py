@@ -1,10 +1,10 @@
-"""The code store beside LMDB of pickles, as rosinality/vq-vae-2-pytorch writes and reads it, and one .npy for each image.
+"""The code store beside LMDB of pickles, as rosinality/vq-vae-2-pytorch uses it, and beside one .npy for each image.
 
     pip install --target /tmp/lmdb lmdb        (no dependency of the project)
     PYTHONPATH=/tmp/lmdb python -m benchmarks.codestore
 
-10,015 images of two grids, K = 512: write all, read batches of 32 random rows as int64 tensors, size on disk. Warm page cache;
-the best of ten rounds. Without lmdb its row is left out.
+Prints, for 10,015 images of two grids and K = 512: seconds to write all codes, time to read a batch of 32 random rows as int64
+tensors, and size on disk. The page cache is warm. Times are the best of ten rounds. Without lmdb its row is left out.
 """
 
 import argparse
@@ -13,12 +13,13 @@ import tempfile
 import time
 from collections import namedtuple
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from hpc.data import manifest
-from hpc.data.codestore import CodeStore, code_dtype, write_codes
+from hpc.data.codestore import CodeStore, code_dtype, file_name, write_codes
 from hpc.data.rows import CodeRows
 
 try:
@@ -30,31 +31,50 @@ K, BATCH, BATCHES, ROUNDS, SHARD = 512, 32, 200, 10, 1000
 CodeRow = namedtuple("CodeRow", ["top", "bottom", "filename"])
 
 
+class Contender(Protocol):
+    """A way to store codes. Made from a folder and the codes of both levels, int64 [N, h, w]."""
+
+    folder: Path
+
+    def write(self) -> None:
+        """Writes all codes to the folder."""
+
+    def open(self) -> None:
+        """Opens what was written, for reading."""
+
+    def read(self, indices: list[int]) -> list[torch.Tensor]:
+        """Returns the top and the bottom codes of some images, int64 [B, h, w] each."""
+
+
 class Ours:
-    """Shards of 1,000 images with labels and the other columns; draw 0 only."""
+    """The code store of this project: shards of 1,000 images, with the columns that the encode stage writes; draw 0 only."""
 
     def __init__(self, folder: Path, top: np.ndarray, bottom: np.ndarray, resident: bool = False):
+        """resident: Whether the rows are read from memory instead of from mapped files."""
         self.folder, self.resident = folder, resident
         self.codes = {"codes.top": top, "codes.bottom": bottom}
 
     def write(self) -> None:
+        """Writes the shards and the manifest."""
         number, entries = len(self.codes["codes.top"]), []
         for shard, first in enumerate(range(0, number, SHARD)):
-            part = {c: v[first : first + SHARD].astype(code_dtype(K)) for c, v in self.codes.items()}
-            count = len(part["codes.top"])
-            part |= {c: np.zeros(count, np.int16) for c in ("label", "site", "sex", "age_band", "licence")}
-            write_codes(self.folder, "train", 0, shard, part | {"index": np.arange(count)})
-            path = self.folder / f"train-00-{shard:06d}.safetensors"
+            arrays = {c: v[first : first + SHARD].astype(code_dtype(K)) for c, v in self.codes.items()}
+            count = len(arrays["codes.top"])
+            arrays |= {c: np.zeros(count, np.int16) for c in ("label", "site", "sex", "age_band", "licence")}
+            write_codes(self.folder, "train", 0, shard, arrays | {"index": np.arange(count)})
+            path = self.folder / file_name("train", 0, shard)
             entries.append(manifest.describe(path, split="train", draw=0, shard=shard, count=count))
         manifest.write(self.folder, {"levels": [], "shards": entries})
 
     def open(self) -> None:
+        """Opens the store. Loads it into memory, if resident."""
         self.rows = CodeRows(CodeStore(self.folder), "train", [*self.codes, "label"], torch.device("cpu"), self.resident)
-        self.places = self.rows.all()
+        self.locations = self.rows.all()
 
     def read(self, indices: list[int]) -> list[torch.Tensor]:
-        found = self.rows.gather_rows(self.places[indices])
-        return [found[c] for c in self.codes]
+        """Reads the labels too, as prior training does."""
+        columns = self.rows.gather_rows(self.locations[indices])
+        return [columns[c] for c in self.codes]
 
 
 class Pickles:
@@ -64,6 +84,7 @@ class Pickles:
         self.folder, self.top, self.bottom = folder, top, bottom
 
     def write(self) -> None:
+        """Writes all rows in one transaction."""
         env = lmdb.open(str(self.folder), map_size=2**36)
         with env.begin(write=True) as transaction:
             for i, (top, bottom) in enumerate(zip(self.top, self.bottom, strict=True)):
@@ -72,9 +93,11 @@ class Pickles:
         env.close()
 
     def open(self) -> None:
+        """Opens the database with the settings of LMDBDataset."""
         self.env = lmdb.open(str(self.folder), max_readers=32, readonly=True, lock=False, readahead=False, meminit=False)
 
     def read(self, indices: list[int]) -> list[torch.Tensor]:
+        """Reads each row in a transaction of its own, as LMDBDataset does."""
         rows = []
         for i in indices:
             with self.env.begin(write=False) as transaction:
@@ -90,75 +113,91 @@ class Files:
         self.folder, self.codes = folder, {"top": top, "bottom": bottom}
 
     def write(self) -> None:
+        """Writes the files."""
         for name, codes in self.codes.items():
-            for i, one in enumerate(codes):
-                np.save(self.folder / f"{i}-{name}.npy", one)
+            for i, image_codes in enumerate(codes):
+                np.save(self.folder / f"{i}-{name}.npy", image_codes)
 
     def open(self) -> None:
-        pass
+        """Does nothing: read() opens each file."""
 
     def read(self, indices: list[int]) -> list[torch.Tensor]:
+        """Opens and reads two files for each image."""
         return [torch.from_numpy(np.stack([np.load(self.folder / f"{i}-{name}.npy") for i in indices])) for name in self.codes]
 
 
-def prepare(contender, written: bool) -> tuple[float, int]:
-    """Seconds to write, bytes on disk; opened, and checked to hold the truth."""
+def prepare(contender: Contender, truth: dict[str, np.ndarray], written: bool) -> tuple[float, int]:
+    """Writes and opens a contender's files, and asserts that they hold the codes.
+
+    Args:
+        contender: The contender.
+        truth: The codes of each level, [N, h, w].
+        written: Whether another contender has written the same files already.
+
+    Returns:
+        Seconds to write, and bytes on disk.
+    """
     began = time.perf_counter()
     if not written:
         contender.write()
     seconds = time.perf_counter() - began
     contender.open()
-    indices = list(range(0, len(next(iter(TRUTH.values()))), 311))
-    for found, codes in zip(contender.read(indices), TRUTH.values(), strict=True):
-        assert np.array_equal(found.numpy(), codes[indices])
+    indices = list(range(0, len(next(iter(truth.values()))), 311))
+    for read, codes in zip(contender.read(indices), truth.values(), strict=True):
+        assert np.array_equal(read.numpy(), codes[indices])
     return seconds, sum(p.stat().st_blocks * 512 for p in contender.folder.iterdir() if p.is_file())
 
 
-def race(contenders: dict) -> dict[str, float]:
-    """Microseconds a batch, the best of some rounds in which all take turns: the machine may be busy."""
-    number = len(next(iter(TRUTH.values())))
-    draws = np.random.default_rng(0).integers(0, number, (BATCHES, BATCH)).tolist()
+def time_reads(contenders: dict[str, Contender], number: int) -> dict[str, float]:
+    """Returns microseconds for a batch of each contender, the best of ROUNDS rounds.
+
+    All contenders are timed in every round, so other work on the machine slows all of them alike.
+
+    Args:
+        contenders: The contenders by name.
+        number: Number of images to draw the batches from.
+    """
+    batches = np.random.default_rng(0).integers(0, number, (BATCHES, BATCH)).tolist()
     best = dict.fromkeys(contenders, float("inf"))
     for _ in range(ROUNDS):
         for name, contender in contenders.items():
-            some = draws[: BATCHES // 10] if isinstance(contender, Files) else draws
+            timed = batches[: BATCHES // 10] if isinstance(contender, Files) else batches  # files are slow
             began = time.perf_counter()
-            for indices in some:
+            for indices in timed:
                 contender.read(indices)
-            best[name] = min(best[name], (time.perf_counter() - began) / len(some) * 1e6)
+            best[name] = min(best[name], (time.perf_counter() - began) / len(timed) * 1e6)
     return best
 
 
-TRUTH: dict[str, np.ndarray] = {}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=10_015)
-    parser.add_argument("--folder", help="where to write; default: the system's temporary folder")
+    """Measures all contenders on two sizes of grids and prints a table for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=10_015, help="images to write (default: %(default)s)")
+    parser.add_argument("--folder", help="folder for the files (default: the system's temporary folder)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for bottom, top in ((16, 8), (64, 32)):
         rng = np.random.default_rng(0)
-        TRUTH.update({n: rng.integers(0, K, (args.images, g, g)) for n, g in (("top", top), ("bottom", bottom))})
+        truth = {n: rng.integers(0, K, (args.images, g, g)) for n, g in (("top", top), ("bottom", bottom))}
         print(f"{args.images:,} images, {bottom}² + {top}² codes")
         print(f"{'':<28}{'write, s':>10}{'batch, µs':>12}{'MB':>9}{'reads':>9}{'size':>8}")
         with tempfile.TemporaryDirectory(dir=args.folder) as root:
-            places = {name: Path(root) / name for name in ("ours", "lmdb", "npy")}
-            for place in places.values():
-                place.mkdir()
-            codes = tuple(TRUTH.values())
-            contenders = {"LMDB of pickles": Pickles(places["lmdb"], *codes)} if lmdb else {}
+            folders = {name: Path(root) / name for name in ("ours", "lmdb", "npy")}
+            for folder in folders.values():
+                folder.mkdir()
+            codes = tuple(truth.values())
+            contenders: dict[str, Contender] = {"LMDB of pickles": Pickles(folders["lmdb"], *codes)} if lmdb else {}
             contenders |= {
-                "one .npy per image": Files(places["npy"], *codes),
-                "code store, mapped": Ours(places["ours"], *codes),
+                "one .npy per image": Files(folders["npy"], *codes),
+                "code store, mapped": Ours(folders["ours"], *codes),
+                "code store, in memory": Ours(folders["ours"], *codes, resident=True),
             }
-            contenders |= {"code store, in memory": Ours(places["ours"], *codes, resident=True)}
-            sizes = {name: prepare(c, written=name == "code store, in memory") for name, c in contenders.items()}
-            times = race(contenders)
+            sizes = {name: prepare(c, truth, written=name == "code store, in memory") for name, c in contenders.items()}
+            times = time_reads(contenders, args.images)
+            # Ratios compare each contender with the first row.
             base = next(iter(contenders))
-            for name, (wrote, size) in sizes.items():
-                line = f"{name:<28}{wrote:>10.2f}{times[name]:>12.0f}{size / 1e6:>9.1f}"
+            for name, (seconds, size) in sizes.items():
+                line = f"{name:<28}{seconds:>10.2f}{times[name]:>12.0f}{size / 1e6:>9.1f}"
                 print(f"{line}{times[base] / times[name]:>8.1f}×{size / sizes[base][1]:>8.2f}", flush=True)
 
 

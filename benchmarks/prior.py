@@ -1,14 +1,16 @@
-"""A GPT prior's training step beside nanoGPT's: tokens a second through forward, backward and AdamW.
+"""Training speed of our GPT prior compared with nanoGPT: tokens a second through forward, backward and AdamW.
 
     git clone https://github.com/karpathy/nanoGPT NANOGPT
     OMP_NUM_THREADS=1 python -m benchmarks.prior --nanogpt NANOGPT [--compile]
 
-Both nets have the same length, vocabulary, layers, width and heads, no biases and no dropout, and non-embedding parameters
-within 1 %: ours has SwiGLU and 2-D rotary positions, theirs GELU and learned ones. Each steps with the optimizer of its own
-project; "engine" is ours as shipped, through DeepSpeed with clipping and a look at every gradient. Each has a process of its
-own, ours with our trainers' settings of the allocator, and nanoGPT once more with them. All take their turn in every round;
-printed are medians, and ratios within rounds. fp32 on the CPU; on a GPU bf16 autocast for all, a prior of 350 M parameters
-besides, and MFU where the device's peak is known.
+Both nets have the same length, vocabulary, layers, width and heads, no biases and no dropout. Their numbers of non-embedding
+parameters agree within 1 %. Ours has SwiGLU and 2-D rotary positions, theirs GELU and learned positions. Each uses its own
+project's optimizer. "engine" is ours as shipped: through DeepSpeed, with clipping and a check of every gradient.
+
+Each contender has a process of its own. Ours use our trainers' settings of the allocator; nanoGPT is timed without and with
+them. Every round times all contenders; the table has medians of the times and of the ratios within rounds. Precision is fp32
+on the CPU. On a GPU it is bf16 autocast for all contenders, there is also a prior of 350 M parameters, and the table has MFU
+where the device's peak is known.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -40,7 +43,7 @@ OPTIM = OptimConfig(lr=3e-4, weight_decay=0.1)
 
 @dataclass(frozen=True)
 class Case:
-    """What both nets have in common."""
+    """Sizes of both nets, and the batch."""
 
     grid: tuple[int, int]
     batch: int
@@ -51,6 +54,7 @@ class Case:
 
     @property
     def length(self) -> int:
+        """Tokens of a sample."""
         return self.grid[0] * self.grid[1]
 
 
@@ -62,18 +66,20 @@ CASES = {
 
 
 def our_net(case: Case) -> Objective:
+    """Builds our GPT with its training loss."""
     config = GPTConfig(layers=case.layers, width=case.width, heads=case.heads, dropout=0.0)
     return Objective(make(config, grid=case.grid, entries=case.entries, facts={"label": 7}))
 
 
-def their_net(case: Case, module) -> nn.Module:
-    """module: nanoGPT's model.py."""
+def their_net(case: Case, module: ModuleType) -> nn.Module:
+    """Builds nanoGPT's GPT. module: nanoGPT's model.py, from load_nanogpt()."""
     shape = {"n_layer": case.layers, "n_head": case.heads, "n_embd": case.width, "dropout": 0.0, "bias": False}
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its size
+    with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints its size
         return module.GPT(module.GPTConfig(block_size=case.length, vocab_size=case.entries, **shape))
 
 
-def load_nanogpt(folder: Path):
+def load_nanogpt(folder: Path) -> ModuleType:
+    """Imports nanoGPT's model.py from a folder."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -81,19 +87,27 @@ def load_nanogpt(folder: Path):
 
 
 def non_embedding(net: nn.Module, entries: int) -> int:
-    """Parameters but for the embeddings and the head, which nanoGPT ties."""
+    """Counts the parameters without embeddings and head. nanoGPT ties token embedding and head, ours does not."""
     matrices = {id(m.weight): m.weight.numel() for m in net.modules() if isinstance(m, nn.Embedding)}
     matrices |= {id(m.weight): m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear) and len(m.weight) == entries}
     return sum(p.numel() for p in net.parameters()) - sum(matrices.values())
 
 
 def blank(case: Case) -> dict:
-    """A batch, on the default device."""
+    """Returns a batch with random codes, on the default device."""
     codes = torch.randint(case.entries, (case.batch, *case.grid))
     return {"codes": codes, "facts": torch.zeros(case.batch, 1, dtype=torch.long), "upper": []}
 
 
 def plain_step(net: nn.Module, loss_of: Callable, optimizer: torch.optim.Optimizer) -> Callable[[dict], None]:
+    """Returns a training step in plain PyTorch.
+
+    Args:
+        net: The model.
+        loss_of: Maps (net, batch) to the loss.
+        optimizer: Optimizer of the model's parameters.
+    """
+
     def step(batch: dict) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=PRECISION == "bf16"):
             loss = loss_of(net, batch)
@@ -105,13 +119,15 @@ def plain_step(net: nn.Module, loss_of: Callable, optimizer: torch.optim.Optimiz
 
 
 def ours(case: Case, compiled: bool = False) -> Callable[[dict], None]:
+    """Returns a training step of our net in plain PyTorch."""
     torch.manual_seed(0)
     net = our_net(case).to(DEVICE)
     forward = torch.compile(net) if compiled else net
     return plain_step(forward, lambda net, batch: net(batch)["loss"], optimizer(net, OPTIM))
 
 
-def engine(case: Case, compiled: bool = False) -> Callable[[dict], None]:
+def engine(case: Case, compiled: bool = False) -> Callable[[dict], object]:
+    """Returns a training step of our net under our engine."""
     torch.manual_seed(0)
     dist.init(Topology())
     net = our_net(case)
@@ -120,6 +136,7 @@ def engine(case: Case, compiled: bool = False) -> Callable[[dict], None]:
 
 
 def theirs(case: Case, compiled: bool = False, *, folder: Path) -> Callable[[dict], None]:
+    """Returns a training step of nanoGPT. folder: that of its model.py."""
     torch.manual_seed(0)
     net = their_net(case, load_nanogpt(folder)).to(DEVICE)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -131,15 +148,16 @@ def theirs(case: Case, compiled: bool = False, *, folder: Path) -> Callable[[dic
     return plain_step(torch.compile(net) if compiled else net, loss_of, adamw)
 
 
-def contender(make: Callable, case: Case) -> dict[str, Callable[[], None]]:
-    torch.set_float32_matmul_precision("high")  # as nanoGPT's train.py; fp32 on a CPU stays fp32
+def contender(make: Callable, case: Case) -> dict[str, Callable[[], object]]:
+    """Builds a contender and returns the function to time, "step"; runs in the contender's process."""
+    torch.set_float32_matmul_precision("high")  # as in nanoGPT's train.py; on a CPU, fp32 stays fp32
     step = make(case)
     batch = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in blank(case).items()}
     return {"step": lambda: step(batch)}
 
 
-def flops(case: Case, module) -> dict[str, int]:
-    """Of a training step, for ours and theirs."""
+def flops(case: Case, module: ModuleType) -> dict[str, int]:
+    """Counts the floating-point operations of a training step, for our net and nanoGPT's."""
     with torch.device("meta"):
         batch = blank(case)
         mine, other = our_net(case).eval(), their_net(case, module)
@@ -147,7 +165,8 @@ def flops(case: Case, module) -> dict[str, int]:
         return {"ours": training_flops(lambda: mine(batch)), "nanoGPT": training_flops(lambda: other(codes, codes))}
 
 
-def measure(name: str, args) -> None:
+def measure(name: str, args: argparse.Namespace) -> None:
+    """Times all contenders of one case and prints its table."""
     case = CASES[name]
     module = load_nanogpt(args.nanogpt)
     sizes = [non_embedding(net, case.entries) for net in (our_net(case), their_net(case, module))]
@@ -171,9 +190,9 @@ def measure(name: str, args) -> None:
     )
     print(f"{PRECISION}; {args.rounds} rounds of {args.number} steps, {torch.get_num_threads()} threads, {DEVICE}")
     print(f"non-embedding parameters: ours {sizes[0]:,}, nanoGPT {sizes[1]:,}\n")
-    print("| | ms per step | tokens/s | ÷ nanoGPT alike | MFU |\n|---|---|---|---|---|")
+    print("| | ms per step | tokens/s | ÷ nanoGPT | MFU |\n|---|---|---|---|---|")
     work, peak = flops(case, module), peak_flops(DEVICE)
-    for kind, seconds in found.items():
+    for kind, seconds in found.items():  # compiled contenders are compared with nanoGPT compiled, the others with it as it is
         peer = found["nanoGPT, compiled" if "compiled" in kind else "nanoGPT"]
         ratio = statistics.median(b / a for a, b in zip(seconds, peer, strict=True))
         middle = statistics.median(seconds)
@@ -184,12 +203,12 @@ def measure(name: str, args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--nanogpt", type=Path, required=True, help="folder of nanoGPT's model.py")
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: small and medium, on a GPU 350m too")
-    parser.add_argument("--compile", action="store_true", help="compiled beside compiled as well")
+    parser.add_argument("--nanogpt", type=Path, required=True, help="folder that holds nanoGPT's model.py")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: small and medium; on a GPU also 350m")
+    parser.add_argument("--compile", action="store_true", help="also time all contenders with torch.compile")
     parser.add_argument("--number", type=int, default=3, help="steps timed in each round")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="one round of the small one, to see that all runs")
+    parser.add_argument("--quick", action="store_true", help="one round of the small case, to check that everything runs")
     args = parser.parse_args()
     cases = args.cases or (list(CASES) if DEVICE.type == "cuda" else ["small", "medium"])
     if args.quick:

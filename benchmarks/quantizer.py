@@ -1,10 +1,11 @@
-"""A quantizer alone: forward, backward and update, beside the one-hot form of most VQ-VAE code and the best-known library.
+"""Time and memory of a quantizer alone, compared with the one-hot form of most VQ-VAE code and with vector-quantize-pytorch.
 
     OMP_NUM_THREADS=1 python -m benchmarks.quantizer
 
-Prints a table within three minutes: K = 512 codes of D = 64 dimensions, grids of 32×32, fp32 on the CPU. Time is the
-median over rounds in which every contender takes its turn, so that a busy machine slows all alike. Memory is what a fresh
-process grows by at its peak, beyond its input. vector-quantize-pytorch is measured where it is installed.
+Prints a table within three minutes, for a step of forward, backward and update: K = 512 codes of D = 64 dimensions, grids of
+32×32, fp32 on the CPU. Times are medians over rounds. Every round times every contender once, so that a busy machine slows all
+of them alike. Memory is the peak growth of a fresh process during a step, without its input. vector-quantize-pytorch is
+measured where it is installed.
 """
 
 import importlib.util
@@ -28,7 +29,7 @@ BATCHES, ROUNDS = (16, 64), 15
 
 
 class OneHot(nn.Module):
-    """The form in which VQ-VAEs are usually written: four N×K matrices."""
+    """The usual way to write a VQ-VAE's quantizer, with four N×K matrices in memory."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +55,11 @@ class OneHot(nn.Module):
 
 
 def contenders(batch: int) -> dict[str, Callable[[torch.Tensor], None]]:
-    """{name: one training step on given vectors}."""
+    """Returns {name: function that does one training step on the vectors it is given}.
+
+    Args:
+        batch: Global batch size.
+    """
 
     def ours(kind: str) -> Callable:
         config = QuantizerConfig(quantizer=kind, dim=DIM, entries=ENTRIES, decay=DECAY, commitment=COMMITMENT)
@@ -84,11 +89,12 @@ def contenders(batch: int) -> dict[str, Callable[[torch.Tensor], None]]:
 
 
 def vectors(batch: int) -> torch.Tensor:
+    """Returns random vectors to quantize, [B, D, H, W]."""
     return torch.randn(batch, DIM, GRID, GRID, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
 def times(batch: int) -> dict[str, float]:
-    """Seconds per step."""
+    """Measures the median seconds per step of each contender. The first round is a warm-up and does not count."""
     steps, found, z = contenders(batch), {}, vectors(batch)
     for _ in range(ROUNDS + 1):
         for name, step in steps.items():
@@ -99,22 +105,26 @@ def times(batch: int) -> dict[str, float]:
 
 
 def peak(name: str, batch: int) -> float:
-    """MiB by which this process grows at its peak in a step, after one in which libraries made themselves at home."""
+    """Measures by how many MiB this process grows at its peak in a step.
+
+    A step before it lets the libraries allocate what they allocate only once.
+    """
     step, z = contenders(batch)[name], vectors(batch)
     step(z)
     z.grad = None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = high_water()
     step(z)
     return (high_water() - before) / 1024
 
 
 def high_water() -> int:
+    """Returns this process's peak of resident memory, in kB."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def main() -> None:
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the processes to come: what is freed goes back at once
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # in child processes, return freed memory at once
     print("| vectors | | ms per step | million vectors/s | speed | extra MiB | memory |\n|---|---|---|---|---|---|---|")
     for batch in BATCHES:
         taken, extra = times(batch), {}

@@ -1,4 +1,4 @@
-"""Seconds of work on the device that benchmarks run on: this machine's GPU where it has one."""
+"""Timing for the benchmarks, on this machine's GPU if there is one, else on the CPU."""
 
 import contextlib
 import time
@@ -14,7 +14,12 @@ DEVICE = Topology().device
 
 
 def timed(work: Callable[[], object], number: int = 1) -> float:
-    """Seconds of one of so many, until the device has ended it."""
+    """Measures the mean seconds of a call, until the device has finished.
+
+    Args:
+        work: The function to time.
+        number: Calls over which to take the mean.
+    """
     began = time.perf_counter()
     for _ in range(number):
         work()
@@ -24,31 +29,39 @@ def timed(work: Callable[[], object], number: int = 1) -> float:
 
 
 class Apart:
-    """A contender in a process of its own, as its users run it: neither shares the other's heap, threads or settings.
-    It sleeps while others are timed.
+    """A contender that runs in a process of its own, as its users run it.
 
-    make(): its kinds of work, by name; picklable; keep: freed memory stays with the process, as this project has it"""
+    So contenders do not share a heap, threads or settings. The process sleeps while other contenders are timed.
+    """
 
     def __init__(self, make: Callable[[], dict[str, Callable[[], object]]], keep: bool):
+        """Starts the process.
+
+        Args:
+            make: Called in the process; returns {name: function to time}. Must be picklable.
+            keep: Keep freed memory in the process, as this project's trainers do (hpc/train/allocator.py).
+        """
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         context.Process(target=_serve, args=(other, make, keep), daemon=True).start()
-        other.close()  # so that a contender that fails ends the benchmark
+        other.close()  # otherwise recv() would wait for ever after the contender's process has failed
 
     def timed(self, kind: str, number: int = 1) -> float:
+        """Measures, in the contender's process, the mean seconds of `number` calls of the function called `kind`."""
         self.pipe.send((kind, number))
         return self.pipe.recv()
 
 
 def _serve(pipe, make: Callable, keep: bool) -> None:
+    """Runs in the contender's process: answers each (kind, number) with the seconds measured."""
     if keep:
         allocator.keep_pages(DEVICE)
     work = make()
-    with contextlib.suppress(EOFError):  # the benchmark is over
+    with contextlib.suppress(EOFError):  # raised when the benchmark has ended
         while True:
             kind, number = pipe.recv()
             if DEVICE.type == "cuda":
-                work[kind]()
+                work[kind]()  # not timed: allocates the memory again that was freed below
             pipe.send(timed(work[kind], number))
             if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()  # the others need the memory; the step that refills it is not timed
+                torch.cuda.empty_cache()  # the other contenders need the memory

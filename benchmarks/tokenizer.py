@@ -1,14 +1,16 @@
-"""A VQ-VAE-2 of ours beside rosinality/vq-vae-2-pytorch: the training step, encoding, and what the same steps reach.
+"""Our VQ-VAE-2 compared with rosinality/vq-vae-2-pytorch: speed of training and encoding, and quality after equal steps.
 
     git clone https://github.com/rosinality/vq-vae-2-pytorch PEER
     python -m benchmarks.tokenizer speed --peer PEER [--size 128] [--batch 16] [--compile]
     python -m benchmarks.tokenizer quality --peer PEER --shards SHARDS [--size 64] [--steps 1000]
 
 Both nets have the same architecture: strides 4 and 2, hidden 128, two residual blocks of 32, K = 512, D = 64. Ours runs as
-shipped, through DeepSpeed with clipping and codebook statistics; theirs as published, and with the allocator's settings
-that our trainers have. For speed each has a process of its own; they take their turn in every round, and medians are
-printed, and ratios within rounds. Quality trains both from the same batches and measures held-out
-PSNR of the last weights; "repaired" is their net with our quantizer in place of theirs.
+shipped, through DeepSpeed with clipping and codebook statistics. Theirs runs as published, and once more with our trainers'
+settings of the allocator.
+
+`speed` runs each contender in a process of its own and times all of them in every round. It prints medians of the speeds and
+of the ratios within rounds. `quality` trains the nets on the same batches and measures the held-out PSNR of the last weights;
+"repaired" is their net with our quantizer instead of theirs.
 """
 
 import argparse
@@ -44,6 +46,8 @@ from lesiongen.tokenizers.vqvae2 import VQVAE2Config
 
 
 class Ours:
+    """Our net, trained by our engine."""
+
     def __init__(self, batch: int, lr: float = 3e-4, compiled: bool = False):
         torch.manual_seed(0)
         dist.init(Topology())
@@ -70,10 +74,17 @@ class Ours:
 
 
 class Theirs:
-    """As in their train_vqvae.py: Adam, no clipping, latent loss × 0.25."""
+    """Their net, trained as in their train_vqvae.py: Adam, no clipping, latent loss × 0.25."""
 
     def __init__(self, peer: Path, lr: float = 3e-4, compiled: bool = False, batch: int = 0):
-        """batch: given, their quantizers are replaced by ours."""
+        """Builds the net.
+
+        Args:
+            peer: Their checkout.
+            lr: Learning rate.
+            compiled: Whether to use torch.compile.
+            batch: If above 0, replace their quantizers by ours, for this global batch size.
+        """
         sys.path.insert(0, str(peer))
         import vqvae
 
@@ -94,12 +105,13 @@ class Theirs:
         loss = F.mse_loss(y, x) + 0.25 * latent.mean()
         loss.backward()
         self.optimizer.step()
-        loss.item()  # their loop reads it at each step
+        loss.item()  # their loop also reads the loss at each step
         for q in self.repaired():
             q.inner.update(q.seen)
             q.where = (None, None)
 
     def repaired(self) -> list[nn.Module]:
+        """Returns our quantizers in their net, if they replace theirs."""
         return [self.net.quantize_t, self.net.quantize_b] if self.batch else []
 
     @torch.no_grad()
@@ -120,7 +132,12 @@ class Theirs:
 
 
 class Repaired(nn.Module):
-    """Our quantizer behind their interface: [B, H, W, D] → (x, loss, codes)."""
+    """Our quantizer with their interface: [B, H, W, D] → (x, loss, codes).
+
+    Attributes:
+        where: slot and position of each sample, which the training step sets before forward().
+        seen: Statistics of the last forward(), which the training step passes to update().
+    """
 
     def __init__(self, batch: int):
         super().__init__()
@@ -136,6 +153,7 @@ class Repaired(nn.Module):
 
 
 def random_batch(batch: int, size: int, number: int) -> dict:
+    """Returns batch `number` of a sequence of smooth random images of `size` pixels."""
     rng = torch.Generator().manual_seed(number)
     image = torch.rand(batch, 3, size // 8, size // 8, generator=rng)
     image = F.interpolate(image, size=(size, size), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
@@ -144,12 +162,13 @@ def random_batch(batch: int, size: int, number: int) -> dict:
 
 
 def contender(make: Callable, size: int, batch: int) -> dict[str, Callable[[], object]]:
-    """What is timed of a net."""
+    """Builds a net and returns the two functions to time, "step" and "encode"."""
     net, batches = make(), cycle([random_batch(batch, size, i) for i in range(4)])
     return {"step": lambda: net.step(next(batches)), "encode": lambda: net.codes(next(batches)["image"])}
 
 
-def speed(args) -> None:
+def speed(args: argparse.Namespace) -> None:
+    """Prints a table of training and encoding speeds, and the peak memory of both nets."""
     mine, other = partial(Ours, args.batch), partial(Theirs, args.peer)
     kinds = {"ours, eager": (mine, True), "theirs, eager": (other, False)}
     if DEVICE.type == "cpu":
@@ -175,21 +194,22 @@ def speed(args) -> None:
         ratios = [a / b for a, b in zip(found["step", "ours, compiled"], found["step", "theirs, compiled"], strict=True)]
         print(f"\nstep, compiled ÷ compiled: {statistics.median(ratios):.2f}")
     for who in ("ours", "theirs"):
-        print(f"peak memory of {who}, a process of its own: {peak(args, who):.0f} MB above a process that has built the model")
+        print(f"peak memory of {who}, in a process of its own: {peak(args, who):.0f} MB more than after building the model")
 
 
-def peak(args, who: str) -> float:
-    """MB of resident memory that five training steps add."""
+def peak(args: argparse.Namespace, who: str) -> float:
+    """Measures in a new process how many MB of resident memory five training steps add at their peak."""
     command = [sys.executable, "-m", "benchmarks.tokenizer", "peak", "--peer", str(args.peer), "--who", who]
     command += ["--size", str(args.size), "--batch", str(args.batch)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def measure_peak(args) -> None:
+def measure_peak(args: argparse.Namespace) -> None:
+    """Prints what peak() reads; runs in the new process."""
     if args.who == "ours":
         allocator.keep_pages(DEVICE)
     net = Ours(args.batch) if args.who == "ours" else Theirs(args.peer)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = resident("VmRSS")
     for i in range(5):
         net.step(random_batch(args.batch, args.size, i))
@@ -197,12 +217,13 @@ def measure_peak(args) -> None:
 
 
 def resident(what: str) -> int:
-    """kB."""
+    """Returns a field of /proc/self/status, such as VmRSS, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(what)).split()[1])
 
 
-def quality(args) -> None:
+def quality(args: argparse.Namespace) -> None:
+    """Trains each contender on the same batches and prints a table of held-out figures."""
     packed = Packed([args.shards])
     data, held_out = ImageShards(packed, "train"), ImageShards(packed, "val")
     contenders = {f"ours, lr {lr:g}": lambda lr=lr: Ours(args.batch, lr) for lr in args.ours_lr}
@@ -228,17 +249,17 @@ def quality(args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "quality", "peak"])
+    parser.add_argument("what", choices=["speed", "quality", "peak"], help="speed calls peak by itself, in new processes")
     parser.add_argument("--peer", type=Path, required=True, help="a checkout of rosinality/vq-vae-2-pytorch")
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--number", type=int, default=5, help="steps timed in each round")
+    parser.add_argument("--size", type=int, default=128, help="side of the images for speed, in pixels")
+    parser.add_argument("--batch", type=int, default=16, help="global batch size")
+    parser.add_argument("--number", type=int, default=5, help="calls timed in each round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--who", default="ours")
-    parser.add_argument("--shards", type=Path)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--ours-lr", type=float, nargs="+", default=[3e-4])
+    parser.add_argument("--compile", action="store_true", help="also time both nets with torch.compile")
+    parser.add_argument("--who", default="ours", help="whose memory `peak` measures: ours or theirs")
+    parser.add_argument("--shards", type=Path, help="packed images for quality")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps for quality")
+    parser.add_argument("--ours-lr", type=float, nargs="+", default=[3e-4], help="learning rates of our net for quality")
     args = parser.parse_args()
     {"speed": speed, "quality": quality, "peak": measure_peak}[args.what](args)
 

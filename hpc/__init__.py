@@ -1,1 +1,1 @@
-"""Two-stage sharded training on one machine or many: ranks, bytes and steps, nothing of images."""
+"""Distributed training in stages, on one machine or many: ranks, bytes and steps. Nothing here knows about images."""

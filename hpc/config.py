@@ -1,4 +1,9 @@
-"""Frozen dataclasses ⇄ YAML: strict keys with "did you mean", a.b=c overrides, fingerprints."""
+"""Configs: frozen dataclasses that are read from YAML, checked strictly, and written back.
+
+`build` makes a dataclass from plain data (dicts, lists, numbers, strings), and `plain` does the reverse. A config that is
+written as YAML and read back is equal to the original. Unknown keys and values of the wrong type raise UserError. The data come
+from a YAML file and from "section.key=value" overrides. Each dataclass is defined beside the code that it configures.
+"""
 
 import dataclasses
 import difflib
@@ -19,7 +24,7 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 3e-4 as a string; people mean a number."""
+    """Reads 3e-4 as a number. The YAML 1.1 rules of PyYAML would read it as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -29,19 +34,40 @@ _Loader.add_implicit_resolver(
 )
 
 
-def volatile(default: Any = dataclasses.MISSING, **kwargs) -> Any:
-    """A field that changes how long or where a stage runs, not what it makes: left out of the fingerprint."""
+def volatile(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    """Declares a config field that changes how long or where a stage runs, but not its result.
+
+    The identity of a stage (StageDir.identity) leaves such fields out, so changing one does not make the stage stale.
+
+    Args:
+        default: The field's default value.
+        **kwargs: Passed to dataclasses.field, such as default_factory.
+    """
     return dataclasses.field(default=default, metadata={"volatile": True}, **kwargs)
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """Parses YAML into plain data.
+
+    Args:
+        text: The YAML.
+        source: Names the text in error messages, such as the file's path.
+
+    Raises:
+        UserError: The text is not valid YAML.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def read_yaml(path: Path) -> dict:
+    """Reads a YAML file with keys and values at its top level. An empty file gives an empty dict.
+
+    Raises:
+        UserError: The file cannot be read, is not valid YAML, or holds no keys.
+    """
     try:
         data = parse_yaml(Path(path).read_text(), str(path))
     except OSError as error:
@@ -52,84 +78,119 @@ def read_yaml(path: Path) -> dict:
 
 
 def override(data: dict, assignments: list[str]) -> dict:
-    """Returns `data` with each "a.b=c" applied; c is read as YAML."""
+    """Returns a copy of `data` with overrides applied. Missing sections are created.
+
+    Args:
+        data: Plain data of a config.
+        assignments: Overrides "section.key=value"; each value is parsed as YAML.
+
+    Raises:
+        UserError: An assignment has no key or no "=", or a parent of its key is not a section.
+    """
     data = json.loads(json.dumps(data))
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise UserError(f"'{assignment}' is not an override; write section.key=value.")
         *parents, last = key.split(".")
-        node = data
-        for part in parents:
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-            if not isinstance(node, dict):
-                raise UserError(f"'{assignment}': {part} holds a value, not a section.")
-        node[last] = parse_yaml(value, f"'{assignment}'")
+        section = data
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise UserError(f"'{assignment}': {parent} holds a value, not a section.")
+        section[last] = parse_yaml(value, f"'{assignment}'")
     return data
 
 
-def build(cls: type[T], data: Any, where: str = "") -> T:
-    """Makes a dataclass from plain data. Raises UserError that names the key, and the nearest one for an unknown key."""
+def build(cls: type[T], data: Any, key_path: str = "") -> T:
+    """Makes a config dataclass from plain data. Each field is converted to its annotation.
+
+    Args:
+        cls: The dataclass.
+        data: A dict with the dataclass's fields. Fields with a default may be missing.
+        key_path: Dotted key of `data` in the whole config, for error messages. "" for the whole config.
+
+    Raises:
+        UserError: A key is unknown (the message suggests the nearest one) or missing, or a value is wrong.
+    """
     if not isinstance(data, dict):
-        raise UserError(f"{where or 'The config'} must be a section with keys, not {data!r}.")
+        raise UserError(f"{key_path or 'The config'} must be a section with keys, not {data!r}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
     for key in data:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(fields)}."
-            raise UserError(f"Unknown key '{_join(where, key)}' in the config; {hint}")
-    values = {key: convert(hints[key], value, _join(where, key)) for key, value in data.items()}
+            advice = f"did you mean '{near[0]}'?" if near else f"the known keys are {', '.join(fields)}."
+            raise UserError(f"Unknown key '{_join(key_path, key)}' in the config; {advice}")
+    annotations = typing.get_type_hints(cls)
+    values = {key: convert(annotations[key], value, _join(key_path, key)) for key, value in data.items()}
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise UserError(f"The config lacks '{_join(where, name)}'.")
+            raise UserError(f"The config lacks '{_join(key_path, name)}', which has no default.")
     try:
         return cls(**values)
     except UserError:
         raise
-    except ValueError as error:
-        raise UserError(f"{where or 'The config'}: {error}") from None
+    except ValueError as error:  # a dataclass's __post_init__ refuses the values
+        raise UserError(f"{key_path or 'The config'}: {error}") from None
 
 
-def _join(where: str, key: Any) -> str:
-    return f"{where}.{key}" if where else str(key)
+def _join(key_path: str, key: Any) -> str:
+    return f"{key_path}.{key}" if key_path else str(key)
 
 
-def convert(kind: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    wrong = UserError(f"'{where}' is {value!r}, which is not {_name(kind)}.")
-    if kind is Any:
+def convert(annotation: Any, value: Any, key_path: str) -> Any:
+    """Converts a plain value to the type that an annotation asks for.
+
+    Args:
+        annotation: A dataclass, Literal, tuple, dict, scalar type, or a union of dataclasses or with None.
+        value: The plain value.
+        key_path: Dotted key of the value in the whole config, for error messages.
+
+    Raises:
+        UserError: The value does not fit the annotation.
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        kinds = [a for a in arguments if a is not type(None)]
-        return convert(_chosen(kinds, value, where) if len(kinds) > 1 else kinds[0], value, where)
+        members = [a for a in arguments if a is not type(None)]
+        return convert(_select_by_kind(members, value, key_path) if len(members) > 1 else members[0], value, key_path)
     if origin is typing.Literal:
         if value not in arguments:
-            raise UserError(f"'{where}' is {value!r}; choose one of {', '.join(map(str, arguments))}.")
+            raise UserError(f"'{key_path}' is {value!r}; choose one of {', '.join(map(str, arguments))}.")
         return value
     if origin is tuple:
-        if isinstance(value, str) and arguments == (str, ...):
-            value = [value]  # a list of one is what people write as one
-        if not isinstance(value, (list, tuple)):
-            raise wrong
-        if arguments[-1] is Ellipsis:
-            return tuple(convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        if len(value) != len(arguments):
-            raise UserError(f"'{where}' needs {len(arguments)} values, not {len(value)}.")
-        return tuple(convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
+        return _convert_tuple(annotation, value, key_path)
     if origin is dict:
         if not isinstance(value, dict):
-            raise wrong
-        return {str(k): convert(arguments[1], v, _join(where, k)) for k, v in value.items()}
-    if dataclasses.is_dataclass(kind):
-        return build(kind, {} if value is None else value, where)
-    if kind is bool or isinstance(value, bool):
+            raise _wrong_type(annotation, value, key_path)
+        return {str(k): convert(arguments[1], v, _join(key_path, k)) for k, v in value.items()}
+    if dataclasses.is_dataclass(annotation):
+        return build(annotation, {} if value is None else value, key_path)
+    return _convert_scalar(annotation, value, key_path)
+
+
+def _convert_tuple(annotation: Any, value: Any, key_path: str) -> tuple:
+    elements = typing.get_args(annotation)
+    if isinstance(value, str) and elements == (str, ...):
+        value = [value]  # users may write a list with one string as just the string
+    if not isinstance(value, (list, tuple)):
+        raise _wrong_type(annotation, value, key_path)
+    if elements[-1] is Ellipsis:
+        elements = (elements[0],) * len(value)
+    if len(value) != len(elements):
+        raise UserError(f"'{key_path}' needs {len(elements)} values, not {len(value)}.")
+    return tuple(convert(a, v, f"{key_path}[{i}]") for i, (a, v) in enumerate(zip(elements, value, strict=True)))
+
+
+def _convert_scalar(kind: type, value: Any, key_path: str) -> Any:
+    if kind is bool or isinstance(value, bool):  # first, because Python's bool is an int
         if kind is not bool or not isinstance(value, bool):
-            raise wrong
+            raise _wrong_type(kind, value, key_path)
         return value
     if kind is float and isinstance(value, int):
         return float(value)
@@ -138,26 +199,33 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if kind is str and isinstance(value, (int, float)):
         return str(value)
     if not isinstance(value, kind) or (kind is float and math.isnan(value)):
-        raise wrong
+        raise _wrong_type(kind, value, key_path)
     return value
 
 
-def _chosen(kinds: list[type], value: Any, where: str) -> type:
-    """Of several dataclasses, the one whose field `kind` has the value's; the first where the value has none."""
-    named = {typing.get_args(typing.get_type_hints(k)["kind"])[0]: k for k in kinds}
-    wanted = value.get("kind", next(iter(named))) if isinstance(value, dict) else next(iter(named))
-    if wanted not in named:
-        raise UserError(f"'{_join(where, 'kind')}' is {wanted!r}; choose one of {', '.join(named)}.")
-    return named[wanted]
+def _select_by_kind(classes: list[type], value: Any, key_path: str) -> type:
+    """Returns the dataclass whose field `kind` matches value["kind"]. Without a kind, returns the first dataclass."""
+    by_kind = {typing.get_args(typing.get_type_hints(c)["kind"])[0]: c for c in classes}
+    first = next(iter(by_kind))
+    kind = value.get("kind", first) if isinstance(value, dict) else first
+    if kind not in by_kind:
+        raise UserError(f"'{_join(key_path, 'kind')}' is {kind!r}; choose one of {', '.join(by_kind)}.")
+    return by_kind[kind]
 
 
-def _name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return names.get(kind, "a list" if typing.get_origin(kind) is tuple else str(kind))
+def _wrong_type(annotation: Any, value: Any, key_path: str) -> UserError:
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    expected = words.get(annotation, "a list" if typing.get_origin(annotation) is tuple else str(annotation))
+    return UserError(f"'{key_path}' is {value!r}, which is not {expected}.")
 
 
 def plain(config: Any, volatile: bool = True) -> Any:
-    """Dataclass → plain data for YAML and JSON; volatile=False leaves volatile fields out."""
+    """Converts a config to plain data for YAML and JSON. Tuples become lists.
+
+    Args:
+        config: A config dataclass, or a part of one.
+        volatile: Include volatile fields. False gives the data of a stage's identity.
+    """
     if dataclasses.is_dataclass(config):
         fields = [f for f in dataclasses.fields(config) if volatile or not f.metadata.get("volatile")]
         return {f.name: plain(getattr(config, f.name), volatile) for f in fields}
@@ -169,17 +237,24 @@ def plain(config: Any, volatile: bool = True) -> Any:
 
 
 def to_yaml(config: Any) -> str:
+    """Writes a config as YAML, with every field in the order of its definition."""
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
 def digest(data: Any) -> str:
-    """16 hex digits of SHA-256 over canonical JSON."""
+    """Returns the first 16 hex digits of the SHA-256 of plain data, as JSON with sorted keys and without spaces."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
-def differences(before: Any, after: Any, where: str = "") -> list[str]:
-    """Human-readable differences of two plain structures: "model.codes: 512 → 256"."""
+def differences(before: Any, after: Any, key_path: str = "") -> list[str]:
+    """Lists the differences between two plain structures, such as "model.codes: 512 → 256".
+
+    Args:
+        before: The old structure.
+        after: The new structure.
+        key_path: Dotted key at which each line starts.
+    """
     if isinstance(before, dict) and isinstance(after, dict):
         keys = list(before) + [k for k in after if k not in before]
-        return [d for k in keys for d in differences(before.get(k), after.get(k), _join(where, k))]
-    return [] if before == after else [f"{where}: {before!r} → {after!r}"]
+        return [d for k in keys for d in differences(before.get(k), after.get(k), _join(key_path, k))]
+    return [] if before == after else [f"{key_path}: {before!r} → {after!r}"]

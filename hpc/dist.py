@@ -1,24 +1,41 @@
-"""One Topology from Slurm, torchrun's variables or a single process; joining with a time-out that names who is missing."""
+"""The process group: which rank this process is, joining the other ranks, and small collectives for Python objects.
+
+Every function works with one process too, with or without a process group, so callers need no special case. The topology comes
+from the environment that torchrun or Slurm sets. Joining fails after a timeout with the numbers of the missing ranks.
+"""
 
 import contextlib
 import os
 import re
 import socket
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from hpc.errors import UserError
 
-_store: dist.Store | None = None  # where the ranks of this process's group meet
+T = TypeVar("T")
+
+_store: dist.Store | None = None  # key-value store of this process's group; leave() counts ranks in it
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Who this process is among `world` ranks on `nodes` machines, and where rank 0 listens."""
+    """Position of this process among the ranks of a stage.
+
+    Attributes:
+        rank: Number of this process, from 0. Rank 0 is the leader.
+        world: Number of ranks.
+        local_rank: Number of this process on its machine, from 0.
+        nodes: Number of machines.
+        address: Host of rank 0.
+        port: TCP port on which rank 0 listens while the ranks join.
+    """
 
     rank: int = 0
     world: int = 1
@@ -29,18 +46,27 @@ class Topology:
 
     @property
     def leader(self) -> bool:
+        """Whether this process is rank 0."""
         return self.rank == 0
 
     @property
     def device(self) -> torch.device:
-        # Some clusters show each task its own GPU only.
+        """The GPU of this rank, or the CPU on a machine without GPUs."""
+        # Some clusters let each task see only one GPU, which then has index 0 for every local rank.
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return torch.device("cuda", self.local_rank % count) if count else torch.device("cpu")
 
 
-def detect(env: dict | None = None) -> Topology:
-    """Reads the environment: torchrun's variables first (they are explicit), then a Slurm step, else one process."""
-    env = dict(os.environ) if env is None else env
+def detect(env: Mapping[str, str] | None = None) -> Topology:
+    """Reads the topology from environment variables.
+
+    The variables of torchrun come first, because they are set on purpose. Then follow those of a Slurm step. Without either,
+    the process is alone.
+
+    Args:
+        env: The environment; os.environ by default.
+    """
+    env = os.environ if env is None else env
     if "RANK" in env and "WORLD_SIZE" in env:
         return Topology(
             rank=int(env["RANK"]),
@@ -55,9 +81,15 @@ def detect(env: dict | None = None) -> Topology:
     return Topology()
 
 
-def from_slurm(env: dict) -> Topology:
-    """A rank of a Slurm step, whatever torchrun's variables say: sbatch hands on those of the shell it is called from."""
-    # A port of the job's own, another one after each requeue: the old one may still be closing.
+def from_slurm(env: Mapping[str, str]) -> Topology:
+    """Reads the topology of a Slurm step from its environment variables.
+
+    Variables of torchrun are ignored: sbatch copies the environment of the shell that submits the job, which may contain some.
+
+    Args:
+        env: The environment of a task of the step.
+    """
+    # The port depends on the job and changes at each requeue, because the old port may still be closing.
     port = 20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", 0))) % 12000
     return Topology(
         rank=int(env["SLURM_PROCID"]),
@@ -70,40 +102,49 @@ def from_slurm(env: dict) -> Topology:
 
 
 def first_host(nodelist: str) -> str:
-    """First host of a Slurm node list such as "a[01-03,7],b2": "a01"."""
-    match = re.match(r"([^\[,]+)(?:\[([^\]]*)\])?([^,\[]*)", nodelist)
-    head, inner, tail = match.groups()
-    return head + re.split(r"[,-]", inner)[0] + tail if inner else head
+    """Returns the first host of a Slurm node list: "a01" for "a[01-03,7],b2"."""
+    prefix, ranges, suffix = re.match(r"([^\[,]+)(?:\[([^\]]*)\])?([^,\[]*)", nodelist).groups()
+    return prefix + re.split(r"[,-]", ranges)[0] + suffix if ranges else prefix
 
 
 def init(topology: Topology, timeout_s: float = 300.0) -> None:
-    """Joins the process group. Raises TimeoutError that names the ranks that did not come. Called once a process."""
+    """Joins the process group and sets the environment variables that libraries read. Later calls do nothing. Collective.
+
+    Args:
+        topology: This process among the ranks.
+        timeout_s: Seconds to wait for the other ranks.
+
+    Raises:
+        TimeoutError: Rank 0 cannot be reached, or ranks are missing; the message names them.
+    """
+    global _store
     if dist.is_initialized():
         return
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
     backend = "nccl" if topology.device.type == "cuda" else "gloo"
-    global _store
-    store = _store = dist.HashStore() if topology.world == 1 else _join(topology, timedelta(seconds=timeout_s))
-    # Variables that libraries read for themselves.
+    _store = dist.HashStore() if topology.world == 1 else _join(topology, timedelta(seconds=timeout_s))
     os.environ |= {
         "RANK": str(topology.rank),
         "WORLD_SIZE": str(topology.world),
-        # DeepSpeed takes it for the GPU's number; where each task sees only its own GPU that is 0.
+        # DeepSpeed uses LOCAL_RANK as the GPU's index, which differs from the local rank where a task sees only its own GPU.
         "LOCAL_RANK": str(topology.device.index or 0 if topology.device.type == "cuda" else topology.local_rank),
         "MASTER_ADDR": topology.address,
         "MASTER_PORT": str(topology.port or 29500),
     }
-    dist.init_process_group(backend, store=store, rank=topology.rank, world_size=topology.world, timeout=timedelta(hours=12))
+    # A long timeout: in run_on_leader() all ranks wait in a collective while rank 0 works alone, such as evaluates a model.
+    dist.init_process_group(backend, store=_store, rank=topology.rank, world_size=topology.world, timeout=timedelta(hours=12))
 
 
-def _join(topology: Topology, timeout: timedelta):
+def _join(topology: Topology, timeout: timedelta) -> dist.Store:
+    """Connects to the store of rank 0 and waits until every rank has connected."""
     try:
         store = dist.TCPStore(topology.address, topology.port, topology.world, topology.leader, timeout, wait_for_workers=False)
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
         raise TimeoutError(
             f"rank {topology.rank} on {socket.gethostname()} cannot reach rank 0 at {topology.address}:{topology.port} "
-            f"within {timeout.total_seconds():.0f} s ({str(error).splitlines()[0]})"
+            f"within {timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}). Look at the log of rank 0, and check that "
+            "its node accepts connections on this port."
         ) from None
     store.set(f"joined/{topology.rank}", socket.gethostname())
     deadline = time.monotonic() + timeout.total_seconds()
@@ -111,31 +152,44 @@ def _join(topology: Topology, timeout: timedelta):
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"after {timeout.total_seconds():.0f} s these ranks of {topology.world} have not joined: "
-                f"{', '.join(map(str, missing))}. Look at their logs; a node may be down or a task failed to start."
+                f"{', '.join(map(str, missing))}. Look at their logs: a node may be down, or a task failed to start."
             )
         time.sleep(0.05)
     return store
 
 
 def leave(timeout_s: float = 60.0) -> None:
-    """Waits until every rank has come here. A rank that goes while another still ends the last collective closes the
-    connection under it, and gloo aborts that process: so they meet in the store, whose server, rank 0, may go first."""
+    """Waits until every rank has called leave(). Call it before the process exits. Collective.
+
+    A rank that exits closes its connections. If another rank is still finishing the last collective, gloo then aborts that
+    rank. So the ranks wait for one another by counting in the store, which needs no collective.
+
+    Args:
+        timeout_s: Seconds after which the process stops waiting.
+    """
     if world() == 1:
         return
     deadline = time.monotonic() + timeout_s
-    with contextlib.suppress(dist.DistError, RuntimeError):  # the server is gone: all were here
+    # Rank 0 serves the store. An error means that rank 0 has seen every rank in the count and has exited: stop waiting.
+    with contextlib.suppress(dist.DistError, RuntimeError):
         _store.add("left", 1)
         while _store.add("left", 0) < world() and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
 def barrier() -> None:
+    """Waits until every rank has called barrier(). Collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
-def broadcast(value, source: int = 0):
-    """Any picklable value of rank `source`, on all ranks."""
+def broadcast(value: T, source: int = 0) -> T:
+    """Returns the value of one rank on all ranks. Collective.
+
+    Args:
+        value: Any picklable value; ignored on the other ranks.
+        source: The rank whose value is returned.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
@@ -143,24 +197,35 @@ def broadcast(value, source: int = 0):
     return box[0]
 
 
-def gather(value) -> list:
-    """Every rank's value, in rank order, on all ranks."""
+def gather(value: T) -> list[T]:
+    """Returns every rank's picklable value, in rank order, on all ranks. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    out = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value)
-    return out
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """All-reduced in place (sum) and returned."""
+    """Sums a tensor over all ranks in place and returns it. Collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def run_on_leader(function, *arguments):
-    """Runs on rank 0; its result, or its UserError, reaches every rank, so that all go on or all stop."""
+def run_on_leader(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls a function on rank 0 and returns its result on every rank. Collective.
+
+    An error on rank 0 reaches every rank too. Otherwise the other ranks would wait for the result forever.
+
+    Args:
+        function: The function. Its result must be picklable.
+        *arguments: The function's arguments; used on rank 0 only.
+
+    Raises:
+        UserError: The function raised UserError; on the other ranks also for any other error.
+        Exception: On rank 0, any other error of the function.
+    """
     outcome = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -179,8 +244,10 @@ def run_on_leader(function, *arguments):
 
 
 def rank() -> int:
+    """Returns this process's rank; 0 before init()."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """Returns the number of ranks; 1 before init()."""
     return dist.get_world_size() if dist.is_initialized() else 1

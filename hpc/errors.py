@@ -1,15 +1,20 @@
-"""What can go wrong, and the exit code each kind of ending has."""
+"""The errors that end a stage, and the exit codes of processes. launch/endings.py maps each error to its code."""
 
-DONE, FAILED, USAGE, RESUMABLE, HANG, DIVERGED = 0, 1, 2, 75, 76, 77
+DONE = 0
+FAILED = 1  # an unexpected error, such as a crash; trying again may help
+USAGE = 2  # the user must change something first: a UserError, or a full disk
+RESUMABLE = 75  # stopped early, state saved; the same command resumes
+HANG = 76  # the watchdog ended a training that made no progress
+DIVERGED = 77  # the training diverged; the same command would diverge again
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The message is one paragraph: what is wrong, where, what to do."""
+    """A mistake that the user can correct. The message is one paragraph: what is wrong, where, what to do."""
 
 
 class Stopped(Exception):
-    """Stopped early by a signal or the end of the allocation; everything is saved, run it again to go on."""
+    """A signal or the end of the allocation stopped the training early. All state is saved; the same command resumes."""
 
 
 class Diverged(Exception):
-    """Too many non-finite steps in a row: going on would waste the machine."""
+    """The training gives no finite result, for example after too many non-finite steps in a row."""

@@ -1,1 +1,1 @@
-"""How stages get onto machines."""
+"""The command line, and the executors that run stages: in this process, as local ranks, or as Slurm jobs."""

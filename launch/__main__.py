@@ -1,110 +1,201 @@
-"""The `lesiongen` command. Nothing slow is imported here: --help must answer at once, torch takes seconds."""
+"""The `lesiongen` command: parses the command line and calls the verb's function in launch/commands.py.
+
+Nothing slow is imported at the top of this file, so that `lesiongen --help` answers at once: importing torch takes seconds.
+
+To add a verb, add it to one of the `_add_…_verbs` functions below and to COMMANDS in launch/commands.py.
+"""
 
 import argparse
 import os
 
-from launch.endings import code_of, end, explain
+from launch.endings import exit_code_of, exit_process, print_error
 
-CONFIG_HELP = "YAML file"
+DESCRIPTION = (
+    "Trains generators of skin-lesion images: pack → tokenizer → codes → priors → samples → report. Run the same command "
+    "again to resume. Exit codes: 0 done, 2 wrong usage or config, 75 stopped early and can be resumed, 76 a training "
+    "step hung, 77 training diverged, 1 any other failure."
+)
+CONFIG_HELP = "the run's config, a YAML file"
+OVERRIDE_FORMAT = "section.key=value"
+RUN_HELP = "run directory or config file"
+Verbs = argparse._SubParsersAction  # what add_subparsers() returns; argparse has no public name for this class
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="lesiongen",
-        description="Trains generators of skin-lesion images: pack → tokenizer → codes → priors → samples → report. The "
-        "same command run again resumes. Exit codes: 0 done, 2 usage or config, 75 stopped early and resumable, 76 hang, "
-        "77 diverged, 1 anything else.",
-    )
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+def make_parser() -> argparse.ArgumentParser:
+    """Builds the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="lesiongen", description=DESCRIPTION)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_data_verbs(verbs)
+    _add_stage_verbs(verbs)
+    _add_pipeline_verbs(verbs)
+    _add_inspection_verbs(verbs)
+    _add_internal_verbs(verbs)
+    return parser
 
-    def verb(name: str, text: str, config: bool = False, fresh: bool = True) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text)
-        if config:
-            sub.add_argument("config", help=CONFIG_HELP)
-            sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="override any key of the config")
-        if config and fresh:
-            sub.add_argument("--fresh", action="append", default=[], metavar="STAGE", help="make this stage anew")
-        return sub
 
-    demo = verb("demo", "the whole pipeline on drawn lesions, or on yours, in a few minutes")
-    demo.add_argument("--out", default="runs", help="where the run goes (default: runs)")
-    demo.add_argument("--images", help="folder of real images in place of the drawn ones")
-    demo.add_argument("--metadata", help="their CSV")
-    demo.add_argument("overrides", nargs="*", metavar="section.key=value")
-    download = verb("download", "a public data set, resumable, with its licence")
+def _add_data_verbs(verbs: Verbs) -> None:
+    """Adds the verbs that need no trained model: demo, download, pack, preview."""
+    demo = _add_verb(verbs, "demo", "run the whole pipeline on drawn lesions, or on your own images, in a few minutes")
+    demo.add_argument("--out", default="runs", help="directory of the run (default: runs)")
+    demo.add_argument("--images", help="folder of real images to use instead of drawn lesions")
+    demo.add_argument("--metadata", help="CSV that describes the images in --images")
+    _add_overrides(demo)
+
+    download = _add_verb(verbs, "download", "download a public data set and print its licence; an interrupted download resumes")
     download.add_argument("name", choices=["isic-2016", "isic-2018", "ham10000"])
-    download.add_argument("--out", required=True, metavar="DIR")
-    pack = verbs.add_parser("pack", help="images + CSV → WebDataset shards", description="images + CSV → WebDataset shards")
-    pack.add_argument("config", nargs="?", help=CONFIG_HELP)
-    pack.add_argument("overrides", nargs="*", metavar="section.key=value")
-    pack.add_argument("--fresh", action="append", default=[], metavar="STAGE", help="make this stage anew")
-    pack.add_argument("--images", help="folder, searched recursively")
-    pack.add_argument("--metadata", help="CSV, or a folder of them; none = labelled by folder, every image its own group")
+    download.add_argument("--out", required=True, metavar="DIR", help="directory of the data set")
+
+    pack = _add_verb(verbs, "pack", "pack images and their CSV into WebDataset shards")
+    pack.add_argument("config", nargs="?", help=f"{CONFIG_HELP}; leave it out with --images and --out")
+    _add_overrides(pack)
+    _add_fresh(pack)
+    pack.add_argument("--images", help="folder of images, searched recursively")
+    pack.add_argument(
+        "--metadata", help="CSV, or a folder of CSVs; without it, subfolders are labels and no images are grouped"
+    )
     pack.add_argument("--out", help="directory for the shards")
-    pack.add_argument("--size", type=int, help="short side in pixels (default: 256)")
-    pack.add_argument("--append", action="store_true", help="add images that are new to packed ones; none of those moves")
-    pack.add_argument("--near-duplicates", action="store_true", help="find lesions taken again, and keep them in one split")
-    preview = verb("preview", "originals beside augmented ones, one picture", config=True, fresh=False)
-    preview.add_argument("--out", metavar="PNG", help="where to (default: preview.png in the run)")
-    train = verbs.add_parser("train", help="train a tokenizer or a prior", description="train a tokenizer or a prior")
+    pack.add_argument("--size", type=int, help="short side of the packed images in pixels (default: 256)")
+    pack.add_argument("--append", action="store_true", help="add new images to finished shards; packed images stay in place")
+    pack.add_argument(
+        "--near-duplicates", action="store_true", help="find repeated photographs of a lesion; keep them in one split"
+    )
+
+    preview = _add_verb(verbs, "preview", "write one picture of original images beside augmented ones")
+    _add_config(preview)
+    preview.add_argument("--out", metavar="PNG", help="file to write (default: preview.png in the run directory)")
+
+
+def _add_stage_verbs(verbs: Verbs) -> None:
+    """Adds the verbs that run one stage, or one model: train, reconstruct, encode, sample, evaluate."""
+    train = _add_verb(verbs, "train", "train the tokenizer or the priors")
     train.add_argument("what", choices=["tokenizer", "prior"])
-    train.add_argument("config", help=CONFIG_HELP)
-    train.add_argument("overrides", nargs="*", metavar="section.key=value")
-    train.add_argument("--level", help="of the prior; all of them by default")
-    train.add_argument("--fresh", action="append", default=[], metavar="STAGE", help="make this stage anew")
-    reconstruct = verb("reconstruct", "images through the tokenizer: pairs, maps of codes, PSNR and SSIM of each")
+    _add_config(train)
+    train.add_argument("--level", help="train the prior of this level only (default: every level)")
+    _add_fresh(train)
+
+    reconstruct = _add_verb(verbs, "reconstruct", "encode and decode images: pairs, code maps, PSNR and SSIM of each image")
     reconstruct.add_argument("config", help=CONFIG_HELP)
-    reconstruct.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders; section.key=value among them")
-    reconstruct.add_argument("--out", metavar="DIR", help="where to (default: reconstructions in the run)")
-    verb("encode", "shards + tokenizer → code store", config=True)
-    sample = verb("sample", "priors → new images", config=True)
-    sample.add_argument("--label", action="append", help="class to draw; again for more (default: every class)")
-    sample.add_argument("-n", type=int, help="how many in all")
-    sample.add_argument("--seed", type=int)
-    sample.add_argument("--out", help="where to (default: a directory in the run, named after the options)")
-    verb("evaluate", "figures and report", config=True)
-    verb("run", "every stage that is not done, on this machine", config=True)
-    submit = verb("submit", "every stage that is not done, as Slurm jobs", config=True)
-    submit.add_argument("--cluster", required=True, help="cluster file, configs/cluster/X.yaml")
-    submit.add_argument("--dry", action="store_true", help="print the batch scripts only")
-    verb("plan", "parameters, memory per GPU and tokens, from arithmetic", config=True)
-    for name, text in (("status", "stages, jobs and progress"), ("cancel", "cancel the run's Slurm jobs")):
-        verb(name, text).add_argument("run", help="run directory or config")
-    logs = verb("logs", "the ends of the newest logs")
-    logs.add_argument("run", help="run directory or config")
-    logs.add_argument("--stage")
-    verb("verify", "full checksum walk").add_argument("path", help="run, shards, code store, checkpoint or export")
-    ui = verb("ui", "MLflow's page on what this machine holds")
+    reconstruct.add_argument("images", nargs="+", metavar="IMAGE", help=f"image files or folders; also {OVERRIDE_FORMAT}")
+    reconstruct.add_argument("--out", metavar="DIR", help="directory to write (default: reconstructions in the run directory)")
+
+    encode = _add_verb(verbs, "encode", "encode the shards with the tokenizer into a code store")
+    _add_config(encode)
+    _add_fresh(encode)
+
+    sample = _add_verb(verbs, "sample", "sample new images from the priors")
+    _add_config(sample)
+    _add_fresh(sample)
+    sample.add_argument("--label", action="append", help="class to sample; repeat for more classes (default: every class)")
+    sample.add_argument("-n", type=int, help="total number of samples")
+    sample.add_argument("--seed", type=int, help="seed of the random numbers")
+    sample.add_argument("--out", help="directory to write (default: a directory in the run, named after the options)")
+
+    evaluate = _add_verb(verbs, "evaluate", "compute the metrics and write the report")
+    _add_config(evaluate)
+    _add_fresh(evaluate)
+
+
+def _add_pipeline_verbs(verbs: Verbs) -> None:
+    """Adds the verbs that act on all stages of a config: run, submit, plan."""
+    run = _add_verb(verbs, "run", "run every unfinished stage on this machine")
+    _add_config(run)
+    _add_fresh(run)
+
+    submit = _add_verb(verbs, "submit", "submit every unfinished stage as a Slurm job")
+    _add_config(submit)
+    _add_fresh(submit)
+    submit.add_argument("--cluster", required=True, help="cluster file, such as configs/cluster/example.yaml")
+    submit.add_argument("--dry", action="store_true", help="print the batch scripts and submit nothing")
+
+    plan = _add_verb(verbs, "plan", "print parameters, memory per GPU and numbers of tokens, computed without training")
+    _add_config(plan)
+    _add_fresh(plan)
+
+
+def _add_inspection_verbs(verbs: Verbs) -> None:
+    """Adds the verbs that inspect or stop what exists already: status, cancel, logs, verify, ui."""
+    status = _add_verb(verbs, "status", "print the state of the run's stages and jobs")
+    status.add_argument("run", help=RUN_HELP)
+
+    cancel = _add_verb(verbs, "cancel", "cancel the run's Slurm jobs")
+    cancel.add_argument("run", help=RUN_HELP)
+
+    logs = _add_verb(verbs, "logs", "print the last lines of the run's newest log files")
+    logs.add_argument("run", help=RUN_HELP)
+    logs.add_argument("--stage", help="stage whose logs to print (default: the stage that wrote last)")
+
+    verify = _add_verb(verbs, "verify", "check every file against its checksum")
+    verify.add_argument("path", help="run, shards, code store, checkpoint or export")
+
+    ui = _add_verb(verbs, "ui", "serve MLflow's web page with the runs of this machine")
     ui.add_argument("--runs", default="runs", help="directory of runs (default: runs)")
-    ui.add_argument("--port", type=int, default=5000)
-    rank = verbs.add_parser("rank")  # what executors start; not for people
+    ui.add_argument("--port", type=int, default=5000, help="port of the web page (default: 5000)")
+
+
+def _add_internal_verbs(verbs: Verbs) -> None:
+    """Adds the verb that launch/local.py starts for each rank. It has no help text, so `lesiongen --help` omits it."""
+    rank = verbs.add_parser("rank")
     rank.add_argument("config")
     rank.add_argument("stage")
-    return top
+
+
+def _add_verb(verbs: Verbs, name: str, text: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=text, description=text)
+
+
+def _add_config(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", help=CONFIG_HELP)
+    _add_overrides(verb)
+
+
+def _add_overrides(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("overrides", nargs="*", metavar=OVERRIDE_FORMAT, help="override any key of the config")
+
+
+def _add_fresh(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--fresh", action="append", default=[], metavar="STAGE", help="delete this stage's result and run it again"
+    )
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses a command line. Exits with code 2 if it is wrong, as argparse does.
+
+    Args:
+        arguments: The words after `lesiongen`. None for those of this process.
+    """
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse leaves over the overrides that follow an option, as in "CONFIG --fresh codes a.b=c". Accept them here.
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]:
+        parser.error(f"unrecognized: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """What a command line asks for: the exit code."""
-    options, rest = parser().parse_known_args(arguments)
-    # argparse gives up on overrides that follow an option: "CONFIG --fresh codes a.b=c" is what people write.
-    if stray := [r for r in rest if r.startswith("-") or "=" not in r or not hasattr(options, "overrides")]:
-        parser().error(f"unrecognized: {' '.join(stray)}")
-    if rest:
-        options.overrides += rest
-    # Threads that spin while they wait make each other 30 times slower where ranks, workers or others share the cores.
+    """Runs one command and returns its exit code. Errors are printed, not raised.
+
+    Args:
+        arguments: The words after `lesiongen`. None for those of this process.
+    """
+    options = parse_arguments(arguments)
+    # OpenMP threads that spin while they wait slow one another down by up to 30 times when ranks or data workers share
+    # the cores. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from launch import commands
 
     try:
         return commands.COMMANDS[options.verb](options) or 0
     except (Exception, KeyboardInterrupt) as error:
-        explain(error)
-        return code_of(error)
+        print_error(error)
+        return exit_code_of(error)
 
 
 def command() -> None:
-    """Entry point of the process."""
-    end(main())
+    """Runs the command line of this process and ends the process. The installed script `lesiongen` calls this function."""
+    exit_process(main())
 
 
 if __name__ == "__main__":

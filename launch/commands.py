@@ -1,4 +1,8 @@
-"""What each verb does."""
+"""One function per verb of the command line. Each gets the parsed options and returns the process's exit code.
+
+COMMANDS at the end maps verbs to functions; launch/__main__.py defines their options. Modules that only one verb needs are
+imported inside its function.
+"""
 
 import argparse
 from dataclasses import replace
@@ -14,166 +18,216 @@ from lesiongen.stages import stages
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs every unfinished stage on this machine."""
     config = experiment.load(options.config, options.overrides)
-    todo = pipeline.to_do(config, tuple(options.fresh))
+    todo = pipeline.stages_to_do(config, tuple(options.fresh))
     if not todo:
         print(f"everything is done; see {config.directory / 'report' / 'report.html'}")
     code = pipeline.run_stages(config, todo, tuple(options.fresh))
     if code == errors.DONE and todo:
-        print(pipeline.where_to_look(config))
+        print(pipeline.result_locations(config))
     return code
 
 
 def run_only(config: Experiment, names: list[str], fresh: list[str]) -> int:
-    """Only the named stages; what lies upstream must be there."""
-    if missing := [n for n in names if n not in stages(config)]:
-        raise UserError(f"{missing[0]} is not made by this run; it makes: {', '.join(stages(config))}.")
-    todo = pipeline.to_do(config, tuple(fresh), tuple(names))
+    """Runs the named stages on this machine, and no other stage. Stages that they need must be done.
+
+    Args:
+        config: The run's config.
+        names: Names of the stages.
+        fresh: Names of those to run again even if they are done.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: A name is not a stage of this run.
+    """
+    if unknown := [name for name in names if name not in stages(config)]:
+        raise UserError(
+            f"This run has no stage {unknown[0]}. Its stages are {', '.join(stages(config))}; a stage that `inputs` names is "
+            "not run."
+        )
+    todo = pipeline.stages_to_do(config, tuple(fresh), tuple(names))
     if not todo:
         print(f"{', '.join(names)}: done already")
     return pipeline.run_stages(config, todo, tuple(fresh))
 
 
 def pack(options: argparse.Namespace) -> int:
-    if options.config and options.images and "=" in options.config:  # without a config the first override lands there
+    """Packs images into shards: those of a config's run, or a directory that belongs to no run."""
+    if options.config and options.images and "=" in options.config:
+        # No config was given, so argparse put the first override into `config`.
         options.config, options.overrides = None, [options.config, *options.overrides]
     if options.config and options.images:
-        raise UserError("Give either a config or --images with --out, not both.")
+        raise UserError("Give either a config, or --images with --out, not both.")
     if options.config:
-        if options.out:
-            raise UserError("--out goes with --images; a config's shards lie in its run (runs=DIR name=NAME).")
-        given = {"metadata": options.metadata, "size": options.size, "near_duplicates": options.near_duplicates or None}
-        overrides = [f"data.{key}={value}" for key, value in given.items() if value is not None]
-        config = experiment.load(options.config, [*options.overrides, *overrides])
-        if not options.append:
-            return run_only(config, ["shards"], options.fresh)
-        pipeline.append_to(config, config.directory / "shards")
-        return errors.DONE
+        return _pack_run(options)
     if not (options.images and options.out):
-        raise UserError("Say what to pack: lesiongen pack CONFIG, or --images DIR --metadata CSV --out SHARDS.")
+        raise UserError(
+            "Nothing to pack. Use lesiongen pack CONFIG, or lesiongen pack --images DIR --metadata CSV --out SHARDS."
+        )
+    return _pack_directory(options)
+
+
+def _pack_run(options: argparse.Namespace) -> int:
+    """Packs the shards of a config's run."""
+    if options.out:
+        raise UserError("--out goes with --images. To place a config's run elsewhere, set runs=DIR name=NAME.")
+    values = {"metadata": options.metadata, "size": options.size, "near_duplicates": options.near_duplicates or None}
+    overrides = [f"data.{key}={value}" for key, value in values.items() if value is not None]
+    config = experiment.load(options.config, [*options.overrides, *overrides])
+    if not options.append:
+        return run_only(config, ["shards"], options.fresh)
+    pipeline.append_to(config, config.directory / "shards")
+    return errors.DONE
+
+
+def _pack_directory(options: argparse.Namespace) -> int:
+    """Packs --images into --out."""
     out = Path(options.out).absolute()
     data = pipeline.packed_settings(out) if options.append else {}
     data |= {"images": options.images, "metadata": options.metadata}
     data |= {"size": options.size} if options.size else {}
     data |= {"near_duplicates": True} if options.near_duplicates else {}
-    own = {"name": out.parent.name or "shards", "runs": str(out.parent.parent), "data": data}
-    config = experiment.make(override(own, options.overrides))
+    # A config needs a name and a directory of runs: treat `out` as the shards directory of a run.
+    base = {"name": out.parent.name or "shards", "runs": str(out.parent.parent), "data": data}
+    config = experiment.make(override(base, options.overrides))
     pipeline.pack_into(config, out, options.fresh, options.append)
     return errors.DONE
 
 
 def download(options: argparse.Namespace) -> int:
-    from lesiongen.ingest.download import download as fetch
+    """Downloads a public data set."""
+    from lesiongen.ingest import download as public_data
 
-    fetch(options.name, Path(options.out))
+    public_data.download(options.name, Path(options.out))
     return errors.DONE
 
 
 def preview(options: argparse.Namespace) -> int:
-    from lesiongen.stages.preview import preview as show
+    """Writes a picture of originals beside augmented images, and prints its path."""
+    from lesiongen.stages.preview import preview as write_preview
 
-    print(show(experiment.load(options.config, options.overrides), options.out and Path(options.out)))
+    print(write_preview(experiment.load(options.config, options.overrides), options.out and Path(options.out)))
     return errors.DONE
 
 
 def train(options: argparse.Namespace) -> int:
+    """Trains the tokenizer, or the prior of one level or of every level."""
     config = experiment.load(options.config, options.overrides)
     if options.what == "tokenizer":
         return run_only(config, ["tokenizer"], options.fresh)
     if options.level and options.level not in config.levels:
-        raise UserError(f"--level {options.level}: this tokenizer has the levels {', '.join(config.levels)}.")
+        raise UserError(f"--level {options.level}: the tokenizer has no such level. Its levels are {', '.join(config.levels)}.")
     levels = [options.level] if options.level else config.levels
     return run_only(config, [f"prior-{level}" for level in levels], options.fresh)
 
 
 def reconstruct(options: argparse.Namespace) -> int:
-    from lesiongen.stages.reconstruct import reconstruct as through
+    """Reconstructs image files with the trained tokenizer, and prints the mean PSNR and SSIM."""
+    from lesiongen.stages.reconstruct import reconstruct as write_reconstructions
 
-    overrides = [given for given in options.images if "=" in given and not Path(given).exists()]
-    paths = [Path(given) for given in options.images if given not in overrides]
+    # argparse cannot tell images from overrides. An argument with "=" is an override unless a file has that name.
+    overrides = [word for word in options.images if "=" in word and not Path(word).exists()]
+    paths = [Path(word) for word in options.images if word not in overrides]
     if missing := [path for path in paths if not path.exists()]:
-        raise UserError(f"{missing[0]} does not exist; give image files or folders of them.")
+        raise UserError(f"{missing[0]} does not exist. Give image files or folders of images.")
     config = experiment.load(options.config, overrides)
     out = Path(options.out) if options.out else config.directory / "reconstructions"
-    means = through(config, paths, out)
+    means = write_reconstructions(config, paths, out)
     print(f"{means['images']} images: PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.3f}; see {out / 'pairs.png'}")
     return errors.DONE
 
 
 def encode(options: argparse.Namespace) -> int:
+    """Encodes the shards with the tokenizer."""
     return run_only(experiment.load(options.config, options.overrides), ["codes"], options.fresh)
 
 
 def evaluate(options: argparse.Namespace) -> int:
+    """Computes the metrics and writes the report."""
     return run_only(experiment.load(options.config, options.overrides), ["report"], options.fresh)
 
 
 def sample(options: argparse.Namespace) -> int:
-    """The run's own samples; with options, others beside them in a directory of their own."""
+    """Samples images. Without options it runs the run's stage `samples`; with options it writes another directory."""
     config = experiment.load(options.config, options.overrides)
-    given = {"labels": options.label and tuple(options.label), "number": options.n, "seed": options.seed}
-    given = {k: v for k, v in given.items() if v is not None}
-    if not given and not options.out:
+    changes = {"labels": options.label and tuple(options.label), "number": options.n, "seed": options.seed}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if not changes and not options.out:
         return run_only(config, ["samples"], options.fresh)
     try:
-        own = replace(config.sample, **given)
+        settings = replace(config.sample, **changes)
     except ValueError as error:
         raise UserError(str(error)) from None
-    name = f"samples-{'-'.join(own.labels) or 'all'}-{own.number}-seed{own.seed}"
-    named = tuple(f"sample.{key}=" for key in ("labels", "number", "seed", "batch"))
-    other = sorted(o for o in options.overrides if o.startswith("sample.") and not o.startswith(named))
-    if other:  # other settings, another directory
-        name += f"-{digest(other)[:6]}"
+    # Other overrides of sample.* add a suffix to the directory's name, so that other settings get another directory.
+    name = f"samples-{'-'.join(settings.labels) or 'all'}-{settings.number}-seed{settings.seed}"
+    without_suffix = tuple(f"sample.{key}=" for key in ("labels", "number", "seed", "batch"))
+    others = sorted(o for o in options.overrides if o.startswith("sample.") and not o.startswith(without_suffix))
+    if others:
+        name += f"-{digest(others)[:6]}"
     folder = Path(options.out) if options.out else config.directory / name
-    pipeline.sample_into(replace(config, sample=own), folder, bool(options.fresh))
-    print(f"{own.number} samples in {folder}; {folder / 'contact.png'} shows some")
+    pipeline.sample_into(replace(config, sample=settings), folder, bool(options.fresh))
+    print(f"{settings.number} samples in {folder}; {folder / 'contact.png'} shows a selection")
     return errors.DONE
 
 
 def submit(options: argparse.Namespace) -> int:
+    """Submits every unfinished stage as a Slurm job."""
     config = experiment.load(options.config, options.overrides)
     cluster = executors.load_cluster(options.cluster)
-    busy = {n: j for n in stages(config) if (j := status.last_job(config.directory, n)) and status.may_be_running(j["job"])}
+
+    # Refuse while jobs of this run may still run: only one job at a time may write a stage's directory.
+    last_jobs = {name: status.last_job(config.directory, name) for name in stages(config)}
+    busy = {name: job["job"] for name, job in last_jobs.items() if job and status.may_be_running(job["job"])}
     if busy and not options.dry:
-        jobs = ", ".join(f"{name} (job {job['job']})" for name, job in busy.items())
-        raise UserError(f"Jobs of this run are still in the queue: {jobs}. Wait for them or `lesiongen cancel` the run.")
-    todo = pipeline.to_do(config, tuple(options.fresh))
+        jobs = ", ".join(f"{name} (job {job})" for name, job in busy.items())
+        raise UserError(f"Jobs of this run are still in the queue: {jobs}. Wait for them, or run `lesiongen cancel` first.")
+
+    # Check everything before anything is changed.
+    todo = pipeline.stages_to_do(config, tuple(options.fresh))
     executors.check_before_queue(config, todo, cluster, options.dry)
     if not options.dry:
-        pipeline.clear(config, tuple(options.fresh))
+        pipeline.clear_stages(config, tuple(options.fresh))
         pipeline.write_config(config)
-    sent = executors.EXECUTORS["slurm"](config, todo, cluster, options.dry)
+    submitted = executors.EXECUTORS["slurm"](config, todo, cluster, options.dry)
     if not options.dry:
-        for name, job in sent.items():
+        for name, job in submitted.items():
             print(f"{name:<14} job {job}")
-        print(f"watch: lesiongen status {config.directory}" if sent else "everything is done")
+        print(f"watch: lesiongen status {config.directory}" if submitted else "everything is done")
     return errors.DONE
 
 
-def show_cost(options: argparse.Namespace) -> int:
-    from launch.cost import report
+def plan(options: argparse.Namespace) -> int:
+    """Prints the parameters, memory and tokens of a run."""
+    from launch.cost import format_cost
 
-    print(report(experiment.load(options.config, options.overrides)))
+    print(format_cost(experiment.load(options.config, options.overrides)))
     return errors.DONE
 
 
 def show_status(options: argparse.Namespace) -> int:
-    print(status.show(status.load_run(options.run)))
+    """Prints the state of a run's stages and jobs."""
+    print(status.format_status(status.load_run(options.run)))
     return errors.DONE
 
 
 def logs(options: argparse.Namespace) -> int:
-    print(status.logs(status.load_run(options.run), options.stage))
+    """Prints the last lines of a run's newest log files."""
+    print(status.newest_logs(status.load_run(options.run), options.stage))
     return errors.DONE
 
 
 def cancel(options: argparse.Namespace) -> int:
-    ended = status.cancel(status.load_run(options.run))
-    print(f"cancelled jobs {', '.join(ended)}" if ended else "no jobs to cancel")
+    """Cancels a run's Slurm jobs."""
+    cancelled = status.cancel(status.load_run(options.run))
+    print(f"cancelled jobs {', '.join(cancelled)}" if cancelled else "no jobs to cancel")
     return errors.DONE
 
 
 def verify(options: argparse.Namespace) -> int:
+    """Checks every checksum under a path and prints the problems. Returns 1 if there is any."""
     from launch.verify import walk
 
     checked, problems = walk(Path(options.path))
@@ -184,6 +238,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def ui(options: argparse.Namespace) -> int:
+    """Serves MLflow's web page until Ctrl-C."""
     from launch.ui import serve
 
     serve(Path(options.runs), port=options.port)
@@ -191,12 +246,14 @@ def ui(options: argparse.Namespace) -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
-    from launch.demo import demo as show
+    """Runs the whole pipeline on drawn lesions or on the user's own images."""
+    from launch.demo import run_demo
 
-    return show(options)
+    return run_demo(options)
 
 
 def rank(options: argparse.Namespace) -> int:
+    """Runs a stage as one rank. launch/local.py starts this verb for each rank; users do not."""
     from hpc import dist
     from hpc.train import health
     from launch.rank import rank_main
@@ -217,7 +274,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "run": run,
     "submit": submit,
-    "plan": show_cost,
+    "plan": plan,
     "status": show_status,
     "logs": logs,
     "cancel": cancel,

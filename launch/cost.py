@@ -1,10 +1,12 @@
-"""plan: what a run will cost, before it is queued: parameters, memory per GPU for each ZeRO stage, tokens, operations, steps.
+"""The verb `plan`: what a run will cost, known before it is queued. Parameters, memory per GPU, tokens, operations, steps.
 
-Parameters are counted on models that take no memory, and activations on a training step that takes none (hpc/train/memory.py);
-the scratch of a convolution's kernels comes on top, 10 to 30 % on CPU, and so does what the allocator keeps.
-The rest follows Rajbhandari et al. 2020 (ZeRO, section 3): with fp32 parameters 4 bytes each for parameters and gradients
-and 8 for Adam's moments; stage 1 shards the moments over ranks, 2 the gradients too, 3 the parameters too. Stages 1 and 2
-keep an fp32 copy of their shard beside the model.
+Parameters are counted on models without storage (torch's meta device). Activations are measured on a training step without
+storage (hpc/train/memory.py). The scratch memory of convolution kernels, 10 to 30 % on a CPU, and the memory that the
+allocator keeps are not included.
+
+The other memory follows Rajbhandari et al. 2020 (ZeRO, section 3). With fp32 parameters, a parameter and its gradient take
+4 bytes each, and Adam's two moments 8. ZeRO 1 shards the moments over the ranks, ZeRO 2 also the gradients, ZeRO 3 also the
+parameters. ZeRO 1 and 2 keep an fp32 copy of each rank's shard beside the model.
 """
 
 import math
@@ -14,6 +16,7 @@ from torch import nn
 
 from hpc.errors import UserError
 from hpc.train.engine import EngineConfig
+from hpc.train.loop import TrainConfig
 from hpc.train.memory import peak_activations
 from lesiongen import priors, tokenizers
 from lesiongen.experiment import Experiment
@@ -24,122 +27,201 @@ from lesiongen.tokenizers import objective as tokenizer_objective
 from lesiongen.tokenizers.losses import LossConfig, Reconstruction
 
 GIB = 2**30
-ASSUMED = {"label": 7, "site": 12, "sex": 2, "age_band": 5}  # values of each fact, before any data are packed
+ASSUMED_VALUES = {"label": 7, "site": 12, "sex": 2, "age_band": 5}  # distinct values of each fact, before data are packed
+# The columns of the memory table: what memory_per_gpu() returns, and the width of each column.
+COLUMN_WIDTHS = {
+    "parameters": 11,
+    "gradients": 11,
+    "optimizer": 11,
+    "fp32 copy": 11,
+    "average": 9,
+    "activations": 13,
+    "evaluation": 12,
+    "total": 9,
+}
 
 
 def parameters_by_part(net: nn.Module) -> dict[str, int]:
-    """Trainable parameters of each part."""
+    """Returns the number of trainable parameters of each child module that has any."""
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
-    return {name: n for name, n in parts.items() if n}
+    return {name: number for name, number in parts.items() if number}
 
 
 def tokenizer_parameters(config: TokenizerModel, channels: int) -> dict[str, int]:
-    """Trainable parameters of each part, and the codebooks' buffers."""
+    """Counts the parameters of a tokenizer.
+
+    Args:
+        config: The model's config.
+        channels: Colour channels of the images, 1 or 3.
+
+    Returns:
+        {child module: trainable parameters}, and under "buffers" the numbers in the codebooks' buffers.
+    """
     with torch.device("meta"):
         net = tokenizers.make(config, channels, batch=1)
     return parameters_by_part(net) | {"buffers": sum(b.numel() for b in net.buffers())}
 
 
 def prior_parameters(config: PriorShape, shape: dict) -> dict[str, int]:
+    """Counts the parameters of a prior.
+
+    Args:
+        config: The model's config.
+        shape: The arguments of `priors.make`: grid, entries, facts, upper.
+
+    Returns:
+        {child module: trainable parameters}.
+    """
     with torch.device("meta"):
         return parameters_by_part(priors.make(config, **shape))
 
 
 def tokenizer_activations(config: Experiment, micro: int) -> int:
-    """Bytes at the worst moment of one micro-batch."""
-    own, size, channels = config.tokenizer, config.data.size, config.data.channels
-    loss = Reconstruction(own.loss, 1.0)
+    """Returns the peak bytes of a tokenizer's training step, without weights and gradients.
 
-    def step():
-        module = tokenizer_objective.Objective(tokenizers.make(own.model, channels, own.train.batch), LossConfig(), 1.0)
+    Args:
+        config: The run's config.
+        micro: Images of the micro-batch.
+    """
+    tokenizer, size, channels = config.tokenizer, config.data.size, config.data.channels
+    # The loss is made outside make_step, which runs on fake tensors: LPIPS reads its weights from a file.
+    loss = Reconstruction(tokenizer.loss, 1.0)
+
+    def make_step() -> tuple[nn.Module, dict]:
+        net = tokenizers.make(tokenizer.model, channels, tokenizer.train.batch)
+        module = tokenizer_objective.Objective(net, LossConfig(), 1.0)
         module.reconstruction = loss
         image = torch.zeros(micro, channels, size, size, dtype=torch.uint8)
         return module.train(), {"image": image, "slot": torch.arange(micro), "position": torch.arange(micro)}
 
-    return peak_activations(step, own.train.engine.precision == "bf16")
+    return peak_activations(make_step, tokenizer.train.engine.precision == "bf16")
 
 
 def prior_activations(config: PriorShape, shape: dict, micro: int, bf16: bool = False) -> int:
-    """Bytes at the worst moment of one micro-batch."""
+    """Returns the peak bytes of a prior's training step, without weights and gradients.
 
-    def step():
+    Args:
+        config: The model's config.
+        shape: The arguments of `priors.make`.
+        micro: Samples of the micro-batch.
+        bf16: Whether training runs under bf16 autocast.
+    """
+
+    def make_step() -> tuple[nn.Module, dict]:
         return prior_objective.Objective(priors.make(config, **shape)).train(), prior_objective.blank_batch(shape, micro)
 
-    return peak_activations(step, bf16)
+    return peak_activations(make_step, bf16)
 
 
 def memory_per_gpu(parameters: int, activations: int, zero: int, ranks: int, engine: EngineConfig) -> dict[str, float]:
-    """Bytes on one GPU, by part; activations: bytes of one micro-batch. An evaluation takes a whole copy of the weights
-    when a step's activations are gone: the larger of the two counts."""
-    shard, here = 1 / ranks, not (engine.offload and zero)
-    found = {
+    """Returns the bytes that a training takes on one GPU, by part, and their total.
+
+    An evaluation needs a full copy of the weights, but only when a step's activations are freed. So the total counts the
+    larger of the two.
+
+    Args:
+        parameters: Number of trainable parameters.
+        activations: Peak bytes of the activations of one micro-batch.
+        zero: ZeRO stage, 0 to 3.
+        ranks: Number of ranks.
+        engine: The engine's config; only `offload` and `average` matter.
+    """
+    shard, on_gpu = 1 / ranks, not (engine.offload and zero)
+    permanent = {
         "parameters": 4 * parameters * (shard if zero == 3 else 1),
         "gradients": 4 * parameters * (shard if zero >= 2 else 1),
-        "optimizer": 8 * parameters * (shard if zero >= 1 else 1) * here,
-        "fp32 copy": 4 * parameters * shard * here if zero in (1, 2) else 0,
+        "optimizer": 8 * parameters * (shard if zero >= 1 else 1) * on_gpu,
+        "fp32 copy": 4 * parameters * shard * on_gpu if zero in (1, 2) else 0,
         "average": 4 * parameters * (shard if zero >= 1 else 1) if engine.average else 0,
     }
-    passing = {"activations": activations, "evaluation": 4 * parameters}
-    return found | passing | {"in all": sum(found.values()) + max(passing.values())}
+    temporary = {"activations": activations, "evaluation": 4 * parameters}
+    return permanent | temporary | {"total": sum(permanent.values()) + max(temporary.values())}
 
 
-def report(config: Experiment) -> str:
-    """The whole plan as text."""
+def format_cost(config: Experiment) -> str:
+    """Returns the cost of every training of a run, and the size of its code store, as text."""
     ranks, model = config.local.ranks, config.tokenizer.model
     grids = model.grids(config.data.size)
-    values = ASSUMED | {"label": len(config.data.classes) or ASSUMED["label"]}
-    lines = [f"{config.name}: {config.data.size} px, {ranks} ranks (local.ranks); {values['label']} classes assumed", ""]
-    parts = tokenizer_parameters(model, config.data.channels)
-    grid_text = " + ".join(f"{grids[n]}² {n}" for n in reversed(model.names))
-    title, train = f"tokenizer   {grid_text}, K={model.entries}", config.tokenizer.train
-    activations = tokenizer_activations(config, _micro_batch("tokenizer", train, ranks))
-    lines += _section(title, parts, activations, train, ranks)
+    fact_values = ASSUMED_VALUES | {"label": len(config.data.classes) or ASSUMED_VALUES["label"]}
+    lines = [f"{config.name}: {config.data.size} px, {ranks} ranks (local.ranks); {fact_values['label']} classes assumed", ""]
+    lines += _format_tokenizer(config, grids)
     upper: tuple = ()
     for level in config.levels:
-        own, grid = config.prior(level), (grids[level], grids[level])
-        shape = {"grid": grid, "entries": model.entries, "facts": {f: values[f] for f in own.facts}, "upper": upper}
-        parts, micro = prior_parameters(own.model, shape), _micro_batch(f"prior-{level}", own.train, ranks)
-        activations = prior_activations(own.model, shape, micro, own.train.engine.precision == "bf16")
-        title = f"prior-{level}   {own.model.kind}, {math.prod(grid)} tokens a sample, K={model.entries}"
-        lines += _section(
-            title,
-            parts,
-            activations,
-            own.train,
-            ranks,
-            math.prod(grid),
-            prior_objective.training_flops_per_sample(own.model, shape),
-        )
+        grid = (grids[level], grids[level])
+        facts = {fact: fact_values[fact] for fact in config.prior(level).facts}
+        lines += _format_prior(config, level, {"grid": grid, "entries": model.entries, "facts": facts, "upper": upper})
         upper += ((model.entries, grid),)
-    codes = sum(g**2 for g in grids.values()) * (1 if model.entries <= 256 else 2) * config.encode.draws
-    lines.append(f"code store  {codes:,} bytes per training image ({config.encode.draws} draws)")
+    code_bytes = 1 if model.entries <= 256 else 2
+    image_bytes = sum(side**2 for side in grids.values()) * code_bytes * config.encode.draws
+    lines.append(f"code store  {image_bytes:,} bytes per training image ({config.encode.draws} draws)")
     return "\n".join(lines)
 
 
-def _micro_batch(what: str, train, ranks: int) -> int:
+def _format_tokenizer(config: Experiment, grids: dict[str, int]) -> list[str]:
+    model, train, ranks = config.tokenizer.model, config.tokenizer.train, config.local.ranks
+    micro = _micro_batch("tokenizer", train, ranks)
+    parts = tokenizer_parameters(model, config.data.channels)
+    activations = tokenizer_activations(config, micro)
+    title = f"tokenizer   {' + '.join(f'{grids[name]}² {name}' for name in reversed(model.names))}, K={model.entries}"
+    return [
+        title,
+        _format_parameters(parts),
+        *_format_length(train, micro),
+        *_format_memory(parts, activations, train, ranks),
+        "",
+    ]
+
+
+def _format_prior(config: Experiment, level: str, shape: dict) -> list[str]:
+    model, train, ranks = config.prior(level).model, config.prior(level).train, config.local.ranks
+    micro = _micro_batch(f"prior-{level}", train, ranks)
+    parts = prior_parameters(model, shape)
+    activations = prior_activations(model, shape, micro, train.engine.precision == "bf16")
+    tokens, flops = math.prod(shape["grid"]), prior_objective.training_flops_per_sample(model, shape)
+    title = f"prior-{level}   {model.kind}, {tokens} tokens per sample, K={shape['entries']}"
+    return [
+        title,
+        _format_parameters(parts),
+        *_format_length(train, micro, tokens, flops),
+        *_format_memory(parts, activations, train, ranks),
+        "",
+    ]
+
+
+def _micro_batch(stage: str, train: TrainConfig, ranks: int) -> int:
+    """Returns the samples in one micro-batch of one rank. Raises UserError if the batch cannot be divided so."""
     try:
         return train.engine.micro_batch(train.batch, ranks)
     except ValueError as error:
-        raise UserError(f"{what}: {error}") from None
+        raise UserError(f"{stage}: {error}") from None
 
 
-def _section(
-    title: str, parts: dict[str, int], activations: int, train, ranks: int, tokens: int | None = None, flops: int = 0
-) -> list[str]:
-    micro, trainable = _micro_batch(title.split()[0], train, ranks), sum(n for k, n in parts.items() if "buffers" not in k)
-    steps = math.ceil(train.samples / train.batch)
-    lines = [title, "  parameters  " + ", ".join(f"{k} {v:,}" for k, v in parts.items()) + f"; trainable {trainable:,}"]
-    per_step = f"{train.batch} images" + (f", {train.batch * tokens:,} tokens" if tokens else "")
-    seen = f"{train.samples:,} samples" + (f", {train.samples * tokens:,} tokens" if tokens else "")
-    seen += f", {train.samples * flops:.2g} floating-point operations" if flops else ""
-    lines.append(f"  a step      {per_step}; {micro} images per rank and micro-batch × {train.engine.accumulation}")
-    lines.append(f"  in all      {seen}, {steps:,} steps")
-    columns = ("parameters", "gradients", "optimizer", "fp32 copy", "average", "activations", "evaluation", "in all")
-    widths = (11, 11, 11, 11, 9, 13, 12, 9)
-    lines.append("  GiB per GPU" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
+def _trainable(parts: dict[str, int]) -> int:
+    return sum(number for name, number in parts.items() if "buffers" not in name)
+
+
+def _format_parameters(parts: dict[str, int]) -> str:
+    numbers = ", ".join(f"{name} {number:,}" for name, number in parts.items())
+    return f"  parameters  {numbers}; trainable {_trainable(parts):,}"
+
+
+def _format_length(train: TrainConfig, micro: int, tokens: int = 0, flops: int = 0) -> list[str]:
+    """Returns lines about one step and the whole training. tokens, flops: of one sample, for a prior."""
+    step = f"{train.batch} images" + (f", {train.batch * tokens:,} tokens" if tokens else "")
+    total = f"{train.samples:,} samples" + (f", {train.samples * tokens:,} tokens" if tokens else "")
+    total += f", {train.samples * flops:.2g} floating-point operations" if flops else ""
+    return [
+        f"  per step    {step}; {micro} images per rank and micro-batch × {train.engine.accumulation}",
+        f"  total       {total}, {math.ceil(train.samples / train.batch):,} steps",
+    ]
+
+
+def _format_memory(parts: dict[str, int], activations: int, train: TrainConfig, ranks: int) -> list[str]:
+    """Returns a table of the memory per GPU: one row per ZeRO stage, the configured stage marked with an arrow."""
+    lines = ["  GiB per GPU" + "".join(f"{name:>{width}}" for name, width in COLUMN_WIDTHS.items())]
     for zero in range(4):
-        found = memory_per_gpu(trainable, activations, zero, ranks, train.engine)
+        memory = memory_per_gpu(_trainable(parts), activations, zero, ranks, train.engine)
         mark = "→" if zero == train.engine.zero else " "
-        cells = "".join(f"{v / GIB:>{w}.3f}" for v, w in zip(found.values(), widths, strict=True))
+        cells = "".join(f"{memory[name] / GIB:>{width}.3f}" for name, width in COLUMN_WIDTHS.items())
         lines.append(f"  {mark} ZeRO {zero}    {cells}")
-    return [*lines, ""]
+    return lines

@@ -1,4 +1,7 @@
-"""demo: the whole pipeline in a few minutes, on lesions drawn by the project or on a person's own."""
+"""The verb `demo`: runs the whole pipeline in a few minutes, with configs/demo.yaml.
+
+The images are lesions that lesiongen/ingest/phantom.py draws, or the user's own.
+"""
 
 import argparse
 import time
@@ -12,23 +15,30 @@ from lesiongen import experiment
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
 
-def demo(options: argparse.Namespace) -> int:
-    """Draws the images where none are given, then `run`. The same command again goes on where it was."""
+def run_demo(options: argparse.Namespace) -> int:
+    """Draws the images, unless the user gives images, and runs every unfinished stage.
+
+    Args:
+        options: The options of the verb: `out`, `images`, `metadata`, `overrides`.
+
+    Returns:
+        The exit code.
+    """
     from lesiongen.ingest import phantom
 
-    began = time.monotonic()
-    data = hpc_config.read_yaml(CONFIG)
-    data["runs"] = options.out
+    start = time.monotonic()
+    settings = hpc_config.read_yaml(CONFIG)
+    settings["runs"] = options.out
     if options.images:
-        data["data"] |= {"images": options.images, "metadata": options.metadata, "format": "jpg"}
-        data["name"] = "demo-own-images"
+        settings["data"] |= {"images": options.images, "metadata": options.metadata, "format": "jpg"}
+        settings["name"] = "demo-own-images"
     else:
-        drawn = Path(options.out) / "demo-images"
-        data["data"] |= {"images": str(drawn / "images"), "metadata": str(drawn / "metadata.csv")}
-        phantom.write(drawn, lesions_per_class=100, size=96)
-    config = experiment.make(hpc_config.override(data, options.overrides))
-    code = pipeline.run_stages(config, pipeline.to_do(config))
+        folder = Path(options.out) / "demo-images"
+        settings["data"] |= {"images": str(folder / "images"), "metadata": str(folder / "metadata.csv")}
+        phantom.write(folder, lesions_per_class=100, size=96)
+    config = experiment.make(hpc_config.override(settings, options.overrides))
+    code = pipeline.run_stages(config, pipeline.stages_to_do(config))
     if code == errors.DONE:
-        print(pipeline.where_to_look(config))
-        print(f"took {(time.monotonic() - began) / 60:.1f} min")
+        print(pipeline.result_locations(config))
+        print(f"took {(time.monotonic() - start) / 60:.1f} min")
     return code

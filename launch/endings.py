@@ -1,4 +1,8 @@
-"""How a process ends: every kind of ending has an exit code, and an explanation for people."""
+"""How a process of lesiongen ends: the exit code and the printed message for each kind of error.
+
+The codes are those of hpc/errors.py. `print_error` and `exit_code_of` are called by the command line (launch/__main__.py)
+and by every rank (launch/rank.py).
+"""
 
 import atexit
 import contextlib
@@ -10,48 +14,54 @@ from typing import NoReturn
 
 from hpc import errors
 
+# Texts by which libraries report a write that failed because the disk is full, without raising OSError.
+DISK_FULL_TEXTS = ("No space left", "os error 28", "PytorchStreamWriter", "file write failed", "unexpected pos")
 
-def disk_full(error: BaseException) -> bool:
-    """ENOSPC or a quota, however the library that met it puts it."""
+
+def is_disk_full(error: BaseException) -> bool:
+    """Returns whether an error, or an error that caused it, means that the disk or the quota is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     cause = error.__cause__ or error.__context__
-    words = ("No space left", "os error 28", "PytorchStreamWriter", "file write failed", "unexpected pos")
-    return any(w in str(error) for w in words) or (cause is not None and disk_full(cause))
+    return any(text in str(error) for text in DISK_FULL_TEXTS) or (cause is not None and is_disk_full(cause))
 
 
-def code_of(error: BaseException) -> int:
-    if disk_full(error):
+def exit_code_of(error: BaseException) -> int:
+    """Returns the exit code for an error."""
+    if is_disk_full(error):
         return errors.USAGE
-    kinds = {
+    codes = {
         errors.UserError: errors.USAGE,
         errors.Stopped: errors.RESUMABLE,
         errors.Diverged: errors.DIVERGED,
         KeyboardInterrupt: errors.RESUMABLE,
     }
-    return next((code for kind, code in kinds.items() if isinstance(error, kind)), errors.FAILED)
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), errors.FAILED)
 
 
-def explain(error: BaseException) -> None:
-    """One paragraph for what a person can mend, a traceback for what only we can."""
-    if isinstance(error, BrokenPipeError):  # `lesiongen logs RUN | head`
+def print_error(error: BaseException) -> None:
+    """Prints an error to stderr: one paragraph if the user can act on it, a traceback otherwise."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `lesiongen logs RUN | head`
         return
     if isinstance(error, (errors.UserError, errors.Stopped, errors.Diverged, TimeoutError)):
         print(f"lesiongen: {error}", file=sys.stderr, flush=True)
     elif isinstance(error, KeyboardInterrupt):
-        print("lesiongen: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
-    elif disk_full(error):
-        text = "the disk is full. What was finished is intact; free some space and run the same command again."
+        print("lesiongen: interrupted; run the same command again to resume", file=sys.stderr, flush=True)
+    elif is_disk_full(error):
+        text = "the disk is full. Everything that was finished is intact. Free some space and run the same command again."
         print(f"lesiongen: {text} ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
 
 
-def end(code: int) -> NoReturn:
-    """Ends the process without taking the interpreter apart: a thread of gloo, of a queue or of a library that wakes up
-    in the midst of that aborts it, after all its work was done."""
-    atexit._run_exitfuncs()  # data workers are sent home
-    with contextlib.suppress(OSError):  # nobody may be reading any more
+def exit_process(code: int) -> NoReturn:
+    """Ends the process at once, without the interpreter's shutdown.
+
+    A thread of gloo, of a queue or of another library that wakes up during the shutdown aborts the process, and a
+    successful command would end with an error code.
+    """
+    atexit._run_exitfuncs()  # these stop the data workers
+    with contextlib.suppress(OSError):  # the reader of our output may have gone
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

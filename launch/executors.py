@@ -1,4 +1,7 @@
-"""Where a stage runs: in this process, as ranks on this machine, or as a Slurm job. The only file that imports submitit."""
+"""Executors: how a stage runs. In this process, as ranks on this machine, or as a Slurm job.
+
+The only file that imports submitit. A Slurm job resumes by itself: its batch script ends in launch/requeue.py.
+"""
 
 import shlex
 import shutil
@@ -9,40 +12,57 @@ from pathlib import Path
 
 import submitit
 
-import launch.local
 from hpc import config as hpc_config
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run import journal
 from launch.job import StageJob
+from launch.local import run_ranks
 from launch.rank import rank_main
 from lesiongen.experiment import Experiment, check_ranks
 from lesiongen.stages.base import Stage
 
-SUBMITTED = "submitted.jsonl"
+SUBMITTED = "submitted.jsonl"  # in a stage's directory of jobs: the jobs that were submitted, read by launch/status.py
+STAGE_KINDS = ("shards", "tokenizer", "codes", "prior", "samples", "report")
 
 
-def inline(config: Experiment, stage: Stage) -> int:
-    """In this process, one rank. Returns the exit code."""
+def run_inline(config: Experiment, stage: Stage) -> int:
+    """Runs a stage in this process, as its only rank.
+
+    Args:
+        config: The run's config.
+        stage: The stage to run.
+
+    Returns:
+        The exit code.
+    """
     return rank_main(config, stage.name, Topology())
 
 
-def local(config: Experiment, stage: Stage) -> int:
-    """config.local.ranks processes on this machine. Returns the exit code."""
-    alone = config.local.ranks == 1 or not stage.parallel
-    return inline(config, stage) if alone else launch.local.run(config, stage)
+def run_local(config: Experiment, stage: Stage) -> int:
+    """Runs a stage on this machine, as `config.local.ranks` processes if the stage is parallel.
+
+    Args:
+        config: The run's config.
+        stage: The stage to run.
+
+    Returns:
+        The exit code.
+    """
+    single = config.local.ranks == 1 or not stage.parallel
+    return run_inline(config, stage) if single else run_ranks(config, stage)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one stage asks for."""
+    """What the job of one stage requests from Slurm."""
 
     nodes: int = 1
-    tasks_per_node: int = 1  # one rank each
+    tasks_per_node: int = 1  # each task is one rank
     gpus_per_node: int = 0
     cpus_per_task: int = 1
-    mem_gb: float = 8
-    minutes: int = 60
+    mem_gb: float = 8  # memory per node
+    minutes: int = 60  # time limit
 
     def __post_init__(self):
         if min(self.nodes, self.tasks_per_node, self.cpus_per_task, self.minutes) < 1 or self.mem_gb <= 0:
@@ -50,107 +70,155 @@ class Resources:
 
     @property
     def ranks(self) -> int:
+        """The number of ranks of the job."""
         return self.nodes * self.tasks_per_node
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """configs/cluster/X.yaml. `stages` overrides `default` by stage ("prior" stands for every level's)."""
+    """The content of a cluster file, configs/cluster/X.yaml."""
 
-    partition: str | None = None
+    partition: str | None = None  # this and the next three are options of sbatch
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    python: str | None = None  # interpreter on the compute nodes; this one by default
-    environment: dict[str, str] = field(default_factory=dict)
-    setup: tuple[str, ...] = ()  # shell lines before the job: modules, conda
-    signal_seconds: int = 120  # warning before the time limit, to save and requeue
-    extra: dict[str, str] = field(default_factory=dict)  # any other sbatch option
-    default: Resources = field(default_factory=Resources)
+    python: str | None = None  # Python interpreter on the compute nodes; null = the interpreter that submits
+    environment: dict[str, str] = field(default_factory=dict)  # environment variables of the job
+    setup: tuple[str, ...] = ()  # shell lines that run before the stage, such as "module load cuda"
+    signal_seconds: int = 120  # time between the warning signal and the time limit, to save and requeue
+    extra: dict[str, str] = field(default_factory=dict)  # any other option of sbatch
+    default: Resources = field(default_factory=Resources)  # resources of every stage
+    # Resources that differ for a stage, by its name: {tokenizer: {nodes: 2}}. "prior" stands for every level's prior.
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def resources(self, stage: Stage) -> Resources:
-        own = self.stages.get(stage.name) or self.stages.get(stage.name.partition("-")[0]) or {}
-        found = hpc_config.build(Resources, hpc_config.plain(self.default) | own, f"stages.{stage.name}")
+        """Returns the resources of a stage: `default`, changed by the stage's entry in `stages`.
+
+        A stage that several ranks do not make faster gets one task, and one GPU at most.
+        """
+        changes = self.stages.get(stage.name) or self.stages.get(stage.name.partition("-")[0]) or {}
+        resources = hpc_config.build(Resources, hpc_config.plain(self.default) | changes, f"stages.{stage.name}")
         if stage.parallel:
-            return found
-        return Resources(1, 1, found.gpus_per_node and 1, found.cpus_per_task, found.mem_gb, found.minutes)
+            return resources
+        return Resources(1, 1, resources.gpus_per_node and 1, resources.cpus_per_task, resources.mem_gb, resources.minutes)
 
 
 def load_cluster(path: str) -> ClusterConfig:
+    """Reads a cluster file. Raises UserError that names the key for a mistake in it."""
     cluster = hpc_config.build(ClusterConfig, hpc_config.read_yaml(Path(path)))
-    known = ("shards", "tokenizer", "codes", "prior", "samples", "report")
     for name in cluster.stages:
-        if name.partition("-")[0] not in known:
-            raise UserError(f"{path}: stages.{name} is no stage; known: {', '.join(known)}.")
+        if name.partition("-")[0] not in STAGE_KINDS:
+            raise UserError(f"{path}: stages.{name} is not a stage. The stages are {', '.join(STAGE_KINDS)}.")
     return cluster
 
 
-class _Executor(submitit.SlurmExecutor):
+class _SlurmExecutor(submitit.SlurmExecutor):
+    """submitit's executor, which can also be made where Slurm is not installed, for `submit --dry`."""
+
     @classmethod
     def affinity(cls) -> int:
-        return 2  # a dry run works where there is no Slurm
+        return 2  # available; submitit's own method returns -1 where srun is not installed
 
 
-def slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> dict[str, str]:
-    """Submits stages as jobs that wait for those they need. Returns {stage: job id}; a dry run prints the scripts."""
-    sent: dict[str, str] = {}
+def submit_slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> dict[str, str]:
+    """Submits one Slurm job per stage. Each job waits for the jobs of the stages that it needs.
+
+    Args:
+        config: The run's config.
+        todo: The stages to submit, upstream first.
+        cluster: The cluster file's content.
+        dry: Print the batch scripts and submit nothing.
+
+    Returns:
+        {stage name: job id}; in a dry run the ids are placeholders.
+
+    Raises:
+        UserError: Slurm refuses a job. The jobs that were already submitted are cancelled.
+    """
+    jobs: dict[str, str] = {}
     for stage in todo:
         folder = (config.directory / "jobs" / stage.name).absolute()
-        waits = [sent[name] for name in stage.needs if name in sent]
-        executor = _executor(config, cluster, stage, folder, waits)
+        dependencies = [jobs[name] for name in stage.needs if name in jobs]
+        executor = _make_executor(config, cluster, stage, folder, dependencies)
         if dry:
-            sent[stage.name] = f"<{stage.name}>"
+            jobs[stage.name] = f"<{stage.name}>"
             print(f"# {'-' * 20} {stage.name}\n" + executor._make_submission_file_text(executor._submitit_command_str, "dry"))
             continue
         try:
             job = executor.submit(StageJob(hpc_config.to_yaml(config), stage.name, str(folder)))
         except submitit.core.utils.FailedJobError as error:
-            subprocess.run(["scancel", *sent.values()] if sent else ["true"], timeout=60)  # no half of a pipeline
+            # Do not leave half of a pipeline in the queue.
+            subprocess.run(["scancel", *jobs.values()] if jobs else ["true"], timeout=60)
             reason = " ".join(line for line in str(error).splitlines() if "sbatch" in line) or str(error)
-            raise UserError(f"Slurm refuses the job of {stage.name}, and none was left in the queue: {reason}") from None
-        sent[stage.name] = job.job_id
-        journal.append(folder / SUBMITTED, {"job": job.job_id, "after": waits, "time": time.time()})
-    return sent
+            raise UserError(
+                f"Slurm refuses the job of {stage.name}; the jobs submitted before it were cancelled. Slurm's reason: {reason}"
+            ) from None
+        jobs[stage.name] = job.job_id
+        journal.append(folder / SUBMITTED, {"job": job.job_id, "after": dependencies, "time": time.time()})
+    return jobs
 
 
-def _executor(config: Experiment, cluster: ClusterConfig, stage: Stage, folder: Path, waits: list[str]) -> _Executor:
-    own = cluster.resources(stage)
+def _make_executor(
+    config: Experiment, cluster: ClusterConfig, stage: Stage, folder: Path, dependencies: list[str]
+) -> _SlurmExecutor:
+    """Returns an executor that submits the stage with its resources.
+
+    Args:
+        config: The run's config.
+        cluster: The cluster file's content.
+        stage: The stage to submit.
+        folder: Directory of the job's files: batch script, pickled StageJob, logs.
+        dependencies: Ids of the jobs that must complete first.
+    """
+    resources = cluster.resources(stage)
     extra: dict[str, object] = {"requeue": True, **cluster.extra}
-    if waits:
-        extra |= {"dependency": "afterok:" + ":".join(waits), "kill-on-invalid-dep": "yes"}
+    if dependencies:
+        extra |= {"dependency": "afterok:" + ":".join(dependencies), "kill-on-invalid-dep": "yes"}
     exports = [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    executor = _Executor(folder=folder, python=cluster.python)
-    ended = f"exec {executor.python} -m launch.requeue {shlex.quote(str(folder))}"
+    executor = _SlurmExecutor(folder=folder, python=cluster.python)
+    requeue = f"exec {executor.python} -m launch.requeue {shlex.quote(str(folder))}"
     executor.update_parameters(
         job_name=f"{config.name}:{stage.name}",
-        nodes=own.nodes,
-        ntasks_per_node=own.tasks_per_node,
-        cpus_per_task=own.cpus_per_task,
-        gpus_per_node=own.gpus_per_node or None,
-        mem=f"{int(own.mem_gb * 1024)}MB",
-        time=own.minutes,
+        nodes=resources.nodes,
+        ntasks_per_node=resources.tasks_per_node,
+        cpus_per_task=resources.cpus_per_task,
+        gpus_per_node=resources.gpus_per_node or None,
+        mem=f"{int(resources.mem_gb * 1024)}MB",
+        time=resources.minutes,
         partition=cluster.partition,
         account=cluster.account,
         qos=cluster.qos,
         constraint=cluster.constraint,
         signal_delay_s=cluster.signal_seconds,
-        # The batch script outlives signals meant for its ranks, and its last line decides about the requeue. submitit would
-        # install a handler of its own for the signal named here; USR1 is not used, so USR2 stays with launch/job.py.
+        # The batch script survives the signals that are meant for its ranks, because its last line requeues the job. The
+        # no-op handler ":" is not inherited by the ranks; an ignored signal would be. submitit installs a handler of its
+        # own for the signal that SUBMITIT_PREEMPT_SIGNAL names: naming USR1, which nobody sends, leaves USR2 to us.
         setup=["trap : TERM USR2", "export SUBMITIT_PREEMPT_SIGNAL=USR1", *cluster.setup, *exports],
-        # Signals are ignored from here on, also by the Python that starts: without the requeue the job would be lost.
-        teardown=["code=$?", "trap '' TERM USR2", f"[ $code = 0 ] || {ended} $code"],
-        # A dead rank ends the step, as the others would wait for it in a collective; they have time to say why they end.
-        srun_args=["--wait=30", f"--cpus-per-task={own.cpus_per_task}"],
+        # From here on the signals are ignored, also by the Python process of launch/requeue.py, which inherits this. If a
+        # signal killed it, the job would not be requeued.
+        teardown=["code=$?", "trap '' TERM USR2", f"[ $code = 0 ] || {requeue} $code"],
+        # If a rank dies, srun ends the other ranks, which would otherwise wait for it in a collective operation. They
+        # have 30 seconds to print why they end.
+        srun_args=["--wait=30", f"--cpus-per-task={resources.cpus_per_task}"],
         additional_parameters=extra,
     )
     return executor
 
 
 def check_before_queue(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> None:
-    """Raises UserError for what would fail after the queue: no Slurm here, a batch that does not divide among the ranks."""
+    """Checks what would otherwise fail only after hours in the queue.
+
+    Args:
+        config: The run's config.
+        todo: The stages that are about to be submitted.
+        cluster: The cluster file's content.
+        dry: The batch scripts are only printed, so Slurm need not be installed.
+
+    Raises:
+        UserError: Slurm is not installed here, or the batch of a training does not divide among its ranks.
+    """
     if not dry and not shutil.which("sbatch"):
-        raise UserError("There is no sbatch on this machine. Submit from a login node of the cluster, or look with --dry.")
+        raise UserError("There is no sbatch on this machine. Submit from a login node of the cluster, or print with --dry.")
     for stage in todo:
         ranks = cluster.resources(stage).ranks
         if stage.name == "tokenizer":
@@ -160,4 +228,4 @@ def check_before_queue(config: Experiment, todo: list[Stage], cluster: ClusterCo
             check_ranks(config.prior(level).train, ranks, f"priors.{level}.train")
 
 
-EXECUTORS = {"inline": inline, "local": local, "slurm": slurm}
+EXECUTORS = {"inline": run_inline, "local": run_local, "slurm": submit_slurm}

@@ -1,9 +1,9 @@
-"""A stage as a Slurm job: what submitit pickles when the job is submitted, and calls on every rank when it starts.
+"""A stage as a Slurm job: the object that submitit pickles on submission and calls on every rank when the job starts.
 
-A signal may come at any moment of the start, which takes seconds of imports. Until the imports are done, USR2 and TERM keep
-the system's default action and kill the process: nothing has been done yet that could be lost, and a Python handler that
-runs in the middle of an import meets half-initialised modules. srun reports the signal, and the last line of the batch
-script (launch/requeue.py) puts the job back into the queue.
+A signal can arrive at any moment of the start, which takes seconds of imports. Until the imports are done, USR2 and TERM
+keep the system's default action and kill the process. Nothing is lost, because no work has been done yet. A Python handler
+would run in the middle of an import and meet half-initialised modules. srun reports the signal, and the last line of the
+batch script (launch/requeue.py) requeues the job.
 
 This module imports nothing of the project at its top, so that unpickling the job is quick and cannot fail.
 """
@@ -18,12 +18,12 @@ from pathlib import Path
 
 @dataclass
 class StageJob:
-    """One stage of a resolved config. Every rank calls it; called again after a requeue, it resumes.
+    """One stage of a resolved config. Every rank calls the object. After a requeue the call resumes the stage.
 
     Attributes:
         config_yaml: The resolved config.
         stage: The stage's name.
-        folder: The job's folder, for the exit code of each rank.
+        folder: The job's directory, where each rank records its exit code.
     """
 
     config_yaml: str
@@ -31,34 +31,36 @@ class StageJob:
     folder: str
 
     def __call__(self) -> str:
-        # submitit has installed a handler that ignores TERM. (It leaves USR2 alone; see launch/executors.py.)
+        """Runs the stage on this rank. Returns only if the stage is done; otherwise the process exits."""
+        # submitit has installed a handler that ignores TERM. It installs none for USR2: see launch/executors.py.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         from hpc import errors
         from launch import requeue
 
         code = self._run()
         if code != errors.DONE:
-            requeue.note_ending(Path(self.folder), code)
-            # Exit at once: an orderly shutdown of the interpreter would wait for ranks that are gone.
+            requeue.record_exit_code(Path(self.folder), code)
+            # Exit at once: the interpreter's orderly shutdown would wait for ranks that have gone.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-        # Skip the interpreter's shutdown once submitit has written the result; launch.endings.end says why. Slurm ends
-        # the data workers.
+        # After submitit has written the result, skip the interpreter's shutdown: launch.endings.exit_process explains
+        # why. Slurm ends the data workers.
         atexit.register(os._exit, code)
         return "done"
 
     def _run(self) -> int:
+        """Runs the stage on this rank and returns the exit code."""
         from hpc import config as hpc_config
         from hpc import dist
         from hpc.errors import UserError
-        from launch.endings import code_of, explain
+        from launch.endings import exit_code_of, print_error
         from launch.rank import rank_main
         from lesiongen.experiment import Experiment
 
         try:
             config = hpc_config.build(Experiment, hpc_config.parse_yaml(self.config_yaml, "the job's config"))
-        except UserError as error:  # the code has changed since the job was submitted
-            explain(error)
-            return code_of(error)
+        except UserError as error:  # the code has changed since the job was submitted and rejects the config now
+            print_error(error)
+            return exit_code_of(error)
         return rank_main(config, self.stage, dist.from_slurm(os.environ))

@@ -1,4 +1,8 @@
-"""Ranks as processes of this machine: started together, ended together."""
+"""Runs a stage as several ranks on this machine: one process per rank, started together and ended together.
+
+Invariant: `run_ranks` returns only when every rank has ended, because a rank that survived would hold the stage's lock.
+Each rank is `python -m launch rank CONFIG STAGE` (launch/commands.py).
+"""
 
 import os
 import signal
@@ -7,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from hpc import config as hpc_config
 from hpc import errors
@@ -14,9 +19,21 @@ from hpc.run import rundir
 from lesiongen.experiment import Experiment
 from lesiongen.stages.base import Stage
 
+POLL_S = 0.05  # between two looks at the ranks
+SETTLE_S = 0.5  # after the first failure, for other ranks that fail at about the same time
+STOP_S = 15.0  # for the other ranks to stop by themselves before they are killed
 
-def run(config: Experiment, stage: Stage) -> int:
-    """config.local.ranks processes on this machine. The first that fails ends the others. Returns the exit code."""
+
+def run_ranks(config: Experiment, stage: Stage) -> int:
+    """Runs a stage as config.local.ranks processes on this machine. If a rank fails, the others are ended.
+
+    Args:
+        config: The run's config.
+        stage: The stage to run.
+
+    Returns:
+        The exit code: 0 if every rank succeeded, else that of the rank that failed.
+    """
     ranks = config.local.ranks
     folder = config.directory / "jobs" / stage.name
     rundir.atomic_write(folder / "config.yaml", hpc_config.to_yaml(config).encode())
@@ -31,8 +48,9 @@ def run(config: Experiment, stage: Stage) -> int:
     for rank in range(ranks):
         env = os.environ | {k: str(v) for k, v in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         command = [sys.executable, "-m", "launch", "rank", str(folder / "config.yaml"), stage.name]
-        # Rank 0 speaks to the terminal, the others into files. Their own session: Ctrl-C reaches us, and we pass it on.
-        out = None if rank == 0 else open(folder / f"rank-{rank}.log", "ab")  # noqa: SIM115
+        # Rank 0 writes to the terminal, every other rank to a file. Each rank has its own session, so that Ctrl-C reaches
+        # only this process, which forwards it.
+        out = None if rank == 0 else open(_log_path(folder, rank), "ab")  # noqa: SIM115
         processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True))
         if out:
             out.close()
@@ -40,54 +58,101 @@ def run(config: Experiment, stage: Stage) -> int:
 
 
 def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
-    forwarded = set()
+    """Waits until every rank has ended, and prints why a rank failed. Returns the exit code."""
+    with _SignalForwarder(processes) as forwarder:
+        try:
+            failure = _wait_for_failure(processes)
+            if failure is None:
+                return errors.DONE
+            _wait_for_other_ranks(processes, failure[1])
+        finally:
+            _kill(processes)
+    return _explain_failure(*failure, forwarder.forwarded, folder)
 
-    def forward(number, _frame):
+
+class _SignalForwarder:
+    """Forwards INT, TERM and USR2 from this process to the ranks that still run, INT as TERM. A context manager.
+
+    Attributes:
+        forwarded: The signals that were sent to the ranks.
+    """
+
+    def __init__(self, processes: list[subprocess.Popen]):
+        self.processes = processes
+        self.forwarded: set[int] = set()
+
+    def __enter__(self) -> "_SignalForwarder":
+        self.previous = {s: signal.signal(s, self._forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
         number = signal.SIGTERM if number == signal.SIGINT else number
-        forwarded.add(number)
-        for process in processes:
+        self.forwarded.add(number)
+        for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
-    try:
-        while True:
-            codes = [p.poll() for p in processes]
-            failed = [(rank, c) for rank, c in enumerate(codes) if c]
-            if failed:
-                time.sleep(0.5)  # one that fails takes others with it: see which knows why
-                failed = [(rank, c) for rank, p in enumerate(processes) if (c := p.poll())]
-                failed.sort(key=lambda one: one[1] in (errors.FAILED, -signal.SIGABRT))
-                break
-            if all(c == 0 for c in codes):
-                return errors.DONE
-            time.sleep(0.05)
-        deadline = time.monotonic() + 15  # ranks that stop together for the same reason need no killing
-        while time.monotonic() < deadline and any(p.poll() is None for p in processes) and failed[0][1] > 0:
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    rank, code = failed[0]
-    if -code in forwarded:  # before the rank could listen
-        print("lesiongen: interrupted; run the same command again to go on", file=sys.stderr)
+
+def _wait_for_failure(processes: list[subprocess.Popen]) -> tuple[int, int] | None:
+    """Waits until a rank fails or all succeed.
+
+    Returns:
+        Rank and exit code of the rank with the most specific failure; the code is -N if signal N killed the rank. None
+        if every rank succeeded.
+    """
+    while not any(p.poll() for p in processes):
+        if all(p.poll() == 0 for p in processes):
+            return None
+        time.sleep(POLL_S)
+    # When one rank fails, its peers lose their connection to it and fail too, with code 1 or SIGABRT. Wait for them, and
+    # prefer any other code: it tells why the first rank failed.
+    time.sleep(SETTLE_S)
+    failures = [(rank, code) for rank, process in enumerate(processes) if (code := process.poll())]
+    return min(failures, key=lambda failure: failure[1] in (errors.FAILED, -signal.SIGABRT))
+
+
+def _wait_for_other_ranks(processes: list[subprocess.Popen], code: int) -> None:
+    """Waits until every rank has ended, for STOP_S at most. Ranks that stop together need this time to end by themselves.
+
+    Returns at once if a signal killed the failed rank (code < 0): the others may wait for it in a collective operation.
+    """
+    deadline = time.monotonic() + STOP_S
+    while code > 0 and time.monotonic() < deadline and any(p.poll() is None for p in processes):
+        time.sleep(0.1)
+
+
+def _kill(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _explain_failure(rank: int, code: int, forwarded: set[int], folder: Path) -> int:
+    """Prints why a rank failed, unless it printed the reason to the terminal itself. Returns the exit code of the stage."""
+    log = _log_path(folder, rank)
+    if -code in forwarded:  # the forwarded signal killed the rank before it had installed its handlers
+        print("lesiongen: interrupted; run the same command again to resume", file=sys.stderr)
         return errors.RESUMABLE
     if code < 0:
+        name, output = signal.Signals(-code).name, f"log is {log}" if rank else "output is above"
         print(
-            f"lesiongen: rank {rank} was killed by {signal.Signals(-code).name}; its log is "
-            f"{folder / f'rank-{rank}.log' if rank else 'above'}. Run the same command again to go on.",
-            file=sys.stderr,
+            f"lesiongen: rank {rank} was killed by {name}; its {output}. Run the same command again to resume.", file=sys.stderr
         )
         return errors.FAILED
     if rank:
-        log = folder / f"rank-{rank}.log"
-        words = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-        print(f"lesiongen: rank {rank} ended with {code}; the last it said in {log}: {words}", file=sys.stderr)
+        last_line = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+        print(f"lesiongen: rank {rank} ended with code {code}; the last line of {log} is: {last_line}", file=sys.stderr)
     return code
+
+
+def _log_path(folder: Path, rank: int) -> Path:
+    """Returns the log file of a rank. Rank 0 has none: it writes to the terminal."""
+    return folder / f"rank-{rank}.log"
 
 
 def _free_port() -> int:

@@ -1,4 +1,8 @@
-"""The stages as a graph: how each stands, which are still to do, and running them on this machine."""
+"""The stages of a run as a graph: which state each stage is in, which stages are left to do, and running them here.
+
+State is read from the stage directories (stage.json and metrics.jsonl); nothing is kept in memory or elsewhere. Functions
+that only inspect change nothing on disk.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +18,18 @@ from lesiongen.experiment import Experiment
 from lesiongen.stages import pack, sample, stages
 from lesiongen.stages.base import Stage, stage_dir_of
 
+# Settings of `data` that may differ when images are appended: they describe the new images, not the shards' format.
+APPEND_MAY_CHANGE = ("images", "metadata", "columns", "splits", "licences", "classes", "rename")
+
 
 @dataclass(frozen=True)
-class Standing:
-    """How a stage stands.
+class StageStatus:
+    """The state of a stage.
 
     Attributes:
         stage: The stage.
         state: "done", "stale" (made from another config), "started", or "waiting".
-        detail: Why, or how far, in words.
+        detail: The reason for the state or the progress, in words.
         progress: From 0 to 1.
     """
 
@@ -32,71 +39,81 @@ class Standing:
     progress: float = 0.0
 
 
-def standings(config: Experiment, fresh: tuple[str, ...] = ()) -> list[Standing]:
-    """How each stage stands, upstream first. Stages named in `fresh` count as if nothing were there."""
-    found: list[Standing] = []
+def stage_statuses(config: Experiment, fresh: tuple[str, ...] = ()) -> list[StageStatus]:
+    """Returns the state of each stage, upstream first. Changes nothing.
+
+    Args:
+        config: The run's config.
+        fresh: Names of stages to treat as if their directories were empty.
+    """
+    statuses: list[StageStatus] = []
     unfinished: set[str] = set()
     for stage in stages(config).values():
-        standing = _standing(config, stage, unfinished, stage.name in fresh)
-        if standing.state != "done":
+        status = _status_of(config, stage, unfinished, stage.name in fresh)
+        if status.state != "done":
             unfinished.add(stage.name)
-        found.append(standing)
-    return found
+        statuses.append(status)
+    return statuses
 
 
-def _standing(config: Experiment, stage: Stage, unfinished: set[str], fresh: bool) -> Standing:
+def _status_of(config: Experiment, stage: Stage, unfinished: set[str], fresh: bool) -> StageStatus:
+    """Returns the state of one stage. unfinished: names of the stages upstream that are not done."""
     stage_dir = stage_dir_of(config, stage)
     if fresh or stage_dir.record is None:
-        return Standing(stage, "waiting")
+        return StageStatus(stage, "waiting")
     samples = samples_seen(stage_dir.path)
     done = stage_dir.done()
     progress = 1.0 if done else min(1.0, samples / stage.target) if stage.trains else 0.0
-    if awaited := unfinished & set(stage.needs):  # its inputs are still being made: whether it will be stale is not known
-        return Standing(stage, "waiting", "for " + ", ".join(sorted(awaited)), progress)
+    # While an input is unfinished its digest is unknown, so the stage cannot be compared with its inputs yet.
+    if missing := unfinished & set(stage.needs):
+        return StageStatus(stage, "waiting", "for " + ", ".join(sorted(missing)), progress)
     if changed := stage_dir.stale():
-        return Standing(stage, "stale", "; ".join(changed[:3]), progress)
+        return StageStatus(stage, "stale", "; ".join(changed[:3]), progress)
     if done:
-        return Standing(stage, "done", "", progress)
-    return Standing(stage, "started", f"{samples:,} of {stage.target:,} samples" if stage.trains else "", progress)
+        return StageStatus(stage, "done", "", progress)
+    return StageStatus(stage, "started", f"{samples:,} of {stage.target:,} samples" if stage.trains else "", progress)
 
 
 def samples_seen(folder: Path) -> int:
-    """Samples that a training stage has seen, by its metrics log; 0 where there is none."""
+    """Returns how many samples a training stage has seen, from its metrics log; 0 without a log."""
     rows = metrics_log.read_metrics(folder)
     return rows[-1]["samples"] if rows else 0
 
 
-def to_do(config: Experiment, fresh: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> list[Stage]:
-    """Lists the stages to run, upstream first. Changes nothing.
+def stages_to_do(config: Experiment, fresh: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> list[Stage]:
+    """Returns the stages to run, upstream first. Changes nothing.
 
     Args:
         config: The run's config.
-        fresh: Stages that are to be made again.
-        only: Stages to consider; all by default.
+        fresh: Names of stages to run again, even if they are done.
+        only: Names of the stages to consider. Empty for all.
 
     Raises:
-        UserError: One of the stages is stale, or `fresh` names a stage that is not among them.
+        UserError: A stage is stale, or `fresh` names a stage that is not considered.
     """
-    known = only or tuple(stages(config))
+    considered = only or tuple(stages(config))
     for name in fresh:
-        if name not in known:
-            raise UserError(f"--fresh {name}: the stages here are {', '.join(known)}.")
-    found = [one for one in standings(config, fresh) if one.stage.name in known]
-    for one in found:
-        if one.state == "stale":
-            stage_dir_of(config, one.stage).check()
-    return [one.stage for one in found if one.state != "done"]
+        if name not in considered:
+            raise UserError(f"--fresh {name}: there is no such stage here. The stages are {', '.join(considered)}.")
+    statuses = [status for status in stage_statuses(config, fresh) if status.stage.name in considered]
+    for status in statuses:
+        if status.state == "stale":
+            stage_dir_of(config, status.stage).check()  # raises the UserError that names the difference
+    return [status.stage for status in statuses if status.state != "done"]
 
 
 def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = ()) -> int:
-    """Runs stages one after another on this machine, until one fails. Returns the exit code.
+    """Runs stages one after another on this machine, until a stage fails.
 
     Args:
-        config: The run's config; it is written into the run directory first.
+        config: The run's config. It is written into the run directory first.
         todo: The stages to run, upstream first.
-        fresh: Stages whose directories are deleted first.
+        fresh: Names of stages whose directories are deleted first.
+
+    Returns:
+        The exit code of the stage that failed, or 0.
     """
-    clear(config, fresh)
+    clear_stages(config, fresh)
     write_config(config)
     for stage in todo:
         if code := executors.EXECUTORS["local"](config, stage):
@@ -104,8 +121,13 @@ def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = (
     return errors.DONE
 
 
-def clear(config: Experiment, fresh: tuple[str, ...]) -> None:
-    """Deletes the directories of stages that are to be made again. Call it when everything else has been checked."""
+def clear_stages(config: Experiment, fresh: tuple[str, ...]) -> None:
+    """Deletes the directories of stages. Call it last, when everything else has been checked.
+
+    Args:
+        config: The run's config.
+        fresh: Names of the stages.
+    """
     for name in fresh:
         stage_dir_of(config, stages(config)[name]).clear()
 
@@ -115,23 +137,23 @@ def write_config(config: Experiment) -> None:
     rundir.atomic_write(config.directory / "config.yaml", hpc_config.to_yaml(config).encode())
 
 
-def where_to_look(config: Experiment) -> str:
-    """Lines that tell a person where the results of a finished run are."""
-    here = config.directory
+def result_locations(config: Experiment) -> str:
+    """Returns lines for the user that name the results of a finished run."""
+    run_dir = config.directory
     return (
-        f"\nreport:   {here / 'report' / 'report.html'}"
-        f"\nsamples:  {here / 'samples' / 'contact.png'} and {here / 'samples' / 'images'}/"
-        f"\nMLflow:   lesiongen ui --runs {here.parent}"
+        f"\nreport:   {run_dir / 'report' / 'report.html'}"
+        f"\nsamples:  {run_dir / 'samples' / 'contact.png'} and {run_dir / 'samples' / 'images'}/"
+        f"\nMLflow:   lesiongen ui --runs {run_dir.parent}"
     )
 
 
 def sample_into(config: Experiment, folder: Path, fresh: bool = False) -> None:
-    """Samples with other settings than the run's own, into a directory outside the run's stages.
+    """Samples with other settings than the run's, into a directory that is not one of the run's stages.
 
     Args:
-        config: The run's config, with the settings wanted in `sample`.
+        config: The run's config, with the settings to use in `sample`.
         folder: Directory of the samples.
-        fresh: Delete what is in the directory first.
+        fresh: Delete the directory first.
     """
     stage = sample.stage(config)
     stage_dir = replace(stage_dir_of(config, stage), path=folder)
@@ -141,16 +163,19 @@ def sample_into(config: Experiment, folder: Path, fresh: bool = False) -> None:
 
 
 def pack_into(config: Experiment, out: Path, fresh: list[str], append: bool = False) -> None:
-    """Packs without a run around the shards.
+    """Packs images into a directory that belongs to no run.
 
     Args:
         config: The config; only `data` matters.
         out: Directory of the shards.
-        fresh: ["shards"] to delete what is there first, or [].
-        append: Add new images to the set in `out`.
+        fresh: ["shards"] to delete the directory first, or [].
+        append: Add new images to the finished shards in `out`.
+
+    Raises:
+        UserError: `fresh` names another stage, or `out` was packed with other settings.
     """
     if unknown := [name for name in fresh if name != "shards"]:
-        raise UserError(f"--fresh {unknown[0]}: the only stage here is shards.")
+        raise UserError(f"--fresh {unknown[0]}: there is no such stage here. The only stage is shards.")
     if append:
         append_to(config, out)
         return
@@ -160,31 +185,38 @@ def pack_into(config: Experiment, out: Path, fresh: list[str], append: bool = Fa
         stage_dir.clear()
     stage_dir.check()
     if stage_dir.done():
-        print(f"{out} is packed already; --append adds what is new")
+        print(f"{out} is packed already. Use --append to add new images.")
         return
     run_stage(config, stage, Topology(), stage_dir)
-    print(f"packed into {out}; train on it with inputs.shards={out}")
+    print(f"Packed into {out}. To train on it, set inputs.shards={out}")
 
 
 def packed_settings(out: Path) -> dict:
-    """What a finished set was packed with. Raises UserError where there is none."""
+    """Returns the settings that finished shards were packed with. Raises UserError without finished shards in `out`."""
     record = rundir.read_stage_record(out)
     if record is None or record["digest"] is None:
-        raise UserError(f"{out} holds no finished shards to append to; pack without --append first.")
+        raise UserError(f"{out} holds no finished shards to append to. Pack without --append first.")
     return record["identity"]
 
 
 def append_to(config: Experiment, out: Path) -> None:
-    """Adds images that are new to a packed set. Images that are packed stay where they are.
+    """Adds new images to finished shards. Images that are already packed keep their shard and their split.
 
-    Raises UserError where settings differ that would make the new shards unlike the old ones.
+    Args:
+        config: The config; `data` names the new images.
+        out: Directory of the shards.
+
+    Raises:
+        UserError: A setting differs that would give the new shards another format than the old ones.
     """
     identity = packed_settings(out)
-    free = ("images", "metadata", "columns", "splits", "licences", "classes", "rename")
-    before, now = ({k: v for k, v in of.items() if k not in free} for of in (identity, hpc_config.plain(config.data, False)))
+    before, now = (
+        {key: value for key, value in settings.items() if key not in APPEND_MAY_CHANGE}
+        for settings in (identity, hpc_config.plain(config.data, False))
+    )
     if changed := hpc_config.differences(before, now):
-        raise UserError(f"{out} was packed with other settings: {'; '.join(changed)}. Append with the same.")
+        raise UserError(f"{out} was packed with other settings: {'; '.join(changed)}. Append with the same settings.")
     record = rundir.read_stage_record(out)
     stage_dir = rundir.StageDir(out, identity, record["inputs"], record["target"])
     run_stage(config, pack.appending(config, identity), Topology(), stage_dir)
-    print(f"appended to {out}; what was made from it before is stale now")
+    print(f"Appended to {out}. Stages that were made from the shards before are stale now.")

@@ -1,4 +1,8 @@
-"""One stage on this rank: run it, follow it in MLflow, and turn every kind of ending into its exit code."""
+"""Runs one stage in this process, which is one rank of the stage.
+
+`rank_main` and `run_stage` are collective: every rank of the stage calls them. Executors (launch/executors.py, launch/job.py)
+call `rank_main`, which turns every outcome into an exit code. Code that runs a stage outside a run calls `run_stage`.
+"""
 
 import os
 
@@ -7,26 +11,31 @@ from hpc.dist import Topology
 from hpc.run import mlflow_sync
 from hpc.run.rundir import StageDir
 from hpc.train import allocator, preempt
-from launch.endings import code_of, explain
+from launch.endings import exit_code_of, print_error
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
 from lesiongen.stages.base import Stage, execute
 
 
 def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: StageDir | None = None) -> None:
-    """Runs a stage on this rank; rank 0 follows the run in MLflow meanwhile. Raises what the stage raises. Collective.
+    """Runs a stage on this rank, while a thread of rank 0 sends the run's metrics to MLflow. Collective.
 
     Args:
         config: The run's config.
         stage: The stage to run.
         topology: This process among the ranks.
-        stage_dir: A directory outside the run for the result; nothing is sent to MLflow then.
+        stage_dir: Directory for a result outside the run; nothing is sent to MLflow then. None for the stage's
+            directory in the run.
+
+    Raises:
+        Exception: Whatever the stage raises.
     """
     allocator.keep_pages(topology.device)
     uri = mlflow_sync.default_uri(config.directory)
-    # SQLite breaks on the parallel file systems of clusters. There `lesiongen ui` reads metrics.jsonl instead.
-    follows = stage_dir is None and topology.leader and (uri.startswith("http") or not on_slurm())
-    follower = mlflow_sync.Follower(config.directory, uri) if follows else None
+    # MLflow's default store is a SQLite file, and SQLite breaks on the parallel file systems of clusters. A Slurm job
+    # therefore sends to an MLflow server only; without a server, `lesiongen ui` reads metrics.jsonl instead.
+    sends_to_mlflow = stage_dir is None and topology.leader and (uri.startswith("http") or not on_slurm())
+    follower = mlflow_sync.Follower(config.directory, uri) if sends_to_mlflow else None
     try:
         execute(config, stage, topology, stage_dir)
     finally:
@@ -35,17 +44,20 @@ def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: S
 
 
 def on_slurm() -> bool:
-    """Whether this process is a task of a Slurm job."""
+    """Returns whether this process is a task of a Slurm job."""
     return "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ
 
 
 def rank_main(config: Experiment, name: str, topology: Topology) -> int:
-    """Runs a stage as a rank that an executor started. Returns the exit code.
+    """Runs a stage as a rank that an executor started. Errors are printed, not raised.
 
     Args:
         config: The run's config.
         name: The stage's name.
         topology: This process among the ranks.
+
+    Returns:
+        The exit code.
     """
     with preempt.Interruptible() as interruptible:
         try:
@@ -53,7 +65,7 @@ def rank_main(config: Experiment, name: str, topology: Topology) -> int:
             dist.leave()
             return errors.DONE
         except BaseException as error:
-            # A signal that arrived inside a library's import may come out as any other error, such as ImportError.
+            # A signal during a library's import can surface as any other error, such as ImportError.
             cause = KeyboardInterrupt() if interruptible.signalled else error
-            explain(cause)  # on every rank, as each has its own log
-            return code_of(cause)
+            print_error(cause)  # on every rank, because each rank has its own log
+            return exit_code_of(cause)

@@ -1,8 +1,11 @@
-"""The last line of a job's batch script: ranks that stopped early or failed go back into the queue, or the job ends.
+"""The last line of a job's batch script: requeues a job whose ranks stopped early or failed, or ends the job.
 
-It runs outside the ranks, on the job's first node, so it also sees the endings that no rank can report: killed for memory,
-crashed, hung. The batch script outlives the ranks, so none of them has to wait for Slurm to end it, and the jobs that
-depend on this one wait on.
+This program runs outside the ranks, on the job's first node, so it also sees the endings that no rank can report: killed
+for lack of memory, crashed, hung. The batch script outlives the ranks, so no rank has to wait until Slurm ends it, and the
+jobs that depend on this job keep waiting.
+
+Its input is srun's exit code and `endings.jsonl` in the job's directory, where each rank records its exit code. It keeps a
+list of failures there, `failures.jsonl`, to give up after MAX_FAILURES failures without progress.
 """
 
 import os
@@ -17,88 +20,115 @@ from hpc import errors
 from hpc.run import journal
 
 MAX_FAILURES = 3  # of one job without a new checkpoint between them; preemptions are not counted
-FINAL = (errors.USAGE, errors.DIVERGED)  # the same again would end the same
-# srun's code for ranks that a signal from outside ended: before they listened, or because their time was nearly up.
-SIGNALLED = tuple(128 + s for s in (signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM))
+FINAL_CODES = (errors.USAGE, errors.DIVERGED)  # running the job again would end in the same way
+# srun's exit codes for ranks that a signal killed: while they started, or because the job's time was nearly up.
+SIGNAL_CODES = tuple(128 + s for s in (signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM))
 ENDINGS, FAILURES = "endings.jsonl", "failures.jsonl"
 
 
-def attempt() -> str:
-    """This start of this job; "123.0", after a requeue "123.1"."""
+def attempt_id() -> str:
+    """Returns the id of this start of this job: "123.0", after a requeue "123.1"."""
     return f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
 
-def note_ending(folder: Path, code: int) -> None:
-    """A rank leaves its code here; srun tells the batch script only the greatest of all."""
+def record_exit_code(folder: Path, code: int) -> None:
+    """Records this rank's exit code for the batch script. srun reports only the greatest code of all ranks.
+
+    Args:
+        folder: The job's directory.
+        code: The rank's exit code.
+    """
     rank = int(os.environ.get("SLURM_PROCID", 0))
-    journal.append(folder / ENDINGS, {"attempt": attempt(), "rank": rank, "code": code, "time": time.time()})
+    journal.append(folder / ENDINGS, {"attempt": attempt_id(), "rank": rank, "code": code, "time": time.time()})
 
 
-def main(folder: Path, srun: int) -> int | None:
-    """The job's exit code; None where it is in the queue again, and Slurm will end this start of it."""
-    codes = {e["code"] for e in journal.read(folder / ENDINGS) if e["attempt"] == attempt()}
-    if not codes or srun in SIGNALLED:  # a rank that a signal killed while it started has noted nothing
-        codes.add(srun)
-    final = [code for code in FINAL if code in codes]
-    # Ranks that lose a stopped one fail.
-    stopped = not codes.isdisjoint((errors.RESUMABLE, *SIGNALLED)) and not final
+def requeue_unless_final(folder: Path, srun_code: int) -> int | None:
+    """Requeues this job, unless another attempt would fail again or Slurm refuses. Prints what it does.
+
+    Args:
+        folder: The job's directory.
+        srun_code: The exit code of srun.
+
+    Returns:
+        The exit code of the job. None if the job is in the queue again; Slurm then ends this attempt.
+    """
+    # How the ranks ended: a final error of any rank decides, then a stop, then the greatest exit code.
+    codes = {e["code"] for e in journal.read(folder / ENDINGS) if e["attempt"] == attempt_id()}
+    if not codes or srun_code in SIGNAL_CODES:  # a rank that a signal killed while it started has recorded nothing
+        codes.add(srun_code)
+    final = [code for code in FINAL_CODES if code in codes]
+    # When one rank stops, the others may lose their connection to it and fail. The job counts as stopped nevertheless.
+    stopped = not codes.isdisjoint((errors.RESUMABLE, *SIGNAL_CODES)) and not final
     code = final[0] if final else errors.RESUMABLE if stopped else max(codes)
-    failures = 0 if final or stopped else count_failure(folder, code)
-    what = "stopped early" if stopped else f"failed with code {code}"
+
+    # What to do about it.
+    failures = 0 if final or stopped else count_failures(folder, code)
+    outcome = "stopped early" if stopped else f"failed with code {code}"
     if final or failures >= MAX_FAILURES:
-        say(f"{what}{f', {failures} times without a new checkpoint' if failures else ''}; its log says why")
+        times = f", {failures} times without a new checkpoint" if failures else ""
+        _print_line(f"{outcome}{times}; the reason is in its log")
         return code
-    if refused := requeue_job():
-        say(f"{what}; not requeued ({refused}). Nothing that was saved is lost: submit again to go on")
+    if refusal := requeue_job():
+        _print_line(f"{outcome}; not requeued ({refusal}). Nothing that was saved is lost: submit again to resume")
         return code
-    say(f"{what}; back in the queue, to go on where it was")
+    _print_line(f"{outcome}; back in the queue, to resume")
     return None
 
 
-def count_failure(folder: Path, code: int) -> int:
-    """Writes down a failure; how many there were in this job since it last got on: a checkpoint, or a file it keeps."""
-    stage = folder.parent.parent / folder.name
-    checkpoints = (stage / "checkpoints").glob("step-*/MANIFEST.json")
-    at = max((p.parent.name for p in checkpoints), key=lambda name: (len(name), name), default="start")
-    if at == "start":
-        kept = ("work/*.done", "*.safetensors", "images/*.png")  # of pack, encode and sample
-        at = f"{sum(1 for pattern in kept for _ in stage.glob(pattern))} files"
-    journal.append(folder / FAILURES, {"attempt": attempt(), "at": at, "code": code, "time": time.time()})
-    job = attempt().partition(".")[0] + "."
-    return sum(1 for e in journal.read(folder / FAILURES) if e["at"] == at and e["attempt"].startswith(job))
+def count_failures(folder: Path, code: int) -> int:
+    """Records a failure of this job and counts the job's failures since its last progress.
+
+    Progress is a new checkpoint, or a new file that a stage without checkpoints keeps.
+
+    Args:
+        folder: The job's directory.
+        code: The exit code of this failure.
+
+    Returns:
+        The number of failures, this one included.
+    """
+    stage_dir = folder.parent.parent / folder.name
+    checkpoints = (stage_dir / "checkpoints").glob("step-*/MANIFEST.json")
+    progress = max((p.parent.name for p in checkpoints), key=lambda name: (len(name), name), default="start")
+    if progress == "start":
+        patterns = ("work/*.done", "*.safetensors", "images/*.png")  # files of pack, encode and sample
+        progress = f"{sum(1 for pattern in patterns for _ in stage_dir.glob(pattern))} files"
+    journal.append(folder / FAILURES, {"attempt": attempt_id(), "at": progress, "code": code, "time": time.time()})
+    job = attempt_id().partition(".")[0] + "."
+    return sum(1 for e in journal.read(folder / FAILURES) if e["at"] == progress and e["attempt"].startswith(job))
 
 
 def requeue_job() -> str | None:
-    """Requeues this job. None if it is in the queue again, else the reason it is not."""
+    """Asks Slurm to requeue this job. Returns None if the job is in the queue again, else the reason why it is not."""
     job = os.environ["SLURM_JOB_ID"]
     try:
-        shown = re.search(r"JobState=(\S+)", _scontrol("show", "job", job, "-o").stdout)
-        state = shown[1] if shown else "RUNNING"
-        if state == "PENDING":  # Slurm itself was faster
+        match = re.search(r"JobState=(\S+)", _scontrol("show", "job", job, "-o").stdout)
+        state = match[1] if match else "RUNNING"
+        if state == "PENDING":  # Slurm has requeued the job itself
             return None
-        if state != "RUNNING":  # a requeue would revive a job that someone cancelled
-            return f"Slurm is ending it, it is {state}"
-        done = _scontrol("requeue", job)
+        if state != "RUNNING":  # a requeue would revive a job that a user cancelled
+            return f"Slurm is ending it, its state is {state}"
+        answer = _scontrol("requeue", job)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    return None if done.returncode == 0 else done.stderr.strip().replace("\n", " ")
+    return None if answer.returncode == 0 else answer.stderr.strip().replace("\n", " ")
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=60)
 
 
-def say(text: str) -> None:
-    print(f"lesiongen: job {attempt()} {text}.", file=sys.stderr, flush=True)
+def _print_line(text: str) -> None:
+    print(f"lesiongen: job {attempt_id()} {text}.", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    # The batch script made this process ignore TERM and USR2. Hold TERM back from here on instead of ignoring it: Slurm
-    # ends a job that is requeued by TERM, which must wait until this process has said so, and must not be lost.
+    # The batch script made this process ignore TERM and USR2. Slurm sends TERM to end a job that has just been requeued.
+    # Block TERM from here on instead of ignoring it: the signal waits until the decision is printed, and is not lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ended = main(Path(sys.argv[1]), int(sys.argv[2]))
+    exit_code = requeue_unless_final(Path(sys.argv[1]), int(sys.argv[2]))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    if ended is None:
-        time.sleep(600)
-    sys.exit(ended)
+    if exit_code is None:
+        time.sleep(600)  # Slurm ends this attempt meanwhile
+    sys.exit(exit_code)

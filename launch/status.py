@@ -1,4 +1,7 @@
-"""status, logs, cancel: read the run directory; ask Slurm where it answers."""
+"""The verbs `status`, `logs` and `cancel`: they read a run directory, and ask Slurm about its jobs.
+
+Without Slurm, or when Slurm does not answer, the run directory alone is shown. Slurm's accounting is not needed.
+"""
 
 import os
 import re
@@ -10,39 +13,54 @@ from pathlib import Path
 from hpc.errors import UserError
 from hpc.run import journal, metrics_log, mlflow_sync
 from launch.executors import SUBMITTED
-from launch.pipeline import standings
+from launch.pipeline import stage_statuses
 from lesiongen.experiment import Experiment, load
 
-SILENT = "(Slurm does not answer)"
+NO_ANSWER = "(Slurm does not answer)"
 
 
 def load_run(run: str) -> Experiment:
-    """A run by its directory, or by its config's path. Raises UserError for neither."""
+    """Loads the config of a run.
+
+    Args:
+        run: The run directory, or the path of a config file.
+
+    Raises:
+        UserError: The path is neither.
+    """
     path = Path(run)
     if path.is_file():
         return load(run)
     if not (path / "config.yaml").exists():
-        raise UserError(f"{run} is no run directory (it has no config.yaml). Give runs/NAME, or the config's path.")
+        raise UserError(f"{run} is not a run directory: it has no config.yaml. Give runs/NAME, or the path of a config.")
     return load(str(path / "config.yaml"), [f"runs={path.resolve().parent}"])
 
 
-def show(config: Experiment) -> str:
-    """A table of stages: state, progress, held-out figures, jobs; and where MLflow shows it."""
+def format_status(config: Experiment) -> str:
+    """Returns a table of the run's stages with state, progress, held-out metrics and job, and how to see it in MLflow."""
     lines = [f"{config.name}   {config.directory}"]
-    for one in standings(config):
-        bar = "█" * round(one.progress * 20)
-        job = last_job(config.directory, one.stage.name)
-        text = f"  {one.stage.name:<14} {one.state:<8} {bar:<20} {one.progress:4.0%}  "
-        text += one.detail or figures(config, one.stage.name)
-        lines.append(text + (f"  job {job['job']} {job_state(job['job'])}" if job else ""))
-        if one.state == "started" and (age := seconds_since_last_line(config.directory / one.stage.name)) is not None:
-            lines[-1] += f"  (last line {age:.0f} s ago)"
-    seen = mlflow_sync.link(config.directory, mlflow_sync.default_uri(config.directory))
-    lines.append(f"  MLflow: {seen or f'nothing sent yet; see it with: lesiongen ui --runs {config.directory.parent}'}")
+    for status in stage_statuses(config):
+        name = status.stage.name
+        bar = "█" * round(status.progress * 20)
+        line = f"  {name:<14} {status.state:<8} {bar:<20} {status.progress:4.0%}  "
+        line += status.detail or held_out_metrics(config, name)
+        if job := last_job(config.directory, name):
+            line += f"  job {job['job']} {job_state(job['job'])}"
+        if status.state == "started" and (age := seconds_since_last_metrics(config.directory / name)) is not None:
+            line += f"  (last metrics {age:.0f} s ago)"
+        lines.append(line)
+    link = mlflow_sync.link(config.directory, mlflow_sync.default_uri(config.directory))
+    lines.append(f"  MLflow: {link or f'nothing sent yet; to see the run: lesiongen ui --runs {config.directory.parent}'}")
     return "\n".join(lines)
 
 
-def figures(config: Experiment, stage: str) -> str:
+def held_out_metrics(config: Experiment, stage: str) -> str:
+    """Returns the latest values of a stage's main held-out metrics, at most four, as text.
+
+    Args:
+        config: The run's config.
+        stage: The stage's name.
+    """
     latest: dict[str, float] = {}
     for row in metrics_log.read_metrics(config.directory / stage):
         latest |= {k: v for k, v in row.items() if k.startswith("val/")}
@@ -50,43 +68,70 @@ def figures(config: Experiment, stage: str) -> str:
     return "  ".join(shown[:4])
 
 
-def seconds_since_last_line(folder: Path) -> float | None:
+def seconds_since_last_metrics(folder: Path) -> float | None:
+    """Returns the age of the last line in a stage's metrics log, None without a log."""
     path = folder / metrics_log.METRICS
     return time.time() - path.stat().st_mtime if path.exists() else None
 
 
-def last_job(run: Path, stage: str) -> dict | None:
-    jobs = journal.read(run / "jobs" / stage / SUBMITTED)
+def last_job(run_dir: Path, stage: str) -> dict | None:
+    """Returns the record of the last job that was submitted for a stage: {"job": id, …}. None without a job.
+
+    Args:
+        run_dir: The run directory.
+        stage: The stage's name.
+    """
+    jobs = journal.read(run_dir / "jobs" / stage / SUBMITTED)
     return jobs[-1] if jobs else None
 
 
 def job_state(job: str) -> str:
-    """Slurm's word for a job's state, without accounting; "" where there is no Slurm, "gone" for one it has forgotten."""
+    """Asks Slurm for the state of a job. Works without accounting.
+
+    Args:
+        job: The job's id.
+
+    Returns:
+        Slurm's word, such as "RUNNING"; "gone from the queue" if Slurm no longer knows the job; NO_ANSWER if Slurm does
+        not answer; "" if Slurm is not installed.
+    """
     if not shutil.which("scontrol"):
         return ""
     try:
-        done = subprocess.run(["scontrol", "show", "job", job, "-o"], capture_output=True, text=True, timeout=10)
+        answer = subprocess.run(["scontrol", "show", "job", job, "-o"], capture_output=True, text=True, timeout=10)
     except subprocess.TimeoutExpired:
-        return SILENT
-    state = re.search(r"JobState=(\S+)", done.stdout)
-    reason = re.search(r"Reason=(\S+)", done.stdout)
+        return NO_ANSWER
+    state = re.search(r"JobState=(\S+)", answer.stdout)
+    reason = re.search(r"Reason=(\S+)", answer.stdout)
     if not state:
         return "gone from the queue"
     return state[1] + (f" ({reason[1]})" if state[1] == "PENDING" and reason else "")
 
 
 def may_be_running(job: str) -> bool:
-    """Whether it may still run; a Slurm that does not answer may have it."""
-    return job_state(job).startswith(("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING", SILENT))
+    """Returns whether a job is queued or running, or could be because Slurm does not answer."""
+    return job_state(job).startswith(("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING", NO_ANSWER))
 
 
-def logs(config: Experiment, stage: str | None, lines: int = 40) -> str:
-    """The ends of the newest log files of a stage, or of the stage that wrote last."""
+def newest_logs(config: Experiment, stage: str | None, lines: int = 40) -> str:
+    """Returns the last lines of the two newest log files.
+
+    Args:
+        config: The run's config.
+        stage: The stage whose logs to read. None for those of every stage.
+        lines: Number of lines of each file.
+
+    Raises:
+        UserError: There is no log.
+    """
     folder = config.directory / "jobs"
-    files = [p for p in folder.glob(f"{stage or '*'}/*") if p.suffix in (".out", ".err", ".log")]
-    files = sorted((p for p in files if p.stat().st_size), key=lambda p: p.stat().st_mtime)[-2:]
+    files = [path for path in folder.glob(f"{stage or '*'}/*") if path.suffix in (".out", ".err", ".log")]
+    files = sorted((path for path in files if path.stat().st_size), key=lambda path: path.stat().st_mtime)[-2:]
     if not files:
-        raise UserError(f"{folder} holds no logs{f' of {stage}' if stage else ''} yet; inline runs speak to the terminal.")
+        raise UserError(
+            f"{folder} holds no logs{f' of {stage}' if stage else ''} yet. A stage that runs in one process on this machine "
+            "writes to the terminal."
+        )
     parts = []
     for path in files:
         text = path.read_text(errors="replace").replace("\r", "\n").splitlines()[-lines:]
@@ -95,11 +140,21 @@ def logs(config: Experiment, stage: str | None, lines: int = 40) -> str:
 
 
 def cancel(config: Experiment) -> list[str]:
-    """Cancels the run's jobs that Slurm still has; returns their ids."""
-    ids = [j["job"] for p in (config.directory / "jobs").glob(f"*/{SUBMITTED}") for j in journal.read(p)]
-    living = [i for i in ids if may_be_running(i)]
-    if living:
-        done = subprocess.run(["scancel", *living], capture_output=True, text=True, timeout=60)
-        if done.returncode:
-            raise UserError(f"scancel failed: {done.stderr.strip()}")
-    return living
+    """Cancels the run's jobs that are queued or running.
+
+    Args:
+        config: The run's config.
+
+    Returns:
+        The ids of the cancelled jobs.
+
+    Raises:
+        UserError: scancel fails.
+    """
+    submitted = [record["job"] for path in (config.directory / "jobs").glob(f"*/{SUBMITTED}") for record in journal.read(path)]
+    active = [job for job in submitted if may_be_running(job)]
+    if active:
+        answer = subprocess.run(["scancel", *active], capture_output=True, text=True, timeout=60)
+        if answer.returncode:
+            raise UserError(f"scancel failed: {answer.stderr.strip()}")
+    return active

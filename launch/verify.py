@@ -1,4 +1,7 @@
-"""verify: every checksum under a path, whatever kind of artefact it is."""
+"""The verb `verify`: checks every checksum under a path, for every kind of result that the project writes.
+
+KINDS maps the file that marks a directory as a result to the function that checks the directory.
+"""
 
 import json
 from pathlib import Path
@@ -11,42 +14,54 @@ from hpc.train import checkpoint
 
 
 def walk(path: Path) -> tuple[int, list[str]]:
-    """Files checked, and a line for each problem. Raises UserError where there is nothing to verify."""
+    """Checks the results in a directory, or in its subdirectories if it is not a result itself.
+
+    Args:
+        path: A run, shards, a code store, a checkpoint or an export.
+
+    Returns:
+        The number of files that were checked, and one line for each problem.
+
+    Raises:
+        UserError: The path does not exist or holds no result.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist.")
-    roots = [path] if _kind(path) else sorted(p for p in path.rglob("*") if p.is_dir() and _kind(p))
-    if not roots:
+    folders = [path] if _kind_of(path) else sorted(p for p in path.rglob("*") if p.is_dir() and _kind_of(p))
+    if not folders:
         raise UserError(f"{path} holds no shards, code store, checkpoint or export to verify.")
     checked, problems = 0, []
-    for root in roots:
-        number, found = KINDS[_kind(root)](root)
+    for folder in folders:
+        number, lines = KINDS[_kind_of(folder)](folder)
         checked += number
-        problems += found
+        problems += lines
     return checked, problems
 
 
-def _kind(path: Path) -> str | None:
-    return next((name for name in KINDS if (path / name).exists()), None)
+def _kind_of(folder: Path) -> str | None:
+    """Returns the name of the marker file in a directory, None if it holds no result."""
+    return next((name for name in KINDS if (folder / name).exists()), None)
 
 
-def _manifest(folder: Path) -> tuple[int, list[str]]:
-    facts = manifest.read(folder)
-    entries, problems = facts["shards"], manifest.verify(folder, facts.get("catalogs", []))
-    with bar(sum(e["bytes"] for e in entries), str(folder), unit="B") as progress:
-        for entry in entries:
-            problems += manifest.verify(folder, [entry])
-            if entry["name"].endswith(".tar"):
-                problems += manifest.verify(folder, [entry["index"]]) + _members(folder, entry)
-            progress.update(entry["bytes"])
-    return len(entries), problems
+def _check_manifest(folder: Path) -> tuple[int, list[str]]:
+    """Checks shards or a code store: each file against the manifest, each member of a tar against the shard's index."""
+    content = manifest.read(folder)
+    shards, problems = content["shards"], manifest.verify(folder, content.get("catalogs", []))
+    with bar(sum(shard["bytes"] for shard in shards), str(folder), unit="B") as progress:
+        for shard in shards:
+            problems += manifest.verify(folder, [shard])
+            if shard["name"].endswith(".tar"):
+                problems += manifest.verify(folder, [shard["index"]]) + _check_members(folder, shard)
+            progress.update(shard["bytes"])
+    return len(shards), problems
 
 
-def _members(folder: Path, entry: dict) -> list[str]:
-    """Every member against the index."""
-    if not index_path(folder / entry["name"]).exists():
+def _check_members(folder: Path, shard: dict) -> list[str]:
+    """Reads every sample of a shard; the reader compares each member with the index. Returns the problems."""
+    if not index_path(folder / shard["name"]).exists():
         return []
-    reader, problems = ShardReader.local(folder, [entry["name"]]), []
-    for ordinal in range(entry["count"]):
+    reader, problems = ShardReader.local(folder, [shard["name"]]), []
+    for ordinal in range(shard["count"]):
         try:
             reader.read(0, ordinal)
         except (BadSample, IndexError) as error:
@@ -54,17 +69,18 @@ def _members(folder: Path, entry: dict) -> list[str]:
     return problems
 
 
-def _checkpoint(folder: Path) -> tuple[int, list[str]]:
+def _check_checkpoint(folder: Path) -> tuple[int, list[str]]:
     return len(checkpoint.read(folder)["files"]), checkpoint.problems(folder)
 
 
-def _export(folder: Path) -> tuple[int, list[str]]:
+def _check_export(folder: Path) -> tuple[int, list[str]]:
+    """Compares exported weights with the digest that the finished stage recorded."""
     from lesiongen.tokenizers.export import export_digest
 
     record = json.loads((folder.parent / "stage.json").read_text())
     if record["done"] and export_digest(folder) != record["digest"]:
-        return 1, [f"{folder}: the weights are not those the stage recorded ({record['digest']})"]
+        return 1, [f"{folder}: these are not the weights that the stage recorded ({record['digest']})"]
     return 1, []
 
 
-KINDS = {manifest.NAME: _manifest, checkpoint.MANIFEST: _checkpoint, "model.safetensors": _export}
+KINDS = {manifest.NAME: _check_manifest, checkpoint.MANIFEST: _check_checkpoint, "model.safetensors": _check_export}

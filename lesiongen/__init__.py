@@ -1,1 +1,1 @@
-"""Training generators of skin-lesion images: data, models, stages, metrics."""
+"""Train generators of skin-lesion images: data, tokenizers, priors, stages, evaluation."""

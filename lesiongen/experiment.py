@@ -1,5 +1,13 @@
-"""One YAML = one experiment, all stages. Sections are dataclasses beside the code they configure; this joins them."""
+"""The config of an experiment. One YAML file configures all stages of one run.
 
+Every section is a frozen dataclass, defined here or beside the code that it configures; `Experiment` joins them. An Experiment
+that exists has passed all checks that need no data. `load` makes one from a YAML file and command-line overrides.
+
+Fields declared `volatile` change where, or for how long, a stage runs. They are not part of a stage's identity, so changing one
+does not make a finished stage stale.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -20,11 +28,11 @@ from lesiongen.tokenizers.losses import LossConfig
 
 @dataclass(frozen=True)
 class InputsConfig:
-    """Artefacts of another run, by its directory or URL, in place of making them here."""
+    """Results of other runs to use. The stages that would make them are then left out of this run."""
 
-    shards: tuple[str, ...] = ()  # several packed sets are read as one
-    tokenizer: str | None = None
-    codes: str | None = None
+    shards: tuple[str, ...] = ()  # run directories, directories of shards, or URLs of shards; several are read as one set
+    tokenizer: str | None = None  # directory of the run whose tokenizer to use
+    codes: str | None = None  # directory of the run whose codes to use; needs the tokenizer that made them
 
 
 def _tokenizer_training() -> TrainConfig:
@@ -37,18 +45,24 @@ def _prior_training() -> TrainConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    model: TokenizerModel = field(default_factory=VQVAE2Config)
-    loss: LossConfig = field(default_factory=LossConfig)
+    """The tokenizer stage."""
+
+    model: TokenizerModel = field(default_factory=VQVAE2Config)  # architecture and codebooks; model.kind chooses the class
+    loss: LossConfig = field(default_factory=LossConfig)  # weights of the terms of the reconstruction loss
+    # Random views of the training images that the tokenizer is trained on.
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(brightness=0.1, contrast=0.1, saturation=0.1))
-    stream: StreamConfig = field(default_factory=StreamConfig)
-    train: TrainConfig = field(default_factory=_tokenizer_training)
+    stream: StreamConfig = field(default_factory=StreamConfig)  # how often each image, class and set is drawn
+    train: TrainConfig = field(default_factory=_tokenizer_training)  # length, batch, optimizer, evaluations, checkpoints
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    draws: int = 8  # of the training split; draw 0 is unaugmented
-    batch: int = volatile(64)  # per rank
+    """The encode stage, which turns images into codes."""
+
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # views that the priors are trained on, and learn to generate
+    # Times that each training image is encoded: once unaugmented, then as random views. Held-out images are encoded once.
+    draws: int = 8
+    batch: int = volatile(64)  # images that a rank encodes at once
 
     def __post_init__(self):
         if self.draws < 1 or self.batch < 1:
@@ -57,63 +71,76 @@ class EncodeConfig:
 
 @dataclass(frozen=True)
 class PriorConfig:
-    model: PriorModel = field(default_factory=GPTConfig)
-    facts: tuple[str, ...] = ("label",)  # what the prior is told of an image: label, site, sex, age_band
-    resident: Literal["auto", "never"] = volatile("auto")  # whether the codes lie on the device; auto: where they fit
-    stream: StreamConfig = field(default_factory=StreamConfig)
-    train: TrainConfig = field(default_factory=_prior_training)
+    """The prior stage of one level."""
+
+    model: PriorModel = field(default_factory=GPTConfig)  # architecture; model.kind chooses the class
+    facts: tuple[str, ...] = ("label",)  # facts of an image that condition the prior, out of label, site, sex, age_band
+    # auto = hold all codes in the device's memory if they take at most a quarter of a GPU's free memory, or on a CPU half of
+    # this rank's share of the memory; never = read them from files.
+    resident: Literal["auto", "never"] = volatile("auto")
+    stream: StreamConfig = field(default_factory=StreamConfig)  # how often each image, class and set is drawn
+    train: TrainConfig = field(default_factory=_prior_training)  # length, batch, optimizer, evaluations, checkpoints
 
     def __post_init__(self):
         if unknown := [name for name in self.facts if name not in FACTS]:
-            raise ValueError(f"facts: there is no '{unknown[0]}'; choose among {', '.join(FACTS)}")
+            raise ValueError(f"facts name the unknown fact '{unknown[0]}'; choose among {', '.join(FACTS)}")
         if len(set(self.facts)) < len(self.facts):
-            raise ValueError("facts: each is named once")
+            raise ValueError("facts name a fact twice")
 
 
 @dataclass(frozen=True)
 class LevelSampling:
-    """What is another for one level than in `sample`; null = as there."""
+    """Settings of `sample` that differ for one level; null = the value in `sample`."""
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    guidance: float | None = None
-    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None
+    temperature: float | None = None  # as sample.temperature
+    top_k: int | None = None  # as sample.top_k
+    top_p: float | None = None  # as sample.top_p
+    guidance: float | None = None  # as sample.guidance
+    guidance_schedule: Literal["constant", "linear", "cosine"] | None = None  # as sample.guidance_schedule
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    labels: tuple[str, ...] = ()  # empty = every class in turn
-    facts: dict[str, str] = field(default_factory=dict)  # fixed for all, as {sex: female}; others as training images have them
-    number: int = 64  # in all
-    seed: int = 0
-    temperature: float = 1.0
-    top_k: int = 0  # 0 = all
-    top_p: float = 1.0
-    guidance: float = 1.0  # 1 = none
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear and cosine rise from none over the tokens
-    levels: dict[str, LevelSampling] = field(default_factory=dict)
-    batch: int = 64  # fixed, so that images do not depend on the number of ranks
-    cuda_graphs: bool = volatile(False)  # on a GPU: record a batch's kernels and play them for the others
+    """The sample stage, which generates images."""
+
+    labels: tuple[str, ...] = ()  # labels of the samples, about equally many of each; empty = all classes
+    # Facts of every sample, as in {sex: female}; "" = unknown. Facts that are not named here are drawn for each sample from the
+    # training images, so they vary as in the data.
+    facts: dict[str, str] = field(default_factory=dict)
+    number: int = 64  # images to generate, in total
+    seed: int = 0  # seed of the samples
+    temperature: float = 1.0  # the logits are divided by it; below 1, likely codes become more likely
+    top_k: int = 0  # draw each code from the k most likely ones; 0 = from all
+    top_p: float = 1.0  # draw each code from the fewest codes whose probabilities sum to at least top_p; 1 = from all
+    guidance: float = 1.0  # strength of classifier-free guidance; 1 = none, above 1 = samples follow their facts more closely
+    # Guidance from a level's first code to its last. constant = always `guidance`; linear, cosine = rises from 1 to `guidance`.
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    levels: dict[str, LevelSampling] = field(default_factory=dict)  # {level: settings that differ}, as in {top: {top_k: 100}}
+    batch: int = 64  # images that a rank generates at once; the same for any number of ranks, so the images are the same too
+    cuda_graphs: bool = volatile(False)  # on a GPU, record the kernels of one batch and replay them for the other batches
 
     def __post_init__(self):
         if self.number < 1 or self.batch < 1 or self.top_k < 0 or self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise ValueError("number, batch ≥ 1; top_k ≥ 0; temperature > 0; top_p above 0 and at most 1")
+            raise ValueError(
+                "number and batch must be at least 1, top_k at least 0, temperature above 0, and top_p above 0 and at most 1"
+            )
         if "label" in self.facts:
-            raise ValueError("facts: labels are given in sample.labels")
+            raise ValueError("facts must not hold 'label'; set sample.labels instead")
         for level in self.levels:
-            self.at(level)
+            self.at(level)  # raises ValueError for a wrong setting of the level
 
     def at(self, level: str) -> "SampleConfig":
-        """The settings of one level."""
-        own = vars(self.levels.get(level, LevelSampling()))
-        return replace(self, levels={}, **{k: v for k, v in own.items() if v is not None})
+        """Returns the settings of one level: these settings, changed by those in `levels`."""
+        changes = vars(self.levels.get(level, LevelSampling()))
+        return replace(self, levels={}, **{k: v for k, v in changes.items() if v is not None})
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    classifier_samples: int = 60_000  # training length of the classifier behind fidelity and diversity
-    batch: int = 64
+    """The evaluate stage, and the evaluations during tokenizer training."""
+
+    classifier_samples: int = 60_000  # training length, in images, of the classifier that measures fidelity and diversity
+    batch: int = 64  # images that a rank reconstructs at once
 
     def __post_init__(self):
         if self.classifier_samples < 1 or self.batch < 1:
@@ -122,81 +149,110 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class LocalConfig:
-    ranks: int = volatile(1)  # processes on this machine
-    join_seconds: float = volatile(300.0)  # for all ranks to find one another, here and on a cluster
+    """How ranks are started on this machine."""
+
+    ranks: int = volatile(1)  # processes to start on this machine for each stage that can use several
+    join_seconds: float = volatile(300.0)  # seconds to wait until all ranks are connected, here and on a cluster
 
     def __post_init__(self):
         if self.ranks < 1 or self.join_seconds <= 0:
-            raise ValueError("ranks is at least 1 and join_seconds above 0")
+            raise ValueError("ranks must be at least 1, and join_seconds above 0")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    name: str
-    runs: str = volatile("runs")  # run directories lie here
-    seed: int = 0
-    inputs: InputsConfig = field(default_factory=InputsConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    encode: EncodeConfig = field(default_factory=EncodeConfig)
-    priors: dict[str, PriorConfig] = field(default_factory=dict)  # by level; levels not named take the defaults
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    local: LocalConfig = volatile(default_factory=LocalConfig)
+    """The whole config of a run: settings of the run, and a section for each stage."""
+
+    name: str  # name of the run and of its directory; if the config has none, the name of the config file
+    runs: str = volatile("runs")  # directory that holds the run directories
+    seed: int = 0  # seed of everything random, except for the samples (see sample.seed)
+    inputs: InputsConfig = field(default_factory=InputsConfig)  # results of other runs to use
+    data: DataConfig = field(default_factory=DataConfig)  # images, packing and reading of the shards
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # the tokenizer and its training
+    encode: EncodeConfig = field(default_factory=EncodeConfig)  # encoding of the images
+    priors: dict[str, PriorConfig] = field(default_factory=dict)  # {level: its prior}; levels not named use the defaults
+    sample: SampleConfig = field(default_factory=SampleConfig)  # generating images
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)  # measuring the samples
+    local: LocalConfig = volatile(default_factory=LocalConfig)  # ranks on this machine
 
     def __post_init__(self):
         if not self.name or "/" in self.name or self.name.startswith("."):
-            raise ValueError(f"name '{self.name}' must be usable as a directory's name")
+            raise ValueError(
+                f"name '{self.name}' cannot be a directory's name; it must not be empty, hold a '/' or begin with a '.'"
+            )
         if not (self.inputs.shards or self.inputs.codes or self.data.images):
-            raise ValueError("say where the images are: data.images=FOLDER (and data.metadata=CSV), or inputs.shards=RUN")
-        for level in self.priors:
-            if level not in self.levels:
-                raise ValueError(f"priors.{level}: this tokenizer has the levels {', '.join(self.levels)}")
-        for level in self.sample.levels:
-            if level not in self.levels:
-                raise ValueError(f"sample.levels.{level}: this tokenizer has the levels {', '.join(self.levels)}")
+            raise ValueError("there are no images; set data.images=FOLDER (and data.metadata=CSV), or inputs.shards=RUN")
+        # The tokenizer must have the levels that other sections name, and its strides must divide the image size.
+        for section, by_level in (("priors", self.priors), ("sample.levels", self.sample.levels)):
+            for level in by_level:
+                if level not in self.levels:
+                    raise ValueError(f"{section}.{level}: this tokenizer has the levels {', '.join(self.levels)}")
         if not self.inputs.shards:
-            self.tokenizer.model.grids(self.data.size)
+            self.tokenizer.model.grids(self.data.size)  # raises ValueError
+        # Codes need their tokenizer, and a tokenizer needs images.
         if self.inputs.codes and not self.inputs.tokenizer:
-            raise ValueError("inputs.codes needs inputs.tokenizer, the one that made the codes")
+            raise ValueError("inputs.codes needs inputs.tokenizer: set it to the run whose tokenizer made the codes")
         if self.inputs.tokenizer and not (self.inputs.shards or self.data.images):
-            raise ValueError("inputs.tokenizer needs inputs.shards or data.images")
-        trainings = {"tokenizer": self.tokenizer} | {f"priors.{level}": self.prior(level) for level in self.levels}
-        for what, part in trainings.items():
-            train = part.train
+            raise ValueError("inputs.tokenizer needs images: set inputs.shards or data.images")
+        # The batch of each training must divide among the ranks of this machine.
+        trainings = {"tokenizer": self.tokenizer.train} | {f"priors.{level}": self.prior(level).train for level in self.levels}
+        for section, train in trainings.items():
             try:
                 train.engine.micro_batch(train.batch, self.local.ranks)
             except ValueError as error:
-                raise ValueError(f"{what}.train: {error}") from None
+                raise ValueError(f"{section}.train: {error}") from None
 
     @property
     def directory(self) -> Path:
+        """The run directory."""
         return Path(self.runs) / self.name
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """Coarse to fine: the order in which priors condition on one another."""
+        """Names of the tokenizer's levels, coarse to fine. A prior is conditioned on the levels before its own."""
         return tuple(reversed(self.tokenizer.model.names))
 
     def prior(self, level: str) -> PriorConfig:
+        """Returns the config of a level's prior."""
         return self.priors.get(level, PriorConfig())
 
 
-def load(path: str, overrides: list[str] = ()) -> Experiment:
-    """Reads a config with overrides. Paths in it are taken as they are, from the working directory."""
+def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads a config file. Relative paths in the config are relative to the working directory.
+
+    Args:
+        path: The YAML file.
+        overrides: Values to change, each as "section.key=value".
+
+    Raises:
+        UserError: The file cannot be read, or a key or value is wrong.
+    """
     data = hpc_config.override(hpc_config.read_yaml(Path(path)), list(overrides))
     data.setdefault("name", Path(path).stem)
     return make(data)
 
 
 def make(data: dict) -> Experiment:
-    """A checked experiment from plain data. Raises UserError that names the key."""
+    """Makes an experiment from plain data, as YAML gives it.
+
+    Raises:
+        UserError: A key or value is wrong; the message names it.
+    """
     return hpc_config.build(Experiment, data)
 
 
-def check_ranks(train: TrainConfig, ranks: int, where: str) -> None:
-    """Raises UserError where the batch does not divide among so many ranks; before anything is queued."""
+def check_ranks(train: TrainConfig, ranks: int, section: str) -> None:
+    """Checks that a training's batch divides among the ranks of its Slurm job, before anything is queued.
+
+    Args:
+        train: The training.
+        ranks: Number of ranks of the job.
+        section: Key of `train` in the config, for the message.
+
+    Raises:
+        UserError: The batch does not divide.
+    """
     try:
         train.engine.micro_batch(train.batch, ranks)
     except ValueError as error:
-        raise UserError(f"{where}: {error}, or change {where}.engine.accumulation.") from None
+        raise UserError(f"{section}: {error}, or change {section}.engine.accumulation.") from None

@@ -1,8 +1,13 @@
-"""Sharded store of integer codes: one safetensors file per image shard and augmentation draw, a manifest written last.
+"""The code store: the integer codes of all images in sharded files, and a manifest that is written last.
 
-Each file holds codes.<level> [S, h, w] in the smallest of uint8, uint16, int32; index [S] int64, the ordinal in the
-image shard; and int16 columns (label, site, …), -1 for unknown. Files are written atomically under their final names,
-so encoding is idempotent per file, parallel without locks, and resumes where it was.
+There is one safetensors file for each image shard and each draw of augmentations. A file of S images holds
+- codes.<level> [S, h, w], uint8, uint16 or int32, the smallest that holds the level's codes,
+- index [S], int64: the ordinal of the image in its shard,
+- further columns [S], int16: label, site and others, -1 for unknown.
+
+The encode stage writes the store, and the priors read it. Invariant: a file is written atomically under its final name, so
+every file that exists is complete. Ranks therefore write files in parallel without locks, and a stage that was killed resumes
+with the files that are missing.
 """
 
 import json
@@ -11,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 from safetensors.numpy import save
 
 from hpc.data import manifest
@@ -19,67 +25,114 @@ from hpc.run.rundir import atomic_write
 
 
 def code_dtype(entries: int) -> np.dtype:
-    """Smallest of uint8, uint16, int32 that holds codes 0 … entries-1."""
+    """Returns the smallest of uint8, uint16 and int32 that holds the codes 0 to `entries` - 1."""
     return np.dtype(np.uint8 if entries <= 256 else np.uint16 if entries <= 65536 else np.int32)
 
 
 def file_name(split: str, draw: int, shard: int) -> str:
+    """Returns the name of the file with the codes of an image shard in a draw."""
     return f"{split}-{draw:02d}-{shard:06d}.safetensors"
 
 
 def write_codes(folder: Path, split: str, draw: int, shard: int, arrays: dict[str, np.ndarray]) -> None:
+    """Writes one file of a store.
+
+    Args:
+        folder: Directory of the store.
+        split: Split of the image shard.
+        draw: Draw of augmentations, from 0.
+        shard: Number of the image shard.
+        arrays: The columns by name, each [S, …].
+    """
     atomic_write(folder / file_name(split, draw, shard), save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
 
 
 class CodeStore:
-    """Reads a finished store. Files are mapped into memory: random reads cost what the page cache costs."""
+    """Reads a finished store. Files are mapped into memory, so rows in the page cache are read without a system call.
+
+    Attributes:
+        folder: Directory of the store.
+        manifest: The store's manifest.
+        levels: The manifest's entries of the tokenizer's levels, coarse to fine.
+    """
 
     def __init__(self, folder: Path):
+        """Reads the manifest. Raises UserError where there is no finished store."""
         self.folder = Path(folder)
         self.manifest = manifest.read(self.folder)
         self.levels = self.manifest["levels"]
-        self.maps: dict[tuple[str, int, int], dict[str, np.ndarray]] = {}
+        self._mapped: dict[tuple[str, int, int], dict[str, np.ndarray]] = {}
 
     def shards(self, split: str) -> list[dict]:
-        """Entries of a split's shards at draw 0, in order."""
-        found = [s for s in self.manifest["shards"] if s["split"] == split and s["draw"] == 0]
-        if not found:
+        """Returns the manifest's entries of a split at draw 0, sorted by shard.
+
+        Raises:
+            UserError: The store has no such split.
+        """
+        entries = [s for s in self.manifest["shards"] if s["split"] == split and s["draw"] == 0]
+        if not entries:
             raise UserError(f"The code store {self.folder} holds no split '{split}'.")
-        return sorted(found, key=lambda s: s["shard"])
+        return sorted(entries, key=lambda s: s["shard"])
 
     def draws(self, split: str) -> int:
+        """Returns the number of draws of a split."""
         return 1 + max(s["draw"] for s in self.manifest["shards"] if s["split"] == split)
 
     def arrays(self, split: str, draw: int, shard: int) -> dict[str, np.ndarray]:
-        """Read-only views of one file's arrays, by name."""
-        key = split, draw, shard
-        if key not in self.maps:
-            self.maps[key] = _map(self.folder / file_name(*key))
-        return self.maps[key]
+        """Returns read-only views of one file's arrays, by column.
 
-    def gather_rows(self, split: str, where: Sequence, columns: list[str], dtype=None) -> dict[str, np.ndarray]:
-        """CodeRows (draw, shard, ordinal), [N, 3], of the named arrays, in the order asked for; dtype: None = as stored."""
-        draws, shards, rows = np.asarray(where, dtype=np.int64).reshape(-1, 3).T
-        # By file, and within a file in the order in which it lies on disk.
-        order = (draws << 56 | shards << 32 | rows).argsort()
-        draws, shards, rows = draws[order], shards[order], rows[order]
-        begins = np.flatnonzero(np.diff(draws << 32 | shards, prepend=-1)).tolist()
-        found: dict[str, np.ndarray] = {}
-        for begin, end in pairwise([*begins, len(order)]):
-            arrays, wanted = self.arrays(split, int(draws[begin]), int(shards[begin])), rows[begin:end]
+        Raises:
+            UserError: The file cannot be read.
+        """
+        key = split, draw, shard
+        if key not in self._mapped:
+            self._mapped[key] = _map_file(self.folder / file_name(*key))
+        return self._mapped[key]
+
+    def gather_rows(
+        self, split: str, locations: Sequence, columns: list[str], dtype: DTypeLike | None = None
+    ) -> dict[str, np.ndarray]:
+        """Reads rows of a split.
+
+        Args:
+            split: The split.
+            locations: (draw, shard, ordinal) of each row, [N, 3].
+            columns: Names of the arrays to read.
+            dtype: Type of the result; None means the stored type.
+
+        Returns:
+            An array [N, …] for each column, in the order of the locations.
+        """
+        draws, shards, ordinals = np.asarray(locations, dtype=np.int64).reshape(-1, 3).T
+        # Sort by file, and within a file by ordinal, which is the order on disk.
+        order = (draws << 56 | shards << 32 | ordinals).argsort()
+        draws, shards, ordinals = draws[order], shards[order], ordinals[order]
+        file_starts = np.flatnonzero(np.diff(draws << 32 | shards, prepend=-1)).tolist()
+        # Read file by file.
+        rows: dict[str, np.ndarray] = {}
+        for start, end in pairwise([*file_starts, len(order)]):
+            arrays = self.arrays(split, int(draws[start]), int(shards[start]))
+            in_file = ordinals[start:end]
             for column in columns:
                 source = arrays[column]
-                assert wanted[-1] < len(source), f"row {wanted[-1]} of {len(source)}"
-                if column not in found:
-                    found[column] = np.empty((len(order), *source.shape[1:]), source.dtype)
-                # Any other mode would write to a copy first.
-                source.take(wanted, 0, out=found[column][begin:end], mode="clip")
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return {c: found[c].take(back, 0).astype(dtype or found[c].dtype, copy=False) for c in columns}
+                assert in_file[-1] < len(source), f"row {in_file[-1]} of {len(source)}"
+                if column not in rows:
+                    rows[column] = np.empty((len(order), *source.shape[1:]), source.dtype)
+                # mode="clip": with the default mode, NumPy writes to a copy of `out` first.
+                source.take(in_file, 0, out=rows[column][start:end], mode="clip")
+        # Restore the order of the locations.
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return {c: rows[c].take(inverse, 0).astype(dtype or rows[c].dtype, copy=False) for c in columns}
 
     def all(self, split: str, draw: int, columns: list[str]) -> dict[str, np.ndarray]:
-        """The whole of a split's draw, concatenated over shards."""
+        """Returns whole columns of a split's draw, concatenated over its shards.
+
+        Args:
+            split: The split.
+            draw: Draw of augmentations.
+            columns: Names of the arrays to read.
+        """
         parts = [self.arrays(split, draw, entry["shard"]) for entry in self.shards(split)]
         return {c: np.concatenate([p[c] for p in parts]) for c in columns}
 
@@ -87,17 +140,22 @@ class CodeStore:
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 
 
-def _map(path: Path) -> dict[str, np.ndarray]:
+def _map_file(path: Path) -> dict[str, np.ndarray]:
+    """Maps a safetensors file into memory and returns read-only views of its arrays, by name.
+
+    safetensors.safe_open does not replace this. With framework="numpy" it copies each slice that is read, which makes random
+    batches 2 to 5 times slower. With framework="pt" it maps the file writable.
+    """
     try:
         raw = np.memmap(path, dtype=np.uint8, mode="r")
         length = int(raw[:8].view(np.uint64)[0])
         header = json.loads(raw[8 : 8 + length].tobytes())
     except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"The code shard {path} cannot be read ({error}). Run encode again, or restore it.") from None
-    raw = raw.view(np.ndarray)  # an index into a memmap costs several times one into an array over the same memory
-    out = {}
+        raise UserError(f"The code shard {path} cannot be read ({error}). Run encode again, or restore the file.") from None
+    raw = raw.view(np.ndarray)  # indexing a memmap takes several times as long as indexing an array over the same memory
+    arrays = {}
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            out[name] = raw[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return out
+            arrays[name] = raw[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return arrays

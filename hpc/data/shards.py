@@ -1,9 +1,12 @@
-"""WebDataset shards: deterministic writing with an index, and reading under a plan with every checksum verified.
+"""WebDataset shards: writing them with an index, and reading them in a sample order with every checksum verified.
 
-A shard is a plain tar. Beside it `<shard>.index.safetensors` holds offset, size and crc32 of each member as [S, M]
-(S samples, M members of a sample in the order they lie), so that a sample is one positioned read and a cut or altered
-shard is never silent, and the label of each sample as [S]. The plan's reader is the source of an ordinary webdataset
-pipeline.
+A shard is a plain tar of S samples with M members each. `<shard>.index.safetensors` beside the shard holds offset, size and
+crc32 of the members, int64 [S, M] in the order of the tar, and the label of each sample, int32 [S]. With the index, one sample
+is read without a search through the tar. Invariant: a sample comes back exactly as it was written, or an error is raised.
+Missing, cut or altered bytes are never returned.
+
+The packing code in lesiongen/ingest writes shards. Source reads them in the sample order and is the first step of an ordinary
+webdataset pipeline, whose batches go to the training and evaluation loops.
 """
 
 import atexit
@@ -19,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.utils.data
@@ -30,20 +34,27 @@ from hpc.data.storage import StorageError, Store
 from hpc.errors import UserError
 from hpc.run.rundir import atomic_write
 
-os.environ.setdefault("WDS_SECURE", "1")  # no pickles, no shell: shards are untrusted
-SUFFIXES = {"jpg", "png", "json"}
-BLOCK = 512
+os.environ.setdefault("WDS_SECURE", "1")  # shards are untrusted: webdataset must not unpickle members or run shell commands
+SUFFIXES = {"jpg", "png", "json"}  # of the members that a shard may hold
+BLOCK = 512  # bytes of a tar header
 INDEX = ".index.safetensors"
 
 
 class BadSample(Exception):
-    """A sample whose bytes are missing, changed or not decodable."""
+    """Raised for a sample whose bytes are missing, changed or not decodable."""
 
 
 def write_shard(path: Path, samples: Iterable[dict]) -> int:
-    """Writes {"__key__": str, "<suffix>": bytes, …} as a tar and its index; same samples, same bytes. Returns the count.
+    """Writes a shard and its index. The same samples always give the same bytes.
 
-    "__label__", a number, goes into the index only: streams that are balanced over labels find their samples by it."""
+    Args:
+        path: Path of the tar.
+        samples: {"__key__": str, "<suffix>": bytes, …} each, all with the same suffixes. An optional "__label__", a number,
+            goes into the index only; streams that are balanced over labels find their samples by it.
+
+    Returns:
+        The number of samples.
+    """
     buffer, labels = io.BytesIO(), []
     with wds.TarWriter(buffer, user="lesiongen", group="lesiongen", mtime=0.0, encoder=False) as writer:
         for sample in samples:
@@ -62,116 +73,180 @@ def write_shard(path: Path, samples: Iterable[dict]) -> int:
 
 
 def index_path(shard: Path) -> Path:
+    """Returns the path of a shard's index."""
     return shard.with_name(shard.name + INDEX)
 
 
 class ShardReader:
-    """Random access to the samples of finished shards. Not shared between processes; keeps a few shards open.
+    """Reads single samples of finished shards, in any order. Keeps the most recently used shards open.
 
-    shards: the store that holds each, and its entry in the manifest"""
+    Each process needs a reader of its own. A pickled reader arrives without open files.
+    """
 
     def __init__(self, shards: Sequence[tuple[Store, dict]]):
+        """Opens no file yet.
+
+        Args:
+            shards: For each shard, the store that holds it and its entry in the store's manifest.
+        """
         self.shards = list(shards)
-        self.open: OrderedDict[int, tuple[int, dict]] = OrderedDict()
-        self.members: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.open: OrderedDict[int, tuple[int, dict]] = OrderedDict()  # shard → file descriptor, index
+        self.members: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # shard → ordinals sorted by label, their labels
 
     @classmethod
     def local(cls, folder: Path, names: list[str]) -> "ShardReader":
+        """Returns a reader of shards of a local folder, without checking their indexes against a manifest."""
         return cls([(Store(folder), {"name": name}) for name in names])
 
     def read(self, shard: int, ordinal: int) -> dict:
-        """{"__key__", "<suffix>": bytes, …}. Raises BadSample for missing, cut, altered or foreign members."""
-        fd, index = self._shard(shard)
-        where = f"{self.shards[shard][1]['name']}[{ordinal}]"
+        """Reads one sample and verifies it.
+
+        Args:
+            shard: Index of the shard in the list that the reader was made with.
+            ordinal: Index of the sample in the shard.
+
+        Returns:
+            {"__key__": str, "<suffix>": bytes, …}.
+
+        Raises:
+            BadSample: A member is missing, cut or altered, or is not a file with an allowed name.
+            StorageError: The shard cannot be fetched.
+            UserError: The shard does not fit into the cache.
+        """
+        descriptor, index = self._open_shard(shard)
+        name = f"{self.shards[shard][1]['name']}[{ordinal}]"
         if not 0 <= ordinal < len(index["offset"]):
-            raise BadSample(f"{where}: the shard has {len(index['offset'])} samples")
-        length, sample = os.fstat(fd).st_size, {}
+            raise BadSample(f"{name}: the shard has only {len(index['offset'])} samples")
+        length, sample = os.fstat(descriptor).st_size, {}
         for offset, size, crc in zip(*(index[k][ordinal].tolist() for k in ("offset", "size", "crc32")), strict=True):
             if offset < BLOCK or size < 0 or offset + size > length:
-                raise BadSample(f"{where}: bytes {offset} to {offset + size} lie outside the shard, which has {length}")
-            data = os.pread(fd, BLOCK + size, offset - BLOCK)
+                raise BadSample(f"{name}: bytes {offset} to {offset + size} lie outside the shard, which has {length} bytes")
+            # One read for the tar header of the member and its content.
+            data = os.pread(descriptor, BLOCK + size, offset - BLOCK)
             content = data[BLOCK:]
             if len(content) != size or zlib.crc32(content) != crc:
-                raise BadSample(f"{where}: bytes differ from the index")
+                raise BadSample(f"{name}: bytes differ from the index")
             key, _, suffix = data[:100].rstrip(b"\0").decode(errors="replace").partition(".")
-            plain = data[156:157] in (b"0", b"\0") and re.fullmatch(r"[\w-]+", key)  # a file, not a link or a device
-            if not plain or suffix not in SUFFIXES or suffix in sample or sample.setdefault("__key__", key) != key:
-                raise BadSample(f"{where}: member {key + '.' + suffix!r} does not belong here")
+            is_file = data[156:157] in (b"0", b"\0")  # the header's type; others are links, devices and directories
+            allowed = is_file and re.fullmatch(r"[\w-]+", key) and suffix in SUFFIXES and suffix not in sample
+            if not allowed or sample.setdefault("__key__", key) != key:
+                raise BadSample(f"{name}: member {key + '.' + suffix!r} is not allowed in this sample")
             sample[suffix] = content
         return sample
 
     def member(self, shard: int, label: int, number: int) -> int:
-        """Ordinal of a label's member `number` in a shard."""
-        if shard not in self.members:
-            labels = self._shard(shard)[1]["label"]
-            order = np.argsort(labels, kind="stable").astype(np.int32)
-            self.members[shard] = (order, labels[order])
-        order, labels = self.members[shard]
-        place = int(labels.searchsorted(label)) + number
-        if place >= len(labels) or labels[place] != label:
-            raise BadSample(f"{self.shards[shard][1]['name']} has fewer samples of a label than its manifest says")
-        return int(order[place])
+        """Returns the ordinal in a shard of a label's sample `number`, counted from 0.
 
-    def _shard(self, shard: int) -> tuple[int, dict]:
+        Raises:
+            BadSample: The shard has fewer samples of the label.
+        """
+        if shard not in self.members:
+            labels = self._open_shard(shard)[1]["label"]
+            ordinals = np.argsort(labels, kind="stable").astype(np.int32)
+            self.members[shard] = (ordinals, labels[ordinals])
+        ordinals, labels = self.members[shard]
+        i = int(labels.searchsorted(label)) + number
+        if i >= len(labels) or labels[i] != label:
+            raise BadSample(f"{self.shards[shard][1]['name']} has fewer samples of a label than its manifest says")
+        return int(ordinals[i])
+
+    def _open_shard(self, shard: int) -> tuple[int, dict]:
+        """Returns the descriptor and the index of a shard, opening both if necessary."""
         if shard not in self.open:
             store, entry = self.shards[shard]
             try:
-                described = entry.get("index") or {"name": entry["name"] + INDEX}
-                with open(store.open(described), "rb") as file:
-                    index = _index(file.read(), described.get("crc32"))
-                found = (store.open(entry), index)
+                index_entry = entry.get("index") or {"name": entry["name"] + INDEX}
+                with open(store.open(index_entry), "rb") as file:
+                    index = _parse_index(file.read(), index_entry.get("crc32"))
+                opened = (store.open(entry), index)
             except (StorageError, UserError):
-                raise  # of the network or the cache, not of this sample
+                raise  # the network or the cache failed; BadSample would replace sample after sample instead
             except Exception as error:
                 raise BadSample(f"{entry['name']} cannot be opened: {error}") from None
-            self.open[shard] = found
-            if len(self.open) > (4 if store.cache else 32):  # a file that the cache gave up holds its room until closed
+            self.open[shard] = opened
+            # A file that the cache has evicted uses disk space until its descriptor is closed. Keep few of those open.
+            if len(self.open) > (4 if store.cache else 32):
                 os.close(self.open.popitem(last=False)[1][0])
         self.open.move_to_end(shard)
         return self.open[shard]
 
-    def __getstate__(self):  # file descriptors stay behind when a worker starts
+    def __getstate__(self):
+        # File descriptors mean nothing in a data worker, which opens the shards again.
         return {"shards": self.shards, "open": OrderedDict(), "members": {}}
 
 
-def _index(content: bytes, crc32: int | None) -> dict[str, np.ndarray]:
-    """Raises ValueError for an index that is none, or not the manifest's."""
+def _parse_index(content: bytes, crc32: int | None) -> dict[str, np.ndarray]:
+    """Parses and checks an index.
+
+    Args:
+        content: The bytes of the index.
+        crc32: Checksum in the manifest; None if there is no manifest.
+
+    Raises:
+        ValueError: The content differs from the manifest or is not an index.
+    """
     if crc32 is not None and zlib.crc32(content) != crc32:
         raise ValueError("the index differs from the manifest")
     index = load(content)
     shape = index["offset"].shape
     if len(shape) != 2 or any(index[k].shape != shape or index[k].dtype != np.int64 for k in ("offset", "size", "crc32")):
-        raise ValueError("the index is no table of offset, size and crc32")
+        raise ValueError("the index is not a table of offset, size and crc32")
     if index["label"].shape != shape[:1]:
-        raise ValueError("the index has not one label for each sample")
+        raise ValueError("the index does not have exactly one label for each sample")
     return index
 
 
 class Source(torch.utils.data.IterableDataset):
-    """Yields raw samples in the order of the plan: each worker takes whole batches, in turn.
+    """Yields raw samples in the sample order: the first step of the pipeline that loader() makes.
 
-    batches: function that returns an iterator over lists of (position, slot); called in each worker
+    Data worker w of W reads the batches w, w + W, w + 2W, …, each as a whole.
     """
 
-    def __init__(self, reader: ShardReader, plan: SampleOrder, batches: Callable[[], Iterator[list[tuple[int, int]]]]):
-        self.reader, self.plan, self.batches = reader, plan, batches
+    def __init__(self, reader: ShardReader, order: SampleOrder, batches: Callable[[], Iterator[list[tuple[int, int]]]]):
+        """Reads nothing yet.
+
+        Args:
+            reader: Reads the shards.
+            order: Maps a position to (shard, ordinal). Anything with `sample` and `size` like a SampleOrder's will do.
+            batches: Returns an iterator over batches, lists of (position, slot). Called in each data worker.
+        """
+        self.reader, self.order, self.batches = reader, order, batches
 
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in islice(self.batches(), first, None, step):
-            # Read as a whole: between two images that are decoded, this code would find the processor's caches cold.
+            # Read the whole batch before decoding it. Alternating the two is slower: each evicts the other's code and data
+            # from the CPU caches.
             yield from [{"position": position, "slot": slot, **self.fetch(position)} for position, slot in batch]
 
     def fetch(self, position: int) -> dict:
+        """Reads the sample at a position.
+
+        Returns:
+            {"shard", "ordinal", "__key__", "<suffix>": bytes, …}, or {"error": str} if the sample is bad.
+        """
         try:
-            shard, ordinal = self.plan.sample(position)  # which looks into an index where labels are balanced
+            shard, ordinal = self.order.sample(position)  # raises BadSample too: balanced orders look labels up in an index
             return {"shard": shard, "ordinal": ordinal, **self.reader.read(shard, ordinal)}
         except BadSample as error:
             return {"error": str(error)}
 
-    def decoded(self, decode: Callable[[dict], dict], raw: dict) -> dict:
-        """The decoded sample; a bad one is replaced by a deterministic other one, which "bad" then says."""
+    def decode_or_replace(self, decode: Callable[[dict], dict], raw: dict) -> dict:
+        """Decodes a raw sample, or a replacement if the sample is bad.
+
+        The replacement depends on the position only, so it is the same on every rank and after a resume.
+
+        Args:
+            decode: Decodes a raw sample; raises BadSample.
+            raw: A sample from __iter__.
+
+        Returns:
+            The decoded sample and "bad": a list of {"position", "error"}, one for each bad sample that was replaced.
+
+        Raises:
+            RuntimeError: The sample and 99 replacements are all bad.
+        """
         bad = []
         for n in range(100):
             try:
@@ -180,52 +255,91 @@ class Source(torch.utils.data.IterableDataset):
                 return {**decode(raw), "bad": bad}
             except BadSample as error:
                 bad.append({"position": raw["position"], "error": str(error)})
-                other = sample_seed(n, raw["position"]) % self.plan.size
-                raw = {"position": raw["position"], "slot": raw["slot"], **self.fetch(other)}
-        raise RuntimeError(f"100 replacements in a row could not be read; the last: {bad[-1]['error']}")
+                replacement = sample_seed(n, raw["position"]) % self.order.size
+                raw = {"position": raw["position"], "slot": raw["slot"], **self.fetch(replacement)}
+        raise RuntimeError(f"100 samples in a row could not be read; the last error: {bad[-1]['error']}. Check the shards.")
 
 
-def loader(source: Source, decode, collate, batch: int, workers: int) -> Iterator:
-    """The webdataset pipeline: plan's source → decode → batch; `workers` processes, none for 0. They start at once.
+def loader(
+    source: Source,
+    decode: Callable[[dict], dict],
+    collate: Callable[[list[dict]], dict],
+    batch: int,
+    workers: int,
+) -> Iterator[dict]:
+    """Returns the batches of a webdataset pipeline: read, decode, collate.
 
-    Workers are spawned, so everything handed in must pickle: a fork of a process that runs threads may deadlock, and
-    those of a fork server outlive a trainer that is killed."""
+    The data workers start at once. They are spawned, so all arguments must pickle. Forking a process that runs threads may
+    deadlock, and workers of a fork server outlive a trainer that is killed.
+
+    Args:
+        source: Yields raw samples.
+        decode: Decodes a raw sample; raises BadSample for one that cannot be decoded.
+        collate: Makes a batch of decoded samples. Its NumPy arrays come out as tensors.
+        batch: Samples in a batch; must be the size of the source's batches. The last batch may be smaller.
+        workers: Number of data workers. With 0, this process reads.
+    """
     pipeline = wds.DataPipeline(
-        source, wds.map(partial(source.decoded, decode)), wds.batched(batch, collation_fn=collate, partial=True)
+        source,
+        wds.map(partial(source.decode_or_replace, decode)),
+        wds.batched(batch, collation_fn=collate, partial=True),
     )
-    extra = {"collate_fn": _as_it_is}
+    options = {"collate_fn": _no_collate}
     if workers:
-        extra |= {"prefetch_factor": 4, "multiprocessing_context": "spawn", "worker_init_fn": _worker}
-    batches = iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **extra))
-    atexit.register(_close, weakref.ref(batches))
-    return map(_tensors, batches)
+        options |= {"prefetch_factor": 4, "multiprocessing_context": "spawn", "worker_init_fn": _init_worker}
+    batches = iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **options))
+    atexit.register(_end_workers, weakref.ref(batches))
+    return map(_arrays_to_tensors, batches)
 
 
-def _as_it_is(batch):
-    """Batches are ready; the loader would walk through all their facts in search of arrays."""
+def _no_collate(batch: Any) -> Any:
+    """Returns the batch unchanged. The default collate function would search every batch's lists of facts for arrays."""
     return batch
 
 
-def _tensors(batch: dict) -> dict:
-    """Arrays as tensors: between processes a small array goes by value, a tensor as a file with a connection of its own."""
+def _arrays_to_tensors(batch: dict) -> dict:
+    """Makes tensors of a batch's arrays.
+
+    Done in the receiving process, because a small array is cheaper to send: a worker sends an array by value, but a tensor as
+    a shared file with a connection of its own.
+    """
     return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
 
 
-def _close(batches: weakref.ref) -> None:
-    """At exit Python sends workers SIGTERM, which they ignore, and then waits for them: they have to end before."""
-    if alive := batches():
-        alive.close()
+def _end_workers(batches: weakref.ref) -> None:
+    """Ends the data workers at exit, if they still run.
+
+    Otherwise Python would send them SIGTERM, which they ignore, and then wait for them to end.
+    """
+    if iterator := batches():
+        iterator.close()
 
 
-def _worker(_number: int) -> None:
-    """A terminal's Ctrl-C and Slurm's warnings reach workers too; they end when their trainer does, which saves first."""
+def _init_worker(_number: int) -> None:
+    """Makes a data worker ignore the signals that stop a run.
+
+    Ctrl-C in a terminal and Slurm's warnings reach the workers too. The trainer needs its workers until it has saved; they
+    end when the trainer does.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    atexit.register(os._exit, 0)  # a thread that still sends a batch would abort the process if Python took itself apart
+    # Skip Python's own shutdown: it aborts the process while a thread is still sending a batch.
+    atexit.register(os._exit, 0)
 
 
 def training_batches(start: int, batch: int, micro: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
-    """This rank's micro-batches of (position, slot) from global position `start`, a multiple of the batch, for ever."""
+    """Yields the rank's micro-batches of the training sequence, without end.
+
+    Args:
+        start: First position; a multiple of the global batch.
+        batch: Size of the global batch.
+        micro: Size of a micro-batch; divides the rank's share of the batch.
+        rank: The rank, from 0.
+        world: Number of ranks.
+
+    Yields:
+        A micro-batch: a list of (position, slot).
+    """
     slots = batch_share(batch, rank, world)
     for step in count(start // batch):
         for first in range(slots.start, slots.stop, micro):
@@ -233,7 +347,17 @@ def training_batches(start: int, batch: int, micro: int, rank: int, world: int) 
 
 
 def evaluation_batches(size: int, micro: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
-    """This rank's contiguous share of `size` samples, once, in batches of `micro`; the last may be smaller."""
-    part = contiguous_share(size, rank, world)
-    for first in range(part.start, part.stop, micro):
-        yield [(i, i - first) for i in range(first, min(first + micro, part.stop))]
+    """Yields the rank's contiguous share of `size` samples, once, in batches of `micro`. The last batch may be smaller.
+
+    Args:
+        size: Number of samples of all ranks.
+        micro: Size of a batch.
+        rank: The rank, from 0.
+        world: Number of ranks.
+
+    Yields:
+        A batch: a list of (position, index in the batch).
+    """
+    share = contiguous_share(size, rank, world)
+    for first in range(share.start, share.stop, micro):
+        yield [(i, i - first) for i in range(first, min(first + micro, share.stop))]

@@ -1,9 +1,13 @@
-"""Files of finished artefacts, wherever they lie: a local folder, or a slow or remote one behind a node-local cache.
+"""The files of finished artefacts, in a local folder, or on slow or remote storage behind a node-local cache.
 
-The cache is shared by all processes of a node. A file is brought in once, checked against the size and crc32 that its
-manifest gives, and renamed into place whole; the unfinished file is itself the lock, which the system frees when its
-holder dies. Least recently used files go first. What is handed out is an open descriptor and not a path, so that a file
-that is evicted while someone reads it does no harm (its room is free once all have closed it: keep few open).
+A Store opens the files that a manifest lists; shards and catalogs are read through it. All processes of a node share one cache.
+A file is fetched once, checked against the size and crc32 of its manifest entry, and renamed to its final name. Invariant: a
+file with a final name in the cache is complete and verified.
+
+The unfinished file (.part) is itself the lock of its fetch. The system releases the lock when the fetching process ends,
+however it ends. The least recently used files are deleted first. Callers receive an open descriptor, not a path, so a file
+may be deleted from the cache while another process reads it. Its disk space is free only after all processes have closed it,
+so callers should keep few files open.
 """
 
 import contextlib
@@ -25,86 +29,137 @@ from hpc.data import manifest
 from hpc.errors import UserError
 
 T = TypeVar("T")
-PROTOCOLS = ("http", "https", "s3", "gs", "az", "abfs")  # others run programs, read local files, or chain such
-CACHED = re.compile(r".+-[0-9a-f]{16}\.(cached|part)")  # all that is ever deleted, whatever else lies in the directory
-BLOCK = 1 << 20
-SMALL = 1 << 28
-FULL = (errno.ENOSPC, errno.EDQUOT)
+PROTOCOLS = ("http", "https", "s3", "gs", "az", "abfs")  # fsspec's others run programs, read local files, or chain protocols
+CACHE_FILE = re.compile(r".+-[0-9a-f]{16}\.(cached|part)")  # the cache deletes no other file of its directory
+BLOCK = 1 << 20  # bytes of a read
+SMALL_FILE = 1 << 28  # bytes of the largest file that read_small() accepts
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StorageError(OSError):
-    """A file that should be there cannot be had, or not whole, after several attempts. No fault of any one sample."""
+    """Raised for a listed file that cannot be fetched, or not completely, after several attempts.
+
+    The network or the source is at fault, not a single sample, so the run stops instead of replacing samples.
+    """
 
 
-class _Differs(Exception):
-    """What arrived is not what was asked for."""
+class _ContentError(Exception):
+    """Raised for a transfer whose content differs from the manifest entry."""
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """A node's cache of shards. By default local data are read in place and remote ones go to ~/.cache/lesiongen, or to
-    $LESIONGEN_CACHE; a directory stages local ones too."""
+    """A node's cache of shards.
 
-    directory: str | None = volatile(None)  # on the node's own disk, as "$TMPDIR/shards"
-    gigabytes: float = volatile(50.0)  # at most; several shards for each data worker of the node
+    Attributes:
+        directory: Directory of the cache. By default, local data are read where they are, and remote data are cached in
+            $LESIONGEN_CACHE or, if that is not set, in ~/.cache/lesiongen. With a directory, local data are cached too.
+        gigabytes: Largest size of the cache.
+    """
+
+    directory: str | None = volatile(None)  # a directory on the node's own disk, such as "$TMPDIR/shards"
+    gigabytes: float = volatile(50.0)  # limit of its size; allow several shards for each data worker of the node
 
     def __post_init__(self):
         if self.gigabytes <= 0:
-            raise ValueError("gigabytes is above 0")
+            raise ValueError(f"gigabytes is {self.gigabytes}; it must be above 0")
 
 
-def is_remote(where: str | Path) -> bool:
-    return "://" in str(where)
+def is_remote(location: str | Path) -> bool:
+    """Returns whether a location is an address such as s3://…, not a local path."""
+    return "://" in str(location)
 
 
-def shown(text: str) -> str:
-    """Without passwords and signatures, for messages and for names: signatures change, the file does not."""
+def without_secrets(text: str) -> str:
+    """Returns a text with the passwords and signatures of its addresses removed.
+
+    Messages must not show them. Names in the cache leave them out too, because a signature changes while the file does not.
+    """
     return re.sub(r"(?<=://)[^/@\s]*@|\?[^\s'\")]*", "", text)
 
 
 class Store:
-    """The folder of a finished artefact. Pickles; safe in any number of processes."""
+    """Opens the files of one finished artefact, through the node's cache if there is one.
 
-    def __init__(self, where: str | Path, cache: CacheConfig | None = None):
-        """Raises UserError for an address of an unknown kind."""
+    Can be pickled, and used by any number of processes at the same time.
+
+    Attributes:
+        where: Folder or address of the artefact.
+        cache: The node's cache; None if files are read where they are.
+    """
+
+    def __init__(self, location: str | Path, cache: CacheConfig | None = None):
+        """Opens no file yet.
+
+        Args:
+            location: Local folder, or an address with one of PROTOCOLS.
+            cache: The cache to use. None means the default of CacheConfig.
+
+        Raises:
+            UserError: The address has another protocol, or the cache directory names an unset variable.
+        """
         cache = cache or CacheConfig()
-        self.where = str(where)
-        if is_remote(where) and self.where.partition("://")[0] not in PROTOCOLS:
-            raise UserError(f"{shown(self.where)}: give a folder, or an address that begins with {'://, '.join(PROTOCOLS)}://.")
+        self.where = str(location)
+        if is_remote(location) and self.where.partition("://")[0] not in PROTOCOLS:
+            raise UserError(
+                f"{without_secrets(self.where)}: give a folder, or an address that begins with {'://, '.join(PROTOCOLS)}://."
+            )
         directory = cache.directory
-        if is_remote(where):
+        if is_remote(location):
             directory = directory or os.environ.get("LESIONGEN_CACHE") or "~/.cache/lesiongen"
-        self.cache = Cache(_expanded(directory), int(cache.gigabytes * 1e9)) if directory else None
+        self.cache = Cache(_expand(directory), int(cache.gigabytes * 1e9)) if directory else None
 
     def open(self, entry: dict) -> int:
-        """A descriptor to read the file {"name", "bytes", "crc32"} from; the caller closes it. Verified if it was fetched.
+        """Opens a listed file for reading. A file that is fetched is verified first.
 
-        Raises StorageError if it cannot be had, OSError for a local one read in place."""
+        Args:
+            entry: The manifest's entry, {"name", "bytes", "crc32"}.
+
+        Returns:
+            A file descriptor, which the caller closes.
+
+        Raises:
+            StorageError: The file cannot be fetched.
+            OSError: A local file, read where it is, cannot be opened.
+            UserError: The file does not fit into the cache, or the cache cannot be used.
+        """
         source = self.address(entry["name"])
         if self.cache is None:
             return os.open(source, os.O_RDONLY)
         return self.cache.open(source, int(entry["bytes"]), int(entry["crc32"]))
 
     def read_small(self, name: str) -> bytes:
-        """A whole small file that no manifest describes: the manifest itself. Raises FileNotFoundError or StorageError."""
+        """Reads a whole small file that no manifest lists: the manifest itself.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            StorageError: The file cannot be fetched, or is too large.
+        """
         source = self.address(name)
         if not is_remote(source):
             return Path(source).read_bytes()
 
-        def whole(stream: BinaryIO) -> bytes:
+        def read_all(stream: BinaryIO) -> bytes:
             content = bytearray()
             while block := stream.read(BLOCK):
                 content += block
-                if len(content) > SMALL:
-                    raise StorageError(f"{shown(source)} has more than {SMALL >> 20} MiB, which no such file has.")
+                if len(content) > SMALL_FILE:
+                    raise StorageError(
+                        f"{without_secrets(source)} has more than {SMALL_FILE >> 20} MiB. That is too large for a manifest; "
+                        "check the address."
+                    )
             return bytes(content)
 
-        return _retried(source, whole)
+        return _read_with_retries(source, read_all)
 
     def address(self, name: str) -> str:
-        """Names come from manifests, which are untrusted: only plain file names of this very folder."""
-        if not manifest.plain(name):
-            raise StorageError(f"{shown(self.where)}: its manifest names {name!r}, which is no plain file name.")
+        """Returns the path or address of a file of this artefact.
+
+        Raises:
+            StorageError: The name is not a plain file name. Manifests are untrusted, so a name must not lead to another folder.
+        """
+        if not manifest.is_plain_name(name):
+            raise StorageError(f"{without_secrets(self.where)}: its manifest lists {name!r}, which is not a plain file name.")
         if not is_remote(self.where):
             return os.path.join(os.path.abspath(self.where), name)
         folder, mark, signature = self.where.partition("?")
@@ -113,54 +168,84 @@ class Store:
 
 @dataclass(frozen=True)
 class Cache:
-    """A directory of at most `limit` bytes, files on their way in included."""
+    """A node's directory of fetched files. The stores of all processes of the node use it.
+
+    Attributes:
+        directory: The directory.
+        limit: Largest size in bytes, including files that are being fetched.
+        attempts: Number of attempts to fetch a file.
+        pause: Seconds before the second attempt. The pause doubles with each further attempt.
+    """
 
     directory: Path
     limit: int
     attempts: int = 5
-    pause: float = 1.0  # seconds before the second attempt; doubles
+    pause: float = 1.0
 
     def open(self, source: str, size: int, crc32: int) -> int:
-        """A descriptor of the file's copy, fetched if it is not there; others who want the same file wait for it.
+        """Opens the copy of a file, and fetches the file first if necessary.
 
-        Raises StorageError, and UserError where the limit is smaller than the file."""
+        Other processes that open the same file meanwhile wait for this fetch.
+
+        Args:
+            source: Path or address of the file.
+            size: Size of the file in bytes.
+            crc32: Checksum of the file.
+
+        Returns:
+            A file descriptor, which the caller closes.
+
+        Raises:
+            StorageError: The file cannot be fetched.
+            UserError: The file is larger than the limit, or the directory cannot be made.
+        """
         if size > self.limit:
             raise UserError(
-                f"{shown(source)} has {size / 1e9:.3g} GB, and the cache {self.directory} holds {self.limit / 1e9:.3g} GB. "
-                "Raise data.cache.gigabytes, or pack smaller shards."
+                f"{without_secrets(source)} has {size / 1e9:.3g} GB, but the cache {self.directory} holds only "
+                f"{self.limit / 1e9:.3g} GB. Raise data.cache.gigabytes, or pack smaller shards."
             )
-        key = hashlib.sha256(f"{shown(source)} {size} {crc32}".encode()).hexdigest()[:16]
-        path = self.directory / f"{shown(source).rpartition('/')[2]}-{key}.cached"
+        key = hashlib.sha256(f"{without_secrets(source)} {size} {crc32}".encode()).hexdigest()[:16]
+        path = self.directory / f"{without_secrets(source).rpartition('/')[2]}-{key}.cached"
         part = path.with_suffix(".part")
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"The cache {self.directory} cannot be made ({error.strerror}). Set data.cache.directory."
+                f"The cache {self.directory} cannot be made ({error.strerror}). Set data.cache.directory to a directory on "
+                "the node's own disk."
             ) from None
-        while (found := _complete(path, size)) is None:
+        while (descriptor := _open_if_complete(path, size)) is None:
             with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if not _is(part, file):  # the one who had it has finished, or it was cleared away
+                # While this process waited for the lock, another may have renamed or deleted the file.
+                if not _is_same_file(part, file):
                     continue
-                if (found := _complete(path, size)) is None:
-                    try:
-                        self._reserve(file, size)
-                        self._fetch(source, file, size, crc32)
-                        found = os.open(part, os.O_RDONLY)
-                        with self._locked():  # or a count in progress would miss it
-                            os.replace(part, path)
-                    except BaseException:
-                        part.unlink(missing_ok=True)
-                        raise
+                if (descriptor := _open_if_complete(path, size)) is None:
+                    descriptor = self._fetch_into(file, source, size, crc32, part, path)
                 else:
                     part.unlink()
                 break
-        os.utime(found)
-        return found
+        os.utime(descriptor)  # marks the file as recently used
+        return descriptor
+
+    def _fetch_into(self, file: BinaryIO, source: str, size: int, crc32: int, part: Path, path: Path) -> int:
+        """Fetches a file into its locked .part file, renames it to its final path, and returns a descriptor to read from."""
+        try:
+            self._reserve(file, size)
+            self._fetch(source, file, size, crc32)
+            descriptor = os.open(part, os.O_RDONLY)
+            with self._locked():  # a process that is adding up the sizes of all files would otherwise miss this one
+                os.replace(part, path)
+            return descriptor
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
     def _reserve(self, file: BinaryIO, size: int) -> None:
-        """Gives the unfinished file its full length at once, by which others count it; waits while theirs fill the limit."""
+        """Gives the unfinished file its full length, so that other processes count its space.
+
+        Waits while the unfinished files of other processes leave too little space.
+        """
         os.ftruncate(file.fileno(), 0)
         while True:
             with self._locked():
@@ -170,20 +255,25 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
+        """Holds the lock of the cache's accounting."""
         with open(self.directory / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _make_room(self, size: int) -> bool:
-        """Clears away what dead processes left and, if that can help, the least recently used files."""
+        """Deletes files until `size` more bytes fit, and returns whether they do.
+
+        Deletes unfinished files whose process has ended, then the least recently used files. Deletes none of the latter if
+        the files that are being fetched leave too little space anyway.
+        """
         finished, arriving = [], 0
         for path in self.directory.iterdir():
-            if CACHED.fullmatch(path.name):
+            if CACHE_FILE.fullmatch(path.name):
                 with contextlib.suppress(FileNotFoundError):
                     stat = path.stat()
                     if path.suffix == ".cached":
                         finished.append((stat.st_mtime_ns, path, stat.st_size))
-                    elif not _abandoned(path):
+                    elif not _remove_if_abandoned(path):
                         arriving += stat.st_size
         if arriving + size > self.limit:
             return False
@@ -196,102 +286,125 @@ class Cache:
         return True
 
     def _fetch(self, source: str, file: BinaryIO, size: int, crc32: int) -> None:
+        """Copies a file from its source and verifies it. Raises StorageError."""
+
         def copy(stream: BinaryIO) -> None:
             received = crc = 0
             file.seek(0)
             while block := stream.read(BLOCK):
                 received += len(block)
                 if received > size:
-                    raise _Differs(f"more than the {size} bytes that its manifest gives")
+                    raise _ContentError(f"more than the {size} bytes of its manifest entry arrived")
                 crc = zlib.crc32(block, crc)
                 while block:
                     block = block[file.write(block) :]
             if received != size:
-                raise _Differs(f"{received} bytes arrived, {size} expected")
+                raise _ContentError(f"{received} bytes arrived, {size} expected")
             if crc != crc32:
-                raise _Differs(f"crc32 {crc:08x} arrived, {crc32:08x} expected")
-            os.fsync(file.fileno())  # its length is right from the start, so that after a crash only this makes it whole
+                raise _ContentError(f"crc32 {crc:08x} arrived, {crc32:08x} expected")
+            # _open_if_complete() checks only the length, and the file had its full length from the start. Without fsync, a
+            # file with a final name could be incomplete after a crash of the machine.
+            os.fsync(file.fileno())
 
         try:
-            _retried(source, copy, self.attempts, self.pause)
+            _read_with_retries(source, copy, self.attempts, self.pause)
         except FileNotFoundError:
-            raise StorageError(f"{shown(source)} is listed in its manifest, but it is not there.") from None
+            raise StorageError(f"{without_secrets(source)} is listed in its manifest, but does not exist.") from None
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in DISK_FULL:
                 raise StorageError(f"The disk of the cache {self.directory} is full. Lower data.cache.gigabytes.") from None
             raise
 
 
-def _expanded(directory: str) -> Path:
+def _expand(directory: str) -> Path:
+    """Returns the absolute path of a cache directory with ~ and variables replaced. Raises UserError for an unset variable."""
     path = os.path.expanduser(os.path.expandvars(directory))
     if "$" in path:
-        raise UserError(f"data.cache.directory is {directory}, but that variable is not set here.")
+        raise UserError(f"data.cache.directory is {directory}, but that variable is not set here. Set it, or give a path.")
     return Path(path).absolute()
 
 
-def _complete(path: Path, size: int) -> int | None:
-    """A descriptor of a finished file, None where there is none of that size."""
+def _open_if_complete(path: Path, size: int) -> int | None:
+    """Returns a descriptor of a finished file; None if there is no file of that size."""
     try:
-        found = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    if os.fstat(found).st_size == size:
-        return found
-    os.close(found)
+    if os.fstat(descriptor).st_size == size:
+        return descriptor
+    os.close(descriptor)
     return None
 
 
-def _is(path: Path, file: BinaryIO) -> bool:
+def _is_same_file(path: Path, file: BinaryIO) -> bool:
+    """Returns whether an open file is still the one at a path."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
 
 
-def _abandoned(part: Path) -> bool:
-    """Removes an unfinished file that nobody holds."""
+def _remove_if_abandoned(part: Path) -> bool:
+    """Deletes an unfinished file that no process is fetching, and returns whether it did."""
     with open(part, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if _is(part, file):  # else finished this moment, and counted as arriving once more at worst
+        # If the path now has another file or none, the fetch has just finished. At worst its size is then counted twice.
+        if _is_same_file(part, file):
             part.unlink()
             return True
     return False
 
 
-def _retried(source: str, take: Callable[[BinaryIO], T], attempts: int = 5, pause: float = 1.0) -> T:
-    """take(stream from the source's first byte), again after a failure. What cannot change is raised at once."""
+def _read_with_retries(source: str, read: Callable[[BinaryIO], T], attempts: int = 5, pause: float = 1.0) -> T:
+    """Opens a source, calls read(stream), and repeats both after a failure.
+
+    Args:
+        source: Path or address of the file.
+        read: Reads the stream from its first byte; its result is returned.
+        attempts: Number of attempts.
+        pause: Seconds before the second attempt; doubles with each further attempt.
+
+    Raises:
+        FileNotFoundError, UserError, or an OSError of a full disk: Raised at once, since a further attempt would not help.
+        StorageError: All attempts failed.
+    """
     for attempt in range(attempts):
-        if attempt:  # not all nodes at once; `random` itself belongs to the user's seeds
+        if attempt:
+            # A random factor keeps the nodes from retrying all at once. SystemRandom leaves the seeded `random` untouched.
             time.sleep(pause * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.5, 1.5))
         try:
-            with _stream(source) as stream:
-                return take(stream)
+            with _open_stream(source) as stream:
+                return read(stream)
         except (FileNotFoundError, StorageError, UserError):
             raise
-        except Exception as error:  # each protocol has errors of its own
-            if getattr(error, "errno", None) in FULL:
+        except Exception as error:  # each protocol raises errors of its own classes
+            if getattr(error, "errno", None) in DISK_FULL:
                 raise
-            problem = str(error) if isinstance(error, _Differs) else f"{type(error).__name__}: {error}"
-    raise StorageError(f"{shown(source)} could not be read in {attempts} attempts; the last: {shown(problem)}.")
+            problem = str(error) if isinstance(error, _ContentError) else f"{type(error).__name__}: {error}"
+    raise StorageError(
+        f"{without_secrets(source)} could not be read in {attempts} attempts; the last error: {without_secrets(problem)}."
+    )
 
 
-def _stream(source: str) -> BinaryIO:
+def _open_stream(source: str) -> BinaryIO:
+    """Opens a local or remote file for reading. Raises UserError if a package for its protocol is missing."""
     if not is_remote(source):
         return open(source, "rb")
     protocol = source.partition("://")[0]
     try:
-        import fsspec  # only remote data need it
+        import fsspec  # imported here because only remote data need it
 
         if protocol not in ("http", "https"):
             return fsspec.filesystem(protocol).open(source, block_size=8 * BLOCK)
         import aiohttp
 
-        # aiohttp's own limit is five minutes in all, too little for a large shard; here silence is what counts.
+        # By default aiohttp ends a transfer after five minutes, too early for a large shard. Limit the silence instead.
         session = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60), "trust_env": True}
         system = fsspec.filesystem(protocol, headers={"Accept-Encoding": "identity"}, client_kwargs=session)
-        return system.open(source, block_size=0, size=1)  # one GET; "size" spares a HEAD, which signed addresses refuse
+        # block_size=0 makes a single GET. Any `size` avoids a HEAD request, which signed addresses refuse.
+        return system.open(source, block_size=0, size=1)
     except ImportError as error:
-        raise UserError(f"{protocol}:// needs a package that is not installed here ({error}).") from None
+        raise UserError(f"{protocol}:// needs a package that is not installed here ({error}). Install it.") from None

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: stage directories, the metrics log and its copy in MLflow, journals, progress bars."""
+"""The files of a run: stage directories, the metrics log and its copy in MLflow, journals. Also progress bars."""

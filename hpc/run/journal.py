@@ -1,4 +1,8 @@
-"""Append-only JSONL files that can be cut back to a checkpoint."""
+"""Journals: JSONL files with one entry a line. Entries are only appended; a resume cuts a journal back to its checkpoint.
+
+A crash may leave an incomplete last line, which `read` skips. Training keeps its metrics, the samples that it read and the
+unreadable samples in journals; launch/ keeps the submitted jobs and how their ranks ended.
+"""
 
 import json
 from pathlib import Path
@@ -7,13 +11,19 @@ from hpc.run.rundir import atomic_write
 
 
 def append(path: Path, *entries: dict) -> None:
-    """One write per call: readers see whole lines, or a torn last one, which read() drops."""
+    """Appends entries in one write. Readers then see complete lines, except for the last one after a crash.
+
+    Args:
+        path: The journal; it is created if needed. Its directory must exist.
+        *entries: Plain data, one line each. Without entries, nothing is written.
+    """
     if entries:
         with open(path, "a") as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def read(path: Path) -> list[dict]:
+    """Reads all entries of a journal, or [] if there is no file. Lines that are not valid JSON are skipped."""
     entries = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -25,7 +35,12 @@ def read(path: Path) -> list[dict]:
 
 
 def cut_back(path: Path, samples: int) -> None:
-    """Drops entries with "samples" above the given count: steps that no checkpoint holds never happened."""
+    """Removes the entries after a checkpoint. The resumed training writes them again, so they would be there twice.
+
+    Args:
+        path: The journal; nothing happens if it does not exist. Each entry has a key "samples".
+        samples: Samples seen at the checkpoint. Entries with more are removed.
+    """
     if path.exists():
-        kept = [e for e in read(path) if e["samples"] <= samples]
-        atomic_write(path, "".join(json.dumps(e) + "\n" for e in kept).encode())
+        remaining = [e for e in read(path) if e["samples"] <= samples]
+        atomic_write(path, "".join(json.dumps(e) + "\n" for e in remaining).encode())

@@ -1,12 +1,14 @@
-"""JSONL is the truth, MLflow follows.
+"""Copies the metrics logs of a run to MLflow. The copy survives restarts of this process and failures of the server.
 
-A stage writes metrics.jsonl and images/ and waits for nobody. `sync` sends what is new, from whichever process has the
-time: a thread beside the training (Follower) or the page's own process (launch/ui.py). A server that is away, hangs or loses
-an answer costs nothing: the file stays, and what was sent is known by asking the server. A (metric, samples) pair is
-sent once, so a line that is trained again after a resume doubles no point.
+A stage writes metrics.jsonl and images/ and never waits for MLflow. `sync` sends what is new. It is called by a thread beside
+the training (Follower) and by the process of `lesiongen ui` (launch/ui.py). If the server is down or hangs, the files stay, and
+a later sync sends them.
 
-MLflow's step is `samples`: steps mean something else after a change of batch size, samples never do.
-This is the only file that imports mlflow, and only where there is something to send: the import takes seconds.
+Each pair (metric, samples) is sent once. `sync` asks the server which values it has, so no value appears twice after a lost
+answer or a crash. When a resume trains some steps again, MLflow keeps the first values of these steps.
+
+MLflow's "step" is the number of samples, because a change of the batch size changes what a step means. This is the only file
+that imports mlflow. It does so only when there is something to send, because the import takes seconds.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -31,24 +34,39 @@ from hpc.errors import UserError
 from hpc.run.metrics_log import METRICS
 from hpc.run.rundir import atomic_write, lock
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default of 7 blocks for 247 s when the server is gone
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default of 7 blocks for 247 s when the server is down
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # a clinic's machine calls nobody
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # a clinic's machine must not contact other servers
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 8 processes of 160 MB each, unused here
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # avoids 8 unused processes of 160 MB each
 }
-_checked: set[tuple[Path, str]] = set()  # (run, uri) of which this process has asked the server what it has
+MAX_METRICS, MAX_PARAMS = 1000, 100  # that MLflow accepts in one request
+ALL_RUNS = 3  # mlflow.entities.ViewType.ALL: active and deleted runs
+
+# Pairs (run_dir, uri) that this process has compared with the server. The first sync of a process contacts the server even if
+# mlflow.json says that everything was sent.
+_checked: set[tuple[Path, str]] = set()
 
 
 class SyncError(RuntimeError):
-    """MLflow did not take what was sent. Nothing is lost: the next sync sends it."""
+    """MLflow did not accept the data. The files keep them, and the next sync sends them."""
 
 
 @dataclass
 class SyncResult:
-    """What a sync sent. busy: another process is syncing this run at this moment, so this one did nothing."""
+    """Result of one sync.
+
+    Attributes:
+        metrics: Number of values sent.
+        images: Number of pictures sent.
+        busy: Another process is syncing this run, so nothing was done.
+    """
 
     metrics: int = 0
     images: int = 0
@@ -56,102 +74,128 @@ class SyncResult:
 
 
 def default_uri(run_dir: Path) -> str:
-    """MLFLOW_TRACKING_URI, else the sqlite file beside the run directories."""
+    """Returns MLFLOW_TRACKING_URI if it is set, else the URI of mlflow.db beside the run directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(run_dir).absolute().parent}/mlflow.db"
 
 
 def link(run_dir: Path, uri: str) -> str | None:
-    """Where a person can look: a run's address on a server, the command for sqlite, None before the first sync."""
+    """Returns where a user can see a run in MLflow.
+
+    Args:
+        run_dir: The run's directory.
+        uri: The tracking URI.
+
+    Returns:
+        The run's web address on a server, or a command for sqlite. None if the run was not synced to the server yet.
+    """
     if uri.startswith("sqlite:"):
         return "lesiongen ui"
-    store = _json(Path(run_dir) / "mlflow.json").get("stores", {}).get(_public(uri), {})
+    store = _read_json(Path(run_dir) / "mlflow.json").get("stores", {}).get(_without_password(uri), {})
     if not uri.startswith("http") or "id" not in store.get("parent", {}):
         return None
-    return f"{_public(uri).rstrip('/')}/#/experiments/{store['experiment']}/runs/{store['parent']['id']}"
+    return f"{_without_password(uri).rstrip('/')}/#/experiments/{store['experiment']}/runs/{store['parent']['id']}"
 
 
-def _public(text: object) -> str:
-    """Without the user and password a URI may carry: run directories and logs are shared."""
+def _without_password(text: object) -> str:
+    """Removes user and password from URIs in a text. Run directories and logs are shared, so neither may appear there."""
     return re.sub(r"://[^@/\s]*@", "://", str(text))
 
 
-def _json(path: Path) -> dict:
+def _read_json(path: Path) -> dict:
     return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 @functools.cache
-def _client(uri: str):
+def _client(uri: str) -> "MlflowClient":
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # the first use of a sqlite file tells of every migration
+    for name in ("mlflow", "alembic"):  # without this, the first use of a sqlite file logs a line for every migration
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
 
 
 def sync(run_dir: Path, uri: str) -> SyncResult:
-    """Sends what is new in all stage directories of a run, nothing twice, also after a crash between any two lines.
+    """Sends what is new in all stage directories of a run. Nothing is sent twice, wherever an earlier sync crashed.
 
-    One experiment per config name, one parent run per run directory, one child run per stage. Raises SyncError.
+    MLflow then holds an experiment for each config name, a parent run for each run directory, and a child run for each stage.
+
+    Args:
+        run_dir: The run's directory.
+        uri: The tracking URI.
+
+    Raises:
+        SyncError: The server cannot be reached or refuses the data.
     """
     run_dir = Path(run_dir).absolute()
-    stages = sorted(p.parent for p in run_dir.glob(f"*/{METRICS}") if not p.parent.name.startswith("."))
-    if not stages and not (run_dir / "report" / "report.html").exists():
+    stage_dirs = sorted(p.parent for p in run_dir.glob(f"*/{METRICS}") if not p.parent.name.startswith("."))
+    if not stage_dirs and not (run_dir / "report" / "report.html").exists():
         return SyncResult()
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as held:
         try:
             try:
-                stack.enter_context(lock(run_dir / ".mlflow"))
+                held.enter_context(lock(run_dir / ".mlflow"))
             except UserError:
                 return SyncResult(busy=True)
             try:
-                return _Sync(run_dir, uri, stages).run()
+                return _Sync(run_dir, uri, stage_dirs).run()
             except Exception as error:
                 if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
                     raise
-            # The store was emptied or replaced: all is sent again, but for what it has, which is found by its tag.
-            return _Sync(run_dir, uri, stages, forget=True).run()
+            # MLflow's store was emptied or replaced: forget the ids and cursors. Runs that still exist are found by their tag.
+            return _Sync(run_dir, uri, stage_dirs, forget=True).run()
         except Exception as error:
-            reason = (_public(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise SyncError(f"MLflow at {_public(uri)}: {reason}") from error
+            reason = (_without_password(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise SyncError(f"MLflow at {_without_password(uri)}: {reason}") from error
 
 
 class _Sync:
-    """One sync of one run, under its lock.
+    """One sync of one run. The caller holds the run's lock.
 
-    mlflow.json: {"uid", "stores": {uri: {"experiment", "seen": how each stage's files were when all was sent, "parent":
-    entry, "stages": {name: entry}}}}. An entry is a run's "id" and its cursor: for lines "offset", "tail" (checksum of
-    the bytes before it) and "last" ({metric: samples}), for files "sent".
+    The state is kept in mlflow.json:
+
+        {"uid": identifies the run directory in MLflow,
+         "stores": {uri: {"experiment": id,
+                          "seen": file stamps of each stage when all of it had been sent,
+                          "parent": entry,
+                          "stages": {name: entry}}}}
+
+    An entry has the "id" of a run in MLflow, and records what was sent to the run. For metrics.jsonl this is a cursor: "offset"
+    (bytes), "tail" (checksum of the bytes before it) and "last" ({metric: samples of its latest value}). For a stage, "sent"
+    lists the pictures and "created" is when the stage was begun; for the parent, "sent" is the stamp of the report.
     """
 
-    def __init__(self, run_dir: Path, uri: str, stages: list[Path], forget: bool = False):
-        self.run_dir, self.uri, self.stages, self.result = run_dir, uri, stages, SyncResult()
-        self.state = _json(run_dir / "mlflow.json") or {"uid": uuid.uuid4().hex, "stores": {}}
+    def __init__(self, run_dir: Path, uri: str, stage_dirs: list[Path], forget: bool = False):
+        self.run_dir, self.uri, self.stage_dirs, self.result = run_dir, uri, stage_dirs, SyncResult()
+        self.state = _read_json(run_dir / "mlflow.json") or {"uid": uuid.uuid4().hex, "stores": {}}
         if forget:
-            self.state["stores"].pop(_public(uri), None)
-        self.store = self.state["stores"].setdefault(_public(uri), {"seen": {}, "parent": {}, "stages": {}})
-        path = run_dir / "config.yaml"
-        self.config = (yaml.safe_load(path.read_bytes()) if path.exists() else None) or {}
+            self.state["stores"].pop(_without_password(uri), None)
+        self.store = self.state["stores"].setdefault(_without_password(uri), {"seen": {}, "parent": {}, "stages": {}})
+        config = run_dir / "config.yaml"
+        self.config = (yaml.safe_load(config.read_bytes()) if config.exists() else None) or {}
 
     def run(self) -> SyncResult:
-        page, key = self.run_dir / "report" / "report.html", (self.run_dir, self.uri)
+        """Sends everything that is new. Contacts the server only if a file has changed or this process has not done so yet."""
+        report, key = self.run_dir / "report" / "report.html", (self.run_dir, self.uri)
+        # Find the stages with changed files.
         files = (METRICS, "images", "stage.json", "../config.yaml")
-        now = {p.name: [_stamp(p / file) for file in files] for p in self.stages}
-        now["report.html"] = [_stamp(page), _stamp(page.with_name("stage.json"))]
-        news = [p for p in self.stages if key not in _checked or now[p.name] != self.store["seen"].get(p.name)]
-        if not news and now == self.store["seen"]:
+        stamps = {p.name: [_file_stamp(p / file) for file in files] for p in self.stage_dirs}
+        stamps["report.html"] = [_file_stamp(report), _file_stamp(report.with_name("stage.json"))]
+        changed = [p for p in self.stage_dirs if key not in _checked or stamps[p.name] != self.store["seen"].get(p.name)]
+        if not changed and stamps == self.store["seen"]:
             return self.result
+        # Send these stages, then the report, then the status of the whole run.
         try:
-            if parent := self._open(self.store["parent"], self.state["uid"], self.run_dir.name, self.config):
-                for stage in news:
-                    self._stage(stage)
-                if page.exists() and self.store["parent"].get("sent") != (stamp := _stamp(page)):
-                    _client(self.uri).log_artifact(parent.info.run_id, str(page))
+            if parent := self._get_or_create_run(self.store["parent"], self.state["uid"], self.run_dir.name, self.config):
+                for stage_dir in changed:
+                    self._sync_stage(stage_dir)
+                if report.exists() and self.store["parent"].get("sent") != (stamp := _file_stamp(report)):
+                    _client(self.uri).log_artifact(parent.info.run_id, str(report))
                     self.store["parent"]["sent"] = stamp
-                records = [_json(p / "stage.json") for p in [*self.stages, page.parent]]
-                self._status(parent, all(r.get("done") for r in records), records[-1])
-            self.store["seen"] = now
+                records = [_read_json(p / "stage.json") for p in [*self.stage_dirs, report.parent]]
+                self._set_status(parent, all(r.get("done") for r in records), records[-1])
+            self.store["seen"] = stamps
             _checked.add(key)
         finally:
             self._save()
@@ -160,125 +204,164 @@ class _Sync:
     def _save(self) -> None:
         atomic_write(self.run_dir / "mlflow.json", json.dumps(self.state, indent=1).encode() + b"\n")
 
-    def _open(self, entry: dict, uid: str, name: str, params: dict, created: float | None = None, parent: str = ""):
-        """The server's run of an entry, made if need be. None if a person deleted it on the page: it stays deleted."""
+    def _get_or_create_run(
+        self, entry: dict, uid: str, name: str, params: dict, created: float | None = None, parent_id: str = ""
+    ) -> "Run | None":
+        """Returns MLflow's run of an entry; creates it if needed. Returns None if a user deleted the run in MLflow.
+
+        Args:
+            entry: The entry; its "id" is set.
+            uid: Identifies the run in MLflow by a tag.
+            name: Name of a new run.
+            params: Parameters of the run, nested; those that MLflow lacks are sent.
+            created: Start of a new run, Unix time in seconds.
+            parent_id: Id of the parent run; "" for the parent itself.
+        """
         from mlflow.entities import Param
 
         client = _client(self.uri)
         if "id" not in entry:
-            experiment = self.store["experiment"] = self._experiment()
-            self._save()  # the uid first, then the run that bears it, then its id: a crash leaves no second run
-            found = client.search_runs([experiment], f"tags.`track.uid` = '{uid}'", run_view_type=3, max_results=1)
+            experiment = self.store["experiment"] = self._get_or_create_experiment()
+            # Save the uid before creating the run that has it as a tag. If the process is killed before the run's id is saved,
+            # the next sync finds the run by the tag and does not create a second one.
+            self._save()
+            existing = client.search_runs([experiment], f"tags.`track.uid` = '{uid}'", run_view_type=ALL_RUNS, max_results=1)
             tags, start = {"track.uid": uid, "track.dir": str(self.run_dir)}, int(created * 1000) if created else None
-            if parent:
-                tags["mlflow.parentRunId"] = parent
-            entry["id"] = (found[0] if found else client.create_run(experiment, start, tags, name)).info.run_id
+            if parent_id:
+                tags["mlflow.parentRunId"] = parent_id
+            entry["id"] = (existing[0] if existing else client.create_run(experiment, start, tags, name)).info.run_id
         run = client.get_run(entry["id"])
         if run.info.lifecycle_stage != "active":
             return None
-        # Only what is missing: MLflow refuses to change a parameter.
+        # Send missing parameters only: MLflow refuses to change the value of a parameter.
         new = [Param(k, v) for k, v in dict(_flatten(params)).items() if k not in run.data.params]
-        for i in range(0, len(new), 100):
-            client.log_batch(entry["id"], params=new[i : i + 100], synchronous=True)
+        for i in range(0, len(new), MAX_PARAMS):
+            client.log_batch(entry["id"], params=new[i : i + MAX_PARAMS], synchronous=True)
         return run
 
-    def _experiment(self) -> str:
+    def _get_or_create_experiment(self) -> str:
+        """Returns the id of the experiment with the config's name."""
         client, name = _client(self.uri), str(self.config.get("name", self.run_dir.name))
         if client.get_experiment_by_name(name) is None:
-            beside = (self.run_dir.parent / "mlartifacts" / name).as_uri()
-            with contextlib.suppress(Exception):  # another run of this name may be faster; if not, the next lines tell
-                client.create_experiment(name, beside if self.uri.startswith("sqlite:") else None)
+            artifacts = (self.run_dir.parent / "mlartifacts" / name).as_uri()
+            # This fails if a run with the same config name creates the experiment first. The check below finds other failures.
+            with contextlib.suppress(Exception):
+                client.create_experiment(name, artifacts if self.uri.startswith("sqlite:") else None)
         experiment = client.get_experiment_by_name(name)
         if experiment is None or experiment.lifecycle_stage != "active":
-            raise SyncError(f"experiment {name!r} cannot be made, or was deleted: restore it, or rename the run")
+            raise SyncError(
+                f"the experiment {name!r} was deleted or cannot be created; restore it in MLflow, or rename the run"
+            )
         return experiment.experiment_id
 
-    def _stage(self, path: Path) -> None:
-        client, record, name = _client(self.uri), _json(path / "stage.json"), path.name
+    def _sync_stage(self, stage_dir: Path) -> None:
+        """Sends the parameters, new metrics, new pictures and the status of one stage."""
+        client, record, name = _client(self.uri), _read_json(stage_dir / "stage.json"), stage_dir.name
         entry, created = self.store["stages"].setdefault(name, {}), record.get("created")
-        if created and entry.get("created", created) != created:  # made anew with --fresh: another run
+        # A stage that was made again with --fresh gets a new run in MLflow. The old run stays.
+        if created and entry.get("created", created) != created:
             old = client.get_run(entry["id"]).info
             if (old.status, old.lifecycle_stage) == ("RUNNING", "active"):
                 client.set_terminated(entry["id"], "KILLED")
             entry = self.store["stages"][name] = {}
+        # Its parameters are its section of the config, and the values outside of sections.
         section = self.config.get(name, self.config.get(name.split("-")[0], {}))
         params = {k: v for k, v in self.config.items() if not isinstance(v, dict)} | {name: section}
-        uid, parent = f"{self.state['uid']}/{name}/{created}", self.store["parent"]["id"]
-        run = self._open(entry, uid, name, params, created, parent)
+        uid, parent_id = f"{self.state['uid']}/{name}/{created}", self.store["parent"]["id"]
+        run = self._get_or_create_run(entry, uid, name, params, created, parent_id)
         if created:
             entry["created"] = created
         if run is None:
             return
-        self._lines(path / METRICS, entry, run)
-        for picture in sorted((path / "images").glob("*.png")):
+        self.result.metrics += _LineSender(self.uri, stage_dir / METRICS, entry, run).send()
+        for picture in sorted((stage_dir / "images").glob("*.png")):
             if picture.name not in entry.setdefault("sent", []):
                 client.log_artifact(entry["id"], str(picture), "images")
                 entry["sent"].append(picture.name)
                 self.result.images += 1
-        self._status(run, bool(record.get("done")), record)
+        self._set_status(run, bool(record.get("done")), record)
 
-    def _lines(self, path: Path, entry: dict, run) -> None:
-        """Sends the lines after the cursor, without the values that the server has.
-
-        It has all up to the latest step of each metric: a request is one transaction there, so this is exact even where
-        the answer to the last one was lost.
-        """
-        from mlflow.entities import Metric
-
-        last, batch, offset = dict(entry.get("last", {})), [], entry.get("offset", 0)
-        for metric in run.data.to_proto().metrics:
-            last[metric.key] = max(metric.step, last.get(metric.key, -1))
-        if _tail(path, offset) != entry.get("tail", 0):  # cut back by a resume, even if it is longer again by now
-            offset = 0
-
-        def send() -> None:
-            for i in range(0, len(batch), 1000):  # as many as MLflow takes
-                _client(self.uri).log_batch(entry["id"], batch[i : i + 1000], synchronous=True)
-            self.result.metrics += len(batch)
-            entry.update(offset=offset, tail=_tail(path, offset), last=dict(last))
-            batch.clear()
-
-        with open(path, "rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # still being written
-                try:
-                    row = json.loads(line)
-                except ValueError:  # torn by a crash
-                    row = {}
-                # The line's own time: should a request arrive twice after all, MLflow's keys make it one point.
-                samples, time_ms = row.get("samples", -1), int(row.pop("time", 0) * 1000)
-                new = {name: float(value) for name, value in row.items() if samples > last.get(name, -1)}
-                if len(batch) + len(new) > 1000:
-                    send()
-                # MLflow draws infinity as 1.8e308, and NaN not at all.
-                batch += [Metric(k, v if math.isfinite(v) else math.nan, time_ms, samples) for k, v in new.items()]
-                last |= dict.fromkeys(new, samples)
-                offset += len(line)
-            send()
-
-    def _status(self, run, done: bool, record: dict) -> None:
+    def _set_status(self, run: "Run", done: bool, record: dict) -> None:
+        """Sets the run's status to FINISHED, with the end time of the stage record, or to RUNNING."""
         if done and run.info.status != "FINISHED":
             end = record.get("finished")
             _client(self.uri).set_terminated(run.info.run_id, "FINISHED", int(end * 1000) if end else None)
-        elif not done and run.info.status != "RUNNING":  # a longer training of a finished stage
+        elif not done and run.info.status != "RUNNING":  # a finished stage is trained for longer
             _client(self.uri).update_run(run.info.run_id, "RUNNING")
 
 
-def _stamp(path: Path) -> list[int] | None:
+class _LineSender:
+    """Sends the new values of one metrics.jsonl, and moves the entry's cursor after each batch that MLflow accepted.
+
+    A value is new if its samples are above the latest step that MLflow has of its metric. MLflow handles a request as one
+    transaction, so it has either all values of a request or none. The comparison is therefore exact, even if MLflow stored the
+    last request and its answer was lost.
+    """
+
+    def __init__(self, uri: str, path: Path, entry: dict, run: "Run"):
+        self.uri, self.path, self.entry = uri, path, entry
+        self.batch: list[Metric] = []
+        self.sent = 0
+        self.last: dict[str, int] = dict(entry.get("last", {}))  # samples of the latest value of each metric
+        for metric in run.data.to_proto().metrics:
+            self.last[metric.key] = max(metric.step, self.last.get(metric.key, -1))
+        self.offset = entry.get("offset", 0)
+        # Another checksum means that a resume cut the file back; it may have grown since. Read it from the start.
+        if _checksum_before(path, self.offset) != entry.get("tail", 0):
+            self.offset = 0
+
+    def send(self) -> int:
+        """Sends everything new and returns the number of values."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # the stage is still writing this line
+                self._add(line)
+            self._send_batch()
+        return self.sent
+
+    def _add(self, line: bytes) -> None:
+        """Adds the new values of a line to the batch, which is sent first if it would become too large."""
+        from mlflow.entities import Metric
+
+        try:
+            row = json.loads(line)
+        except ValueError:  # a crash left this line incomplete
+            row = {}
+        # Each value gets the time of its line. MLflow stores a value that arrives twice with the same time only once.
+        samples, time_ms = row.get("samples", -1), int(row.pop("time", 0) * 1000)
+        new = {name: float(value) for name, value in row.items() if samples > self.last.get(name, -1)}
+        if len(self.batch) + len(new) > MAX_METRICS:
+            self._send_batch()
+        # MLflow plots infinity as 1.8e308 but leaves NaN out of a plot, so infinity is sent as NaN.
+        self.batch += [Metric(k, v if math.isfinite(v) else math.nan, time_ms, samples) for k, v in new.items()]
+        self.last |= dict.fromkeys(new, samples)
+        self.offset += len(line)
+
+    def _send_batch(self) -> None:
+        for i in range(0, len(self.batch), MAX_METRICS):
+            _client(self.uri).log_batch(self.entry["id"], self.batch[i : i + MAX_METRICS], synchronous=True)
+        self.sent += len(self.batch)
+        tail = _checksum_before(self.path, self.offset)
+        self.entry.update(offset=self.offset, tail=tail, last=dict(self.last))
+        self.batch.clear()
+
+
+def _file_stamp(path: Path) -> list[int] | None:
+    """Returns modification time (ns) and size, which tell whether a file has changed. None if there is no file."""
     return [path.stat().st_mtime_ns, path.stat().st_size] if path.exists() else None
 
 
-def _tail(path: Path, offset: int) -> int:
-    """Checksum of the bytes before an offset; the times of the lines make it unique."""
+def _checksum_before(path: Path, offset: int) -> int:
+    """Returns the checksum of the 256 bytes before an offset. They include the time of a line, so a changed file differs."""
     with open(path, "rb") as file:
         file.seek(max(0, offset - 256))
         return zlib.crc32(file.read(min(256, offset)))
 
 
 def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and short strings, as MLflow takes them."""
+    """Yields dotted keys and values of nested data as short strings that MLflow accepts as parameters."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
@@ -288,9 +371,17 @@ def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 class Follower:
-    """A daemon thread that syncs a run every `interval` s. It never blocks the training, nor the interpreter's exit.
+    """A daemon thread that syncs a run regularly. It blocks neither the training nor the exit of the process.
 
-    failures: how many syncs have failed so far. The file is the queue: memory is bounded however long a server is away.
+    Memory stays bounded however long the server is down, because the unsent lines are in the file.
+
+    Args:
+        run_dir: The run's directory.
+        uri: The tracking URI.
+        interval: Seconds between two syncs. After failures the pause doubles, up to 60 s.
+
+    Attributes:
+        failures: Number of syncs that have failed.
     """
 
     def __init__(self, run_dir: Path, uri: str, interval: float = 5.0):
@@ -300,32 +391,38 @@ class Follower:
         self._thread.start()
 
     def close(self, deadline: float = 15.0) -> bool:
-        """One last sync, given up after `deadline` s. Whether all was delivered; if not, a line says so."""
+        """Syncs a last time and returns whether everything was sent. If not, prints a line.
+
+        Args:
+            deadline: Seconds after which the last sync is given up.
+        """
         self._deadline = time.monotonic() + deadline
         self._stop.set()
         self._thread.join(deadline)
         if not self._delivered:
-            say(f"MLflow at {_public(self.uri)} did not take the last lines; they are kept for the next sync.")
+            say(f"MLflow at {_without_password(self.uri)} did not receive the last metrics. The next sync sends them.")
         return self._delivered
 
     def _loop(self) -> None:
-        failed = 0
+        failed = 0  # syncs in a row
         while True:
-            last = self._stop.wait(min(self.interval * 2**failed, 60.0))
+            closing = self._stop.wait(min(self.interval * 2**failed, 60.0))
             try:
-                while (busy := sync(self.run_dir, self.uri).busy) and last and time.monotonic() < self._deadline:
+                # At the end, wait for another process that is syncing this run, to be sure that everything was sent.
+                while (busy := sync(self.run_dir, self.uri).busy) and closing and time.monotonic() < self._deadline:
                     time.sleep(0.1)
                 if failed:
-                    say(f"MLflow at {_public(self.uri)} is back.")
-                failed, self._delivered = 0, last and not busy
+                    say(f"MLflow at {_without_password(self.uri)} is reachable again.")
+                failed, self._delivered = 0, closing and not busy
             except Exception as error:
                 self.failures += 1
                 failed = min(failed + 1, 8)
                 if failed == 1:
-                    say(f"{error}. Training goes on; the lines are sent when it is back.")
-            if last:
+                    say(f"{error}. Training continues. The metrics are sent when MLflow is reachable again.")
+            if closing:
                 return
 
 
 def say(text: str) -> None:
+    """Prints a line to stderr at once."""
     print(text, file=sys.stderr, flush=True)

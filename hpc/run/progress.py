@@ -1,16 +1,24 @@
-"""Progress bars on terminals, sparse lines in logs."""
+"""Progress bars: live on a terminal, a line from time to time in a log file."""
 
 import sys
 
 from tqdm import tqdm
 
 
-def bar(total: int, what: str, unit: str = "img", initial: int = 0, shown: bool = True) -> tqdm:
-    """A bar over `total` units of work. In a log file it writes a line at most every 30 s."""
+def bar(total: int, description: str, unit: str = "img", initial: int = 0, shown: bool = True) -> tqdm:
+    """Makes a progress bar on stderr. In a log file it writes a line at most every 30 s.
+
+    Args:
+        total: Units of work in all.
+        description: Text before the bar.
+        unit: Name of a unit.
+        initial: Units that are done already, such as samples before a resume.
+        shown: Whether anything is written; False on all ranks but one.
+    """
     live = sys.stderr.isatty()
     return tqdm(
         total=total,
-        desc=what,
+        desc=description,
         unit=unit,
         initial=initial,
         disable=not shown,

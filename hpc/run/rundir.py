@@ -1,4 +1,9 @@
-"""Stage directories: lock, what they were made from, whether they are done; durable writes."""
+"""Stage directories: what a result was made from, whether it is done, and a lock. Also durable writes of small files.
+
+stage.json in a stage's directory records the settings and inputs of the result. A stage continues only in a directory whose
+record fits; otherwise StageDir.check raises UserError. lesiongen/stages/base.py runs every stage through a StageDir, under the
+directory's lock.
+"""
 
 import contextlib
 import errno
@@ -21,6 +26,7 @@ from hpc.errors import UserError
 
 
 def fsync_dir(path: Path) -> None:
+    """Writes a directory's entries to the disk, so that new and renamed files are still there after a power failure."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -29,7 +35,14 @@ def fsync_dir(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, whole, also after a crash or on a full disk."""
+    """Writes a file so that readers see the complete old content or the complete new content, even after a crash.
+
+    The content is written to a temporary file, which is then renamed. If the disk is full, the old file stays.
+
+    Args:
+        path: The file; its directory is created if needed.
+        content: The new content.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -45,7 +58,7 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def environment() -> dict:
-    """Versions, code and machine, for the record beside a result."""
+    """Returns the versions of Python and packages, the git commit, the machine and the command line, for stage.json."""
     versions = {}
     for name in ("lesiongen", "torch", "torchvision", "deepspeed", "webdataset", "submitit", "mlflow", "numpy", "pillow"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -66,11 +79,13 @@ def environment() -> dict:
 
 @dataclass(frozen=True)
 class StageDir:
-    """One stage's directory and what it must have been made from.
+    """Directory of a stage's result, and what the result must be made from.
 
-    identity: plain data that makes the result another thing (the fingerprint, kept readable so a difference is named)
-    inputs:   digest of each artefact upstream
-    target:   how much work makes it done (samples, draws …); more of it continues, it is no other thing
+    Attributes:
+        path: The directory.
+        identity: Settings that determine the result, as plain data. Stored in full, so that a message can name a difference.
+        inputs: Digest of each artefact that the stage reads, by name; None for one that is not finished.
+        target: Amount of work that makes the stage done, such as samples. A larger target continues the same result.
     """
 
     path: Path
@@ -80,74 +95,100 @@ class StageDir:
 
     @property
     def record(self) -> dict | None:
+        """Content of stage.json, or None if there is none."""
         return read_stage_record(self.path)
 
     @property
     def digest(self) -> str | None:
+        """Digest of the recorded result, or None if the recorded work is not finished."""
         record = self.record
         return record["digest"] if record and record["done"] else None
 
     def stale(self) -> list[str]:
-        """Differences between what is there and what is asked for; empty if none or nothing is there."""
+        """Lists differences between the recorded and the requested identity and inputs; [] if nothing is recorded."""
         record = self.record
         if record is None:
             return []
-        return differences(record["identity"], json.loads(json.dumps(self.identity))) + differences(
-            record["inputs"], self.inputs, "input"
-        )
+        identity = json.loads(json.dumps(self.identity))  # tuples become lists, as in the record
+        return differences(record["identity"], identity) + differences(record["inputs"], self.inputs, "input")
 
     def done(self) -> bool:
+        """Returns whether the stage has finished at least the requested amount of work."""
         record = self.record
         return bool(record and record["done"] and record["target"] >= self.target)
 
     def check(self) -> None:
-        """Raises UserError where the directory was made from something else."""
+        """Raises UserError if the directory holds a result with another identity or other inputs."""
         if changed := self.stale():
             raise UserError(
-                f"{self.path} was made from another configuration: {'; '.join(changed[:5])}. Change it back, give the run "
-                f"another name, or make this stage anew with --fresh {self.path.name}."
+                f"{self.path} was made with other settings or inputs: {'; '.join(changed[:5])}. Restore them, give the run "
+                f"another name, or delete this result and make it again with --fresh {self.path.name}."
             )
 
     def begin(self, config_yaml: str | None = None) -> None:
-        """Records the identity before any work, so that a killed stage is resumed only as the same thing."""
+        """Records identity and inputs before any work. A killed stage is then resumed only with the same ones.
+
+        Args:
+            config_yaml: The resolved config, to be written as config.yaml. None writes no file.
+
+        Raises:
+            UserError: The directory holds a result with another identity or other inputs.
+        """
         self.check()
         record = self.record or {"created": time.time(), "digest": None}
-        now = {"identity": self.identity, "inputs": self.inputs, "target": self.target, "environment": environment()}
-        self._write(record | now | {"done": False})
+        current = {"identity": self.identity, "inputs": self.inputs, "target": self.target, "environment": environment()}
+        self._write(record | current | {"done": False})
         if config_yaml:
             atomic_write(self.path / "config.yaml", config_yaml.encode())
 
     def finish(self, digest: str) -> None:
+        """Records that the stage is done, with the digest of its result."""
         self._write({**(self.record or {}), "done": True, "digest": digest, "target": self.target, "finished": time.time()})
 
     def clear(self) -> None:
-        """--fresh: the stage's directory goes, under its lock. A rename first, so that a kill leaves none half there."""
+        """Deletes the directory, for --fresh. Does nothing if there is none.
+
+        Raises:
+            UserError: The directory has files but no stage.json, or another process uses it.
+        """
         if not self.path.exists():
             return
         if self.record is None and any(p.name != ".lock" for p in self.path.iterdir()):
-            raise UserError(f"{self.path} is no stage's directory (it has no stage.json); --fresh will not delete it.")
+            raise UserError(
+                f"{self.path} has no stage.json, so it is not the result of a stage, and --fresh does not delete it. "
+                "Delete or move it yourself, or choose another directory."
+            )
+        # Rename first: a kill during the deletion must not leave a stage directory with some of its files.
         with lock(self.path):
-            doomed = self.path.with_name(f".{self.path.name}.removed-{os.getpid()}")
-            self.path.rename(doomed)
-        shutil.rmtree(doomed)
+            removed = self.path.with_name(f".{self.path.name}.removed-{os.getpid()}")
+            self.path.rename(removed)
+        shutil.rmtree(removed)
 
     def _write(self, record: dict) -> None:
         atomic_write(self.path / "stage.json", json.dumps(record, indent=1).encode() + b"\n")
 
 
 def read_stage_record(path: Path) -> dict | None:
-    """stage.json of a stage directory, None where there is none."""
+    """Reads stage.json of a stage directory. Returns None if there is none; raises UserError if it is damaged."""
     try:
         return json.loads((path / "stage.json").read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path / 'stage.json'} is damaged ({error}). Make the stage anew with --fresh.") from None
+        raise UserError(f"{path / 'stage.json'} is damaged ({error}). Make the stage again with --fresh.") from None
 
 
 @contextlib.contextmanager
 def lock(path: Path, wait_s: float = 0.0) -> Iterator[None]:
-    """Exclusive use of a directory; freed by the system when its holder dies. Raises UserError while another holds it."""
+    """Locks a directory for the block. The operating system frees the lock when the process ends, even by a kill.
+
+    Args:
+        path: The directory; it is created if needed. The lock is on its file .lock, whose text names the process.
+        wait_s: Seconds to wait for another process to free the lock.
+
+    Raises:
+        UserError: Another process holds the lock, or the file system does not support locks.
+    """
     path.mkdir(parents=True, exist_ok=True)
     with open(path / ".lock", "a+") as file:
         deadline = time.monotonic() + wait_s
@@ -157,12 +198,15 @@ def lock(path: Path, wait_s: float = 0.0) -> Iterator[None]:
                 break
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise UserError(f"{path} cannot be locked ({error.strerror}); mount its file system with flock.") from None
+                    raise UserError(
+                        f"{path} cannot be locked ({error.strerror}). Mount its file system with support for flock, or use "
+                        "another file system."
+                    ) from None
                 if time.monotonic() >= deadline:
                     file.seek(0)
                     raise UserError(
-                        f"{path} is in use by another process ({file.read().strip() or 'unknown'}). Wait for it to end, "
-                        "or stop it; nothing was changed."
+                        f"{path} is in use by another process ({file.read().strip() or 'unknown'}). Wait until it "
+                        "ends, or stop it. Nothing was changed."
                     ) from None
                 time.sleep(0.1)
         file.seek(0)

@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: DeepSpeed engine, optimizers, checkpoints, health, preemption, memory, speed."""
+"""Training: the loop, and the DeepSpeed engine, optimizers, checkpoints, health checks, signals, memory and speed it uses."""

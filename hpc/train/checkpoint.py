@@ -1,7 +1,9 @@
-"""Checkpoints by two-phase commit: a directory without a valid manifest does not exist.
+"""Checkpoints of the training loop: write, verify, choose, convert to another number of ranks.
 
-`step-N.tmp/` → every rank writes and fsyncs → barrier → rank 0 writes MANIFEST.json, renames, fsyncs the parent. There
-is no `latest` file: the newest directory whose files all verify is chosen by rank 0 and broadcast.
+Invariant: every directory step-N with a MANIFEST.json is complete. All ranks write and fsync step-N.tmp. Then rank 0 writes
+its MANIFEST.json and renames it to step-N; this rename is the commit. Directories without MANIFEST.json are ignored.
+
+There is no `latest` file. On a resume rank 0 verifies the checksums and chooses the newest sound checkpoint for all ranks.
 """
 
 import json
@@ -22,18 +24,30 @@ MANIFEST = "MANIFEST.json"
 
 
 def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, best: int | None = None) -> Path:
-    """Writes checkpoint `step` with the loop's plain state, then removes all but the newest `keep` and the `best`.
-    Collective."""
+    """Writes a checkpoint and deletes old ones. Collective.
+
+    Args:
+        folder: The directory of all checkpoints.
+        step: Number of the optimizer step; part of the checkpoint's name.
+        engine: The engine whose state is saved.
+        state: The training loop's state, as plain data for JSON.
+        keep: How many of the newest checkpoints to keep.
+        best: Step of the best checkpoint, which is kept too.
+
+    Returns:
+        The path of the new checkpoint.
+    """
     final, temporary = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
     dist.run_on_leader(_prepare, temporary)
     engine.save(temporary)
+    # Each rank fsyncs the files it wrote. DeepSpeed puts the rank into their names; rank 0 wrote all others.
     for path in temporary.rglob("*"):
         if path.is_file() and (dist.rank() == 0 or f"rank_{dist.rank()}_" in path.name):
             _fsync(path)
     dist.barrier()
-    facts = {"step": step, "world": engine.world, "zero": engine.config.zero, "state": state}
-    dist.run_on_leader(_commit, temporary, final, facts)
-    dist.run_on_leader(_retain, folder, keep, best)
+    header = {"step": step, "world": engine.world, "zero": engine.config.zero, "state": state}
+    dist.run_on_leader(_commit, temporary, final, header)
+    dist.run_on_leader(_delete_old, folder, keep, best)
     return final
 
 
@@ -48,25 +62,27 @@ def _fsync(path: Path) -> None:
     os.close(fd)
 
 
-def _commit(temporary: Path, final: Path, facts: dict) -> None:
+def _commit(temporary: Path, final: Path, header: dict) -> None:
+    """Writes the manifest (the header and the checksum of each file), then renames the directory."""
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     entries = [manifest.describe(p) | {"name": str(p.relative_to(temporary))} for p in files]
-    atomic_write(temporary / MANIFEST, json.dumps(facts | {"files": entries}, indent=1).encode() + b"\n")
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one of this name, fallen back from
+    atomic_write(temporary / MANIFEST, json.dumps(header | {"files": entries}, indent=1).encode() + b"\n")
+    # A checkpoint of this step may exist: a damaged one, if training resumed from an older one, or an earlier save.
+    shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     fsync_dir(final.parent)
 
 
-def _retain(folder: Path, keep: int, best: int | None) -> None:
-    for old in found(folder)[:-keep]:
-        if _step(old) != best:
-            shutil.rmtree(old, ignore_errors=True)
+def _delete_old(folder: Path, keep: int, best: int | None) -> None:
+    for path in committed(folder)[:-keep]:
+        if _step(path) != best:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def found(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    committed = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).exists()]
-    return sorted(committed, key=_step)
+def committed(folder: Path) -> list[Path]:
+    """Returns the committed checkpoints in a folder, oldest first."""
+    paths = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).exists()]
+    return sorted(paths, key=_step)
 
 
 def _step(path: Path) -> int:
@@ -74,11 +90,12 @@ def _step(path: Path) -> int:
 
 
 def read(path: Path) -> dict:
+    """Returns the manifest of a checkpoint: {"step", "world", "zero", "state", "files"}."""
     return json.loads((path / MANIFEST).read_text())
 
 
 def problems(path: Path) -> list[str]:
-    """What differs from the manifest, a line each; empty for a sound checkpoint."""
+    """Compares a checkpoint's files with its manifest. Returns one line per problem, none for a sound checkpoint."""
     try:
         return manifest.verify(path, read(path)["files"])
     except (OSError, ValueError, KeyError) as error:
@@ -86,49 +103,69 @@ def problems(path: Path) -> list[str]:
 
 
 def choose(folder: Path) -> Path | None:
-    """The newest sound checkpoint, or None. Rank 0 verifies, every rank hears the same. Collective."""
+    """Returns the newest sound checkpoint in a folder, or None. Rank 0 verifies and chooses for all ranks. Collective."""
     return dist.run_on_leader(_choose, folder)
 
 
 def _choose(folder: Path) -> Path | None:
-    for path in reversed(found(folder)):
-        if not (wrong := problems(path)):
+    for path in reversed(committed(folder)):
+        if not (lines := problems(path)):
             return path
-        print(f"checkpoint {path.name} is damaged ({wrong[0]}); falling back to the one before", file=sys.stderr, flush=True)
+        print(f"checkpoint {path.name} is damaged ({lines[0]}); trying the previous checkpoint", file=sys.stderr, flush=True)
     return None
 
 
 def needs_universal(path: Path, config: EngineConfig, world: int) -> bool:
-    """Whether the engine's state must be converted because ranks or ZeRO stage differ from those that saved it."""
-    facts = read(path)
-    if facts["zero"] > 0 and config.zero == 0:
-        raise UserError(f"{path} was saved under ZeRO {facts['zero']} and cannot be continued under ZeRO 0; use 1, 2 or 3.")
-    same = facts["world"] == world and facts["zero"] == config.zero
-    return not same and (facts["zero"] > 0 or config.zero > 0)
+    """Returns whether a checkpoint must be converted by to_universal() before the engine can load it.
+
+    Conversion is needed if the number of ranks or the ZeRO stage has changed. A change of ranks under ZeRO 0 needs none,
+    because each rank holds the whole state.
+
+    Args:
+        path: The checkpoint.
+        config: The config of the engine that will load the checkpoint.
+        world: The number of ranks that will load the checkpoint.
+
+    Raises:
+        UserError: The checkpoint was saved under ZeRO 1 to 3 and the engine uses ZeRO 0.
+    """
+    header = read(path)
+    if header["zero"] > 0 and config.zero == 0:
+        raise UserError(
+            f"{path} was saved under ZeRO {header['zero']} and cannot be resumed under ZeRO 0. "
+            "Set train.engine.zero to 1, 2 or 3."
+        )
+    same = header["world"] == world and header["zero"] == config.zero
+    return not same and (header["zero"] > 0 or config.zero > 0)
 
 
 def to_universal(path: Path) -> None:
-    """Makes DeepSpeed's universal format beside the engine's state. Raises UserError where its converter cannot. Collective."""
+    """Converts a checkpoint's engine state to DeepSpeed's universal format, in the subdirectory universal/. Collective.
+
+    Raises:
+        UserError: The checkpoint was saved under ZeRO 0, or DeepSpeed's converter fails.
+    """
     dist.run_on_leader(_to_universal, path)
 
 
 def _to_universal(path: Path) -> None:
-    facts = read(path)
-    if facts["zero"] == 0:
+    header = read(path)
+    if header["zero"] == 0:
         raise UserError(
-            f"{path} was saved under ZeRO 0 and cannot be continued under another ZeRO stage. Set train.engine.zero=0."
+            f"{path} was saved under ZeRO 0 and cannot be resumed under another ZeRO stage. Set train.engine.zero=0."
         )
     target = path / "universal"
     if target.exists():
         return
-    making = path / "universal.tmp"
-    shutil.rmtree(making, ignore_errors=True)
+    temporary = path / "universal.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(path / "engine"), "--output_folder", str(making)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    command += ["--input_folder", str(path / "engine"), "--output_folder", str(temporary)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
         raise UserError(
-            f"{path} was saved by {facts['world']} ranks under ZeRO {facts['zero']}, and DeepSpeed cannot convert it "
-            f"({(done.stderr.strip().splitlines() or ['no reason given'])[-1]}). Resume with {facts['world']} ranks."
+            f"{path} was saved by {header['world']} ranks under ZeRO {header['zero']}, and DeepSpeed cannot convert it "
+            f"({(result.stderr.strip().splitlines() or ['no error message'])[-1]}). Resume with {header['world']} ranks and "
+            f"train.engine.zero={header['zero']}."
         )
-    making.rename(target)
+    temporary.rename(target)

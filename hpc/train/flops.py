@@ -1,4 +1,7 @@
-"""Floating-point operations of a model, and the share of what the hardware could do (MFU: arXiv:2204.02311, appendix B)."""
+"""Floating-point operations of a model, and its model FLOPs utilisation (MFU; arXiv:2204.02311, appendix B).
+
+A multiply-add counts as two operations. Task classes count the operations of one sample; the training loop logs the speed.
+"""
 
 import re
 from collections.abc import Callable
@@ -6,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense bf16 multiply-adds count as two; vendors' data sheets, without sparsity. The first name that is in the device's counts.
+# Operations per second in dense bf16 (no sparsity), from the vendors' data sheets. peak_flops() uses the first name that
+# occurs in the device's name, so special variants stand before the general name.
 PEAKS = {
     "GH200": 989e12,
     "H200": 989e12,
@@ -27,29 +31,45 @@ PEAKS = {
 
 
 def training_flops(forward: Callable[[], object]) -> int:
-    """Three times the forward pass, which forward() runs, best on the meta device. The backward pass costs twice as much;
-    what checkpointing computes again does not count, nor does it count that a causal mask leaves half of attention out."""
+    """Returns the operations of a training step: three times those of its forward pass.
+
+    The backward pass costs twice as much as the forward pass. Recomputation by activation checkpointing is not counted.
+    Causal attention is counted in full, although its mask makes half of it unnecessary.
+
+    Args:
+        forward: Runs the forward pass; best on the meta device, where it computes nothing.
+    """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward()
     return 3 * counter.get_total_flops()
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one device in bf16, None where it is not known."""
+    """Returns the peak operations per second of one device in bf16, or None if the device is not in PEAKS."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
-def throughput(task, rate: float, world: int, device: torch.device) -> dict[str, float]:
-    """Tokens and model FLOPs a second over all ranks, and MFU, from `rate` samples a second; as far as the task says what
-    a sample is (tokens_per_sample, flops_per_sample) and the device is known."""
-    found = {}
+def throughput(task: object, rate: float, world: int, device: torch.device) -> dict[str, float]:
+    """Returns the training speed over all ranks, as metrics for the log.
+
+    Args:
+        task: The training task. Its attributes tokens_per_sample and flops_per_sample are optional.
+        rate: Samples per second over all ranks.
+        world: Number of ranks.
+        device: The device of each rank.
+
+    Returns:
+        "tokens_per_second" if the task has tokens_per_sample; "model_flops_per_second" if the task has flops_per_sample;
+        "mfu", the share of the devices' peak, if that peak is known too.
+    """
+    metrics = {}
     if tokens := getattr(task, "tokens_per_sample", None):
-        found["tokens_per_second"] = rate * tokens
+        metrics["tokens_per_second"] = rate * tokens
     if flops := getattr(task, "flops_per_sample", None):
-        found["model_flops_per_second"] = rate * flops
+        metrics["model_flops_per_second"] = rate * flops
         if peak := peak_flops(device):
-            found["mfu"] = rate * flops / (world * peak)
-    return found
+            metrics["mfu"] = rate * flops / (world * peak)
+    return metrics

@@ -1,4 +1,8 @@
-"""Memory that a training step takes, without taking it: the step runs on tensors that have shapes but no storage."""
+"""The memory of a training step, measured without allocating it.
+
+The step runs on fake tensors, which have a shape but no data. Every new storage is counted from its creation until it is
+freed. `lesiongen plan` uses the result.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -11,48 +15,61 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it, each storage once, until they are freed; `peak` is the most at a time."""
+    """Counts the bytes of the tensors that are created inside its context and not yet freed, each storage once.
+
+    Attributes:
+        bytes: Bytes alive now.
+        peak: The largest value of `bytes` so far.
+    """
 
     def __init__(self):
         super().__init__()
         self.bytes = self.peak = 0
-        self.seen = weakref.WeakSet()
+        self._counted = weakref.WeakSet()  # storages
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        if function is torch.ops.aten.bincount.default:  # its length depends on values, which are not there: the least
+    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        if function is torch.ops.aten.bincount.default:
+            # The length of the result depends on the input's values, which a fake tensor lacks. Use the smallest length.
             out = args[0].new_empty((kwargs or {}).get("minlength", 0))
         else:
             out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            # A view of something older takes no memory.
-            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in given:
-                self._note(storage)
+            # A view shares the storage of an input and needs no memory.
+            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in inputs:
+                self._count(storage)
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.seen:
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._counted:
             return
-        self.seen.add(storage)
+        self._counted.add(storage)
         self.bytes += storage.nbytes()
         self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._freed, storage.nbytes())
+        weakref.finalize(storage, self._subtract, storage.nbytes())
 
-    def _freed(self, size: int) -> None:
+    def _subtract(self, size: int) -> None:
         self.bytes -= size
 
 
 def peak_activations(make: Callable[[], tuple[nn.Module, dict]], bf16: bool = False) -> int:
-    """Bytes beside weights and gradients at the worst moment of a forward and backward pass over one micro-batch.
+    """Returns the peak memory of forward and backward over one micro-batch, in bytes, without weights and gradients.
 
-    make() → the module in training mode, whose forward gives {"loss": …}, and a batch. Everything counts that a step holds:
-    what autograd keeps, what checkpointing computes again, the loss's own tensors, under autocast the weights' copies."""
-    with FakeTensorMode(allow_non_fake_inputs=True):  # a loss may hold a frozen network that was read from a file
+    The peak includes the tensors that autograd saves, those that activation checkpointing recomputes, the loss's own
+    tensors and, under autocast, the bf16 copies of the weights.
+
+    Args:
+        make: Returns a module in training mode, whose forward returns {"loss": ...}, and a batch for it.
+        bf16: Whether the step runs under bf16 autocast.
+    """
+    # A loss may hold real tensors: the weights of a frozen network, loaded from a file.
+    with FakeTensorMode(allow_non_fake_inputs=True):
         module, batch = make()
         for parameter in module.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # counted elsewhere
-        with LiveBytes() as alive:
+            # Free each weight's gradient at once; the caller counts weights and gradients.
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with LiveBytes() as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = module(batch)["loss"]
             loss.backward()
-    return alive.peak
+    return live.peak

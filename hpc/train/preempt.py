@@ -1,15 +1,28 @@
-"""Signals and the end of the allocation. In the training loop they set a flag, on which all ranks agree before they save
-and stop together; everywhere else they interrupt: what is done there can be done again."""
+"""Reactions to the signals USR2, TERM and INT, and to the end of a Slurm allocation.
+
+In the training loop (Preemption) a signal only sets a flag. The ranks agree on the flag at each step, then save and stop
+together. Elsewhere (Interruptible) a signal raises KeyboardInterrupt, because that work can be repeated after a restart.
+"""
 
 import os
 import signal
 import time
+from types import FrameType
 
-MARGIN_S = 120  # time kept for saving before a known end of the allocation; a tenth of what is left where that is less
+MARGIN_S = 120  # seconds reserved for saving before the allocation ends; at most a tenth of the time left at the start
 
 
 class Preemption:
-    """Turns USR2, TERM, INT and the approaching SLURM_JOB_END_TIME into `requested`. A second INT kills as usual."""
+    """Records requests to stop. The training loop runs inside its context and reads `requested` at each step.
+
+    USR2, TERM, INT and the approaching SLURM_JOB_END_TIME request a stop. An INT after another signal raises
+    KeyboardInterrupt.
+
+    Attributes:
+        reason: What requested the stop, or None: the signal's name or "the end of the allocation".
+        deadline: When the allocation ends, in seconds since 1970; None if unknown.
+        margin: How many seconds before the deadline a stop is requested.
+    """
 
     def __init__(self):
         self.reason: str | None = None
@@ -18,39 +31,42 @@ class Preemption:
         self.margin = min(MARGIN_S, max(0.0, self.deadline - time.time()) / 10) if self.deadline else 0.0
 
     def __enter__(self) -> "Preemption":
-        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
-        if self.deadline and not signal.getitimer(signal.ITIMER_REAL)[0]:  # else Interruptible is about to end the process
-            # An evaluation may last longer than the margin. Killed now, the job goes on from its last checkpoint; killed
-            # by Slurm for its time limit, it and the jobs that wait for it are lost.
+        self.previous = {s: signal.signal(s, self._request_stop) for s in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+        # Let SIGALRM kill this process shortly before the allocation ends. An evaluation may last longer than the margin, so
+        # the loop may read `requested` too late. After SIGALRM the batch script requeues the job, which resumes from its
+        # last checkpoint. If Slurm ended the job at its time limit, the job and the jobs that depend on it would be lost.
+        # Do not replace a timer that runs: Interruptible has started it to kill the process.
+        if self.deadline and not signal.getitimer(signal.ITIMER_REAL)[0]:
             signal.setitimer(signal.ITIMER_REAL, max(1.0, self.deadline - self.margin / 6 - time.time()))
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.deadline:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number, _frame) -> None:
+    def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
 
     @property
     def requested(self) -> bool:
+        """Whether this rank should stop."""
         if self.reason is None and self.deadline and time.time() > self.deadline - self.margin:
             self.reason = "the end of the allocation"
         return self.reason is not None
 
 
 class Interruptible:
-    """Within it USR2 and TERM raise KeyboardInterrupt, as INT does. For code whose work can be done again.
+    """Makes USR2 and TERM raise KeyboardInterrupt inside its context, as INT does. Every rank runs a stage inside one.
 
     A library may swallow the KeyboardInterrupt, for example in a bare `except:` around an optional import. So a signal also
     starts a timer: SIGALRM kills a process that has not left the block GRACE_S seconds later.
 
     Attributes:
-        signalled: USR2 or TERM has arrived.
+        signalled: Whether USR2 or TERM has arrived.
     """
 
     GRACE_S = 30
@@ -62,14 +78,14 @@ class Interruptible:
         self.previous = {s: signal.signal(s, self._interrupt) for s in (signal.SIGUSR2, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.signalled:
             signal.alarm(0)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _interrupt(self, _number, _frame) -> None:
-        if not self.signalled:  # a second signal must not interrupt the handling of the first
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        if not self.signalled:  # otherwise a second signal would interrupt the handling of the first
             self.signalled = True
             signal.alarm(self.GRACE_S)
             raise KeyboardInterrupt

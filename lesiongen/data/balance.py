@@ -1,4 +1,9 @@
-"""Which images a training stream shows how often: each once an epoch, or classes and sets in chosen proportions."""
+"""Build the sample order of a training stream: every image once an epoch, or classes and sets in chosen proportions.
+
+`order_for` returns the order that maps a position of the endless training sequence to (shard, ordinal in the shard). It needs
+only the number of images of each label in each shard, so it serves streams of images (lesiongen/data/stream.py) and of codes
+(lesiongen/stages/prior.py). However often a class or a set is drawn, each of its members comes once before any comes twice.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,74 +14,133 @@ from hpc.errors import UserError
 
 @dataclass(frozen=True)
 class StreamConfig:
-    balance: float = 0.0  # of classes: 0 as they occur, 1 equally often, between: by count^(1 - balance)
-    weights: tuple[float, ...] = ()  # of the sets in inputs.shards, in their order; empty = by their sizes
-    streams: int = 0  # what a batch is divided into, so that a rank reads few shards; 0 = gcd(batch, 64); else as many as ranks
+    """How often a training stream draws each image. With the defaults, every image comes once an epoch."""
+
+    # From 0 to 1. 0 = classes are as frequent as in the data, 1 = all classes are equally frequent. Between the two, a class
+    # of n images is drawn in proportion to n^(1 - balance).
+    balance: float = 0.0
+    weights: tuple[float, ...] = ()  # relative frequency of each set, in the order of inputs.shards; empty = by the sets' sizes
+    # Number of streams that the global batch is divided into; must divide the batch. A rank reads only the shards of its own
+    # streams. 0 = the greatest common divisor of the batch and 64. With more than 64 ranks, set it to the number of ranks.
+    streams: int = 0
 
     def __post_init__(self):
         if not 0 <= self.balance <= 1:
-            raise ValueError(f"balance lies in 0 to 1, not {self.balance}")
+            raise ValueError(f"balance={self.balance} must be from 0 to 1")
         if self.weights and min(self.weights) <= 0:
-            raise ValueError("weights are above 0; leave a set that is not wanted out of inputs.shards")
+            raise ValueError("every number in weights must be above 0; to leave a set out, remove it from inputs.shards")
         if self.streams < 0:
-            raise ValueError("streams is a number of streams, or 0 for the default")
+            raise ValueError("streams must be a number of streams, or 0 for the default")
 
 
 @dataclass(frozen=True)
 class BalancedOrder:
-    """A mixture whose components are the members of one label in one set (label None: of every label).
+    """Sample order of a mixture of components. A component holds the images of one label, or of all labels, in some shards.
 
-    find(shard, label, j) → ordinal of the j-th member of a label in a shard"""
+    Offers the same size, epoch() and sample() as SampleOrder.
+
+    Attributes:
+        mixture: Decides which component, and which of its members, comes at a position.
+        shards: For each component, the shards that hold its members.
+        labels: For each component, its label: -1 for unlabelled images, None for images of every label.
+        find_member: (shard, label, j) → ordinal in the shard of the j-th image with this label.
+    """
 
     mixture: MixtureOrder
     shards: tuple[tuple[int, ...], ...]
     labels: tuple[int | None, ...]
-    find: Callable[[int, int, int], int]
+    find_member: Callable[[int, int, int], int]
 
     @property
     def size(self) -> int:
+        """Samples in an epoch: the number of images."""
         return self.mixture.size
 
     def epoch(self, position: int) -> int:
+        """Returns the epoch of a global position."""
         return self.mixture.epoch(position)
 
     def sample(self, position: int) -> tuple[int, int]:
-        component, place, member = self.mixture.sample(position)
-        shard, label = self.shards[component][place], self.labels[component]
-        return shard, member if label is None else self.find(shard, label, member)
+        """Returns (shard, ordinal in the shard) at a global position ≥ 0."""
+        component, shard_index, member = self.mixture.sample(position)
+        shard, label = self.shards[component][shard_index], self.labels[component]
+        return shard, member if label is None else self.find_member(shard, label, member)
+
+
+@dataclass(frozen=True)
+class _Component:
+    """Images of one label (None: of every label) in some shards; counts: number of these images in each of the shards."""
+
+    weight: float
+    label: int | None
+    shards: tuple[int, ...]
+    counts: tuple[int, ...]
 
 
 def order_for(
-    label_counts: list[dict[int, int]], sets: list[int], batch: int, seed: int, stream: StreamConfig, find: Callable
+    label_counts: list[dict[int, int]],
+    sets: list[int],
+    batch: int,
+    seed: int,
+    stream: StreamConfig,
+    find_member: Callable[[int, int, int], int],
 ) -> SampleOrder | BalancedOrder:
-    """The plan of a training stream. label_counts: label → count of each shard, -1 for unlabelled; sets: the set of each shard.
+    """Builds the sample order of a training stream.
 
-    Unlabelled images keep their natural share. Raises UserError where weights do not fit the sets."""
+    Args:
+        label_counts: For each shard, the number of images of each label; label -1 stands for unlabelled images.
+        sets: For each shard, the index of its set among the packed sets.
+        batch: Global batch size.
+        seed: Seed of the order.
+        stream: Balance of the classes, weights of the sets, number of streams.
+        find_member: (shard, label, j) → ordinal in the shard of the j-th image with this label.
+
+    Raises:
+        UserError: The batch does not divide among the streams, or the number of weights is not the number of sets.
+    """
     if stream.streams and batch % stream.streams:
         raise UserError(f"stream.streams={stream.streams} does not divide the batch of {batch}.")
     if not stream.balance and not stream.weights:
-        return SampleOrder(tuple(sum(tally.values()) for tally in label_counts), batch, seed, stream.streams)
-    number = max(sets) + 1
-    if stream.weights and len(stream.weights) != number:
-        raise UserError(f"stream.weights has {len(stream.weights)} numbers for {number} sets; give one for each.")
-    parts: list[tuple[float, int | None, list[int]]] = []  # weight, label, shards
-    for one in range(number) if stream.weights else [None]:
-        own = [i for i in range(len(sets)) if one is None or sets[i] == one]
-        share = 1.0 if one is None else stream.weights[one] / sum(stream.weights)
-        if not stream.balance:
-            parts.append((share, None, own))
-            continue
-        labels = sorted({label for i in own for label in label_counts[i]})
-        count = {label: sum(label_counts[i].get(label, 0) for i in own) for label in labels}
-        known = [label for label in labels if label >= 0]
-        unlabelled = count.get(-1, 0) / sum(count.values())
-        weights = dict(zip(known, class_weights([count[label] for label in known], stream.balance), strict=True))
-        for label in labels:
-            weight = unlabelled if label < 0 else (1 - unlabelled) * weights[label]
-            parts.append((share * weight, label, [i for i in own if label_counts[i].get(label)]))
-    counts = [
-        tuple(sum(label_counts[i].values()) if label is None else label_counts[i][label] for i in shards)
-        for _, label, shards in parts
-    ]
-    mixture = MixtureOrder(tuple(counts), tuple(weight for weight, _, _ in parts), batch, seed, stream.streams)
-    return BalancedOrder(mixture, tuple(tuple(shards) for _, _, shards in parts), tuple(label for _, label, _ in parts), find)
+        return SampleOrder(tuple(sum(counts.values()) for counts in label_counts), batch, seed, stream.streams)
+    set_count = max(sets) + 1
+    if stream.weights and len(stream.weights) != set_count:
+        raise UserError(
+            f"stream.weights has {len(stream.weights)} numbers for {set_count} sets; give one number for each set in "
+            "inputs.shards."
+        )
+    components: list[_Component] = []
+    if stream.weights:
+        for index, weight in enumerate(stream.weights):
+            shards = [shard for shard, set_index in enumerate(sets) if set_index == index]
+            components += _components(label_counts, shards, weight / sum(stream.weights), stream.balance)
+    else:
+        components = _components(label_counts, list(range(len(sets))), 1.0, stream.balance)
+    counts, weights = tuple(c.counts for c in components), tuple(c.weight for c in components)
+    mixture = MixtureOrder(counts, weights, batch, seed, stream.streams)
+    return BalancedOrder(mixture, tuple(c.shards for c in components), tuple(c.label for c in components), find_member)
+
+
+def _components(label_counts: list[dict[int, int]], shards: list[int], share: float, balance: float) -> list[_Component]:
+    """Divides shards into components: one for each label, or a single one if classes are not balanced.
+
+    Args:
+        label_counts: For each shard of the stream, the number of images of each label.
+        shards: The shards to divide.
+        share: The fraction of the stream that these shards get; the weights of the components sum to it.
+        balance: As in StreamConfig. Unlabelled images keep the fraction that they have in the data.
+    """
+    if not balance:
+        return [_Component(share, None, tuple(shards), tuple(sum(label_counts[shard].values()) for shard in shards))]
+    totals = {label: 0 for label in sorted({label for shard in shards for label in label_counts[shard]})}
+    for shard in shards:
+        for label, count in label_counts[shard].items():
+            totals[label] += count
+    classes = [label for label in totals if label >= 0]
+    unlabelled = totals.get(-1, 0) / sum(totals.values())
+    weights = dict(zip(classes, class_weights([totals[label] for label in classes], balance), strict=True))
+    components = []
+    for label in totals:
+        weight = unlabelled if label < 0 else (1 - unlabelled) * weights[label]
+        holding = tuple(shard for shard in shards if label_counts[shard].get(label))
+        components.append(_Component(share * weight, label, holding, tuple(label_counts[i][label] for i in holding)))
+    return components

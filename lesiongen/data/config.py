@@ -1,4 +1,4 @@
-"""The config section `data`: where the images are, and how they become shards and batches."""
+"""The config section `data`: where the images are, how they become shards, and how training reads the shards."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,32 +10,39 @@ from lesiongen.data.augment import PreprocessConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    images: str | None = None  # folder, searched recursively
-    metadata: str | None = None  # CSV, or a folder of a challenge's; none = labelled by folder, one group per image
-    columns: dict[str, str] = field(default_factory=dict)  # our field: column, for an unknown CSV
-    classes: tuple[str, ...] = ()  # allowed labels; empty = those found
-    rename: dict[str, str] = field(default_factory=dict)  # label as found: label to use, as in {nevus: nv}
-    licences: tuple[str, ...] = ()  # allowed ones, such as CC-0 and CC-BY; empty = all
-    splits: str | None = None  # CSV of image and split; none = folders train, val, test where the data come so, else by hash
-    near_duplicates: bool = False  # find lesions photographed or scanned again, and join their groups
-    size: int = 256  # short side in pixels
-    channels: Literal[1, 3] = 3
-    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)  # of every image, once
-    format: Literal["jpg", "png"] = "jpg"
-    quality: int = 95  # of JPEG; format png is lossless
-    val: float = 0.1  # share of lesions
-    test: float = 0.1
-    shard_samples: int = 1000
-    max_rejected: float = volatile(0.05)  # share of images and rows that may be unusable
-    processes: int = volatile(0)  # for packing; 0 = one per core, for up to 2,000 images one
-    workers: int = volatile(1)  # processes per rank that decode and augment
-    cache: CacheConfig = volatile(default_factory=CacheConfig)  # of shards that lie far away
-    ledger: bool = volatile(False)  # each rank logs the samples delivered to it
+    """The config section `data`. Changing a field that is not volatile makes finished shards stale."""
+
+    images: str | None = None  # folder of the images, searched recursively
+    # CSV file that describes the images, or folder with the CSV files of one challenge. Without it, images that are sorted into
+    # folders are labelled by their folder, and every image is a lesion of its own.
+    metadata: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # for a CSV of unknown format: {our field: its column}
+    classes: tuple[str, ...] = ()  # labels to allow, images with other labels are rejected; empty = all labels
+    rename: dict[str, str] = field(default_factory=dict)  # {label in the metadata: label to use}, as in {nevus: nv}
+    licences: tuple[str, ...] = ()  # licences to allow, as in [CC-0, CC-BY]; images with others are left out; empty = all
+    # CSV file with the split (train, val or test) of each image. Without it, folders named train, val and test decide if the
+    # images come in such folders, and else a hash of the lesion's id.
+    splits: str | None = None
+    near_duplicates: bool = False  # search for photographs of one lesion under several ids, and keep them in one split
+    size: int = 256  # short side of the packed images, and side of the square views that are trained on, in pixels
+    channels: Literal[1, 3] = 3  # 3 = RGB, 1 = greyscale
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)  # applied once to every image
+    format: Literal["jpg", "png"] = "jpg"  # file format inside the shards; png is lossless
+    quality: int = 95  # JPEG quality, 1 to 100; ignored for png
+    val: float = 0.1  # fraction of the lesions in the validation split, if a hash decides the splits
+    test: float = 0.1  # fraction of the lesions in the test split, if a hash decides the splits
+    shard_samples: int = 1000  # most images in one shard
+    max_rejected: float = volatile(0.05)  # packing fails if a larger fraction of the images and rows cannot be used
+    # Processes per rank that pack. 0 = divide the node's cores among its ranks, but use one process for up to 2,000 images.
+    processes: int = volatile(0)
+    workers: int = volatile(1)  # processes per rank that decode and augment in training; 0 = the training process does it
+    cache: CacheConfig = volatile(default_factory=CacheConfig)  # copies of remote or slow shards on the node's own disk
+    ledger: bool = volatile(False)  # each rank writes the keys of the samples that it trained on to ledger-<rank>.jsonl
 
     def __post_init__(self):
         if self.size < 16 or not 1 <= self.quality <= 100 or self.shard_samples < 1:
-            raise ValueError("size is at least 16, quality 1 to 100, shard_samples at least 1")
+            raise ValueError("size must be at least 16, quality from 1 to 100, and shard_samples at least 1")
         if not (0 < self.val < 1 and 0 < self.test < 1 and self.val + self.test < 1):
-            raise ValueError(f"val={self.val} and test={self.test} must leave something to train on, and be above 0")
+            raise ValueError(f"val={self.val} and test={self.test} must be above 0 and must leave something to train on")
         if self.workers < 0 or self.processes < 0 or not 0 <= self.max_rejected <= 1:
-            raise ValueError("workers and processes are at least 0, max_rejected lies in 0 to 1")
+            raise ValueError("workers and processes must be at least 0, and max_rejected from 0 to 1")

@@ -1,6 +1,9 @@
-"""What is known of an image and may steer its codes: label, site, sex, age band.
+"""Facts of an image that can condition a prior: label, site, sex and age band.
 
-Of each there is a vocabulary; a number is a place in it, -1 stands for unknown."""
+Each fact has a vocabulary, the list of its values. The code store and the priors hold a fact as an index into its vocabulary,
+or -1 if the fact is unknown for the image. Packing fixes the vocabularies, the encode stage copies them into the code store,
+and every exported prior carries those of its facts.
+"""
 
 from collections.abc import Sequence
 
@@ -14,19 +17,33 @@ FACTS = ("label", "site", "sex", "age_band")  # columns of the code store
 
 
 def vocabularies(store: CodeStore, names: Sequence[str]) -> dict[str, list[str]]:
-    """Values of each fact asked for. Raises UserError for one that no image of the store has; labels may be none at all."""
+    """Returns the vocabulary of each named fact. That of the label may be empty.
+
+    Raises:
+        UserError: No image of the store has one of the other facts, so a prior cannot learn from it.
+    """
     known = {name: store.manifest["vocabularies"].get(name, []) for name in FACTS}
     for name in names:
         if name != "label" and not known[name]:
-            there = ", ".join(n for n, values in known.items() if values) or "none"
+            available = ", ".join(n for n, values in known.items() if values) or "none"
             raise UserError(
-                f"No image behind {store.folder} has a '{name}', so a prior cannot learn from it; facts here: {there}."
+                f"No image in the code store {store.folder} has a '{name}', so a prior cannot learn from it. Available facts: "
+                f"{available}."
             )
     return {name: known[name] for name in names}
 
 
 def count_combinations(store: CodeStore, names: Sequence[str]) -> list[str]:
-    """Each combination of facts among the training images and how many have it, as text: "label site … count"."""
+    """Counts how often each combination of facts occurs among the training images.
+
+    Args:
+        store: The code store.
+        names: The facts.
+
+    Returns:
+        A line for each combination: the index of each fact's value, in the order of `names`, then the number of images, as in
+        "0 1 73". Empty without facts.
+    """
     if not names:
         return []
     columns = store.all("train", 0, list(names))
@@ -35,62 +52,103 @@ def count_combinations(store: CodeStore, names: Sequence[str]) -> list[str]:
 
 
 def columns_of(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, int]:
-    """int16 columns of one image; -1 for unknown."""
+    """Converts the facts of one image to the columns of the code store.
+
+    Args:
+        facts: The image's facts as its shard holds them; "dx" is the label, "age" is in years.
+        vocabularies: Values of each column.
+
+    Returns:
+        For each column, the index of the image's value; -1 for an unknown one. All indices fit into int16.
+    """
     age = facts.get("age")
-    named = {
+    values = {
         "label": facts.get("dx"),
         "age_band": None if age is None else AGE_BANDS[min(int(age) // 20, 4)],
         **{c: facts.get(c) for c in ("site", "sex", "licence")},
     }
-    return {c: vocabularies[c].index(v) if v in vocabularies[c] else -1 for c, v in named.items()}
+    return {c: vocabularies[c].index(v) if v in vocabularies[c] else -1 for c, v in values.items()}
 
 
 class PriorFacts:
-    """The facts of one exported prior: their values, and how they occur together in its training images."""
+    """The facts that one exported prior knows, and how they occur together in its training images.
 
-    def __init__(self, values: dict[str, list[str]], count_combinations: list[str]):
+    The sample stage makes one for each level's prior and uses it to draw facts that the user left open.
+
+    Attributes:
+        values: The vocabulary of each fact, in the order in which the prior expects the facts.
+        rows: Every combination of facts in the training images, as indices, [N, facts].
+        counts: Number of training images with each combination, [N].
+    """
+
+    def __init__(self, values: dict[str, list[str]], combinations: list[str]):
+        """Reads what the prior's export holds.
+
+        Args:
+            values: The vocabulary of each fact, from `vocabularies`.
+            combinations: Lines from `count_combinations`.
+        """
         self.values = values
-        table = np.array([line.split() for line in count_combinations], dtype=np.int64).reshape(-1, len(values) + 1)
+        table = np.array([line.split() for line in combinations], dtype=np.int64).reshape(-1, len(values) + 1)
         self.rows, self.counts = table[:, :-1], table[:, -1]
-        self.kept: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._matches: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
-    def numbers(self, known: dict[str, str]) -> list[int]:
-        """The facts as the prior takes them; -1 for what is not known."""
-        return [v.index(known[n]) if known.get(n) else -1 for n, v in self.values.items()]
+    def numbers(self, facts: dict[str, str]) -> list[int]:
+        """Returns the index of each fact's value, as the prior expects it; -1 for a fact that is missing or ""."""
+        return [values.index(facts[name]) if facts.get(name) else -1 for name, values in self.values.items()]
 
-    def complete(self, known: dict[str, str], uniform: float) -> dict[str, str]:
-        """What is missing in `known`, drawn together from the training images that have the rest in common. Where none has,
-        those of the label decide, else all."""
-        if all(name in known for name in self.values) or not len(self.rows):
+    def complete(self, facts: dict[str, str], uniform: float) -> dict[str, str]:
+        """Draws the facts that are missing, all from one random training image that has the facts in `facts`.
+
+        If no training image has all of these, the image is drawn from those with the same label, else from all images.
+
+        Args:
+            facts: The facts that are fixed; "" fixes a fact as unknown.
+            uniform: Random number in [0, 1).
+
+        Returns:
+            The drawn facts only; "" for one that is unknown for the drawn image.
+        """
+        if all(name in facts for name in self.values) or not len(self.rows):
             return {}
-        rows, cumulative = self._like(known)
+        rows, cumulative = self._matching(facts)
         row = rows[min(int(cumulative.searchsorted(uniform * cumulative[-1], side="right")), len(rows) - 1)]
-        found = zip(self.values.items(), row.tolist(), strict=True)
-        return {name: values[i] if i >= 0 else "" for (name, values), i in found if name not in known}
+        drawn = zip(self.values.items(), row.tolist(), strict=True)
+        return {name: values[i] if i >= 0 else "" for (name, values), i in drawn if name not in facts}
 
-    def _like(self, known: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
-        numbers = self.numbers(known)
-        given = [n in known for n in self.values]
-        key = tuple(i if there else -2 for i, there in zip(numbers, given, strict=True))
-        if key not in self.kept:
-            label = [there and name == "label" for name, there in zip(self.values, given, strict=True)]
-            for wanted in (given, label, [False] * len(given)):
-                like = (self.rows[:, wanted] == np.array(numbers)[wanted]).all(1)
-                if like.any():
+    def _matching(self, facts: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the combinations that `complete` draws from, and the cumulative sum of their counts. Caches the result."""
+        numbers = self.numbers(facts)
+        is_fixed = [name in facts for name in self.values]
+        key = tuple(i if fixed else -2 for i, fixed in zip(numbers, is_fixed, strict=True))
+        if key not in self._matches:
+            only_label = [fixed and name == "label" for name, fixed in zip(self.values, is_fixed, strict=True)]
+            # The last condition, no fact at all, matches every row.
+            for columns in (is_fixed, only_label, [False] * len(is_fixed)):
+                matching = (self.rows[:, columns] == np.array(numbers)[columns]).all(1)
+                if matching.any():
                     break
-            self.kept[key] = self.rows[like], self.counts[like].cumsum()
-        return self.kept[key]
+            self._matches[key] = self.rows[matching], self.counts[matching].cumsum()
+        return self._matches[key]
 
 
-def refuse_unknown(given: dict[str, str], priors: Sequence[PriorFacts]) -> None:
-    """Raises UserError for a fact or value that no prior of the generator knows."""
+def refuse_unknown(facts: dict[str, str], priors: Sequence[PriorFacts]) -> None:
+    """Checks the facts that the user asks for in sample.facts.
+
+    Args:
+        facts: The facts asked for; "" for unknown.
+        priors: The facts of every prior of the generator.
+
+    Raises:
+        UserError: No prior knows one of the facts, or its value.
+    """
     known = {name: values for prior in priors for name, values in prior.values.items() if name != "label"}
-    for name, value in given.items():
+    for name, value in facts.items():
         if name not in known:
-            there = ", ".join(known) or "none but the label"
+            available = ", ".join(known) or "none but the label"
             raise UserError(
-                f"sample.facts: this generator's priors were not trained with '{name}'; they know {there}. "
-                "priors.<level>.facts says what a prior learns from."
+                f"sample.facts: this generator's priors were not trained with '{name}'. Facts that they know: {available}. "
+                "To train a prior with another fact, add it to priors.<level>.facts."
             )
         if value and value not in known[name]:
-            raise UserError(f"sample.facts: no '{value}' among the values of {name}: {', '.join(known[name])}.")
+            raise UserError(f"sample.facts: '{value}' is not a known value of {name}; choose among {', '.join(known[name])}.")

@@ -1,4 +1,10 @@
-"""Packed sets as the stages read them: one or several, here or elsewhere, as if they were one."""
+"""Read the manifests and catalogs of one or several packed sets as if they were one set.
+
+A packed set is a directory or URL with shards, catalogs and a manifest, written by lesiongen/ingest. The sets of one Packed
+have the same image size, channels and preprocessing. The images themselves are read by lesiongen/data/stream.py.
+
+A group is a lesion, or a patient where no lesion is known, or else a single image. All images of a group are in one split.
+"""
 
 import csv
 from collections import Counter
@@ -14,24 +20,45 @@ from hpc.data.storage import CacheConfig, Store
 from hpc.errors import UserError
 
 SPLITS = ("train", "val", "test")
-CATALOG = ("image_id", "own_group", "group", "split", "shard", "ordinal", "dx", "licence")
+CATALOG = ("image_id", "own_group", "group", "split", "shard", "ordinal", "dx", "licence")  # columns of a catalog
 
 
 class Packed:
-    """Sets of shards, and what their manifests say together. Raises UserError for sets that do not go together."""
+    """One or several packed sets, read as one. Stages make it from `inputs.shards` or from the run's own shards.
 
-    def __init__(self, places: list[str | Path], cache: CacheConfig | None = None):
-        self.stores = [Store(place, cache or CacheConfig()) for place in places]
-        self.name = ", ".join(str(place) for place in places)
-        self.manifests = [_manifest(store) for store in self.stores]
+    Attributes:
+        stores: The storage of each set.
+        manifests: The manifest of each set.
+        name: The locations of all sets, for messages.
+        size: Short side of the images, in pixels.
+        channels: Colour channels, 3 or 1.
+        preprocess: Settings of the preprocessing, as plain data of a PreprocessConfig.
+        classes: Class names of all sets. A class's index here can differ from its index in the manifest of a set.
+        vocabularies: Values of each fact in all sets; those of "label" are the classes.
+        splits: Names of the splits that have images, in the order of SPLITS.
+    """
+
+    def __init__(self, locations: list[str | Path], cache: CacheConfig | None = None):
+        """Reads the manifests.
+
+        Args:
+            locations: Directory or URL of each set.
+            cache: Node-local cache of remote shards.
+
+        Raises:
+            UserError: A manifest is missing or cannot be read, or the sets were packed with different settings.
+        """
+        self.stores = [Store(location, cache or CacheConfig()) for location in locations]
+        self.name = ", ".join(str(location) for location in locations)
+        self.manifests = [_read_manifest(store) for store in self.stores]
         first = self.manifests[0]
         self.size, self.channels, self.preprocess = first["size"], first["channels"], first["preprocess"]
         for store, other in zip(self.stores, self.manifests, strict=True):
-            kinds = [{k: m[k] for k in ("size", "channels", "preprocess")} for m in (first, other)]
-            if changed := differences(*kinds):
+            settings = [{k: m[k] for k in ("size", "channels", "preprocess")} for m in (first, other)]
+            if changed := differences(*settings):
                 raise UserError(
-                    f"{self.stores[0].where} and {store.where} were packed differently ({'; '.join(changed)}). Pack "
-                    "them alike to use them together."
+                    f"{self.stores[0].where} and {store.where} were packed differently ({'; '.join(changed)}). Pack them alike "
+                    "to use them together."
                 )
         self.classes: list[str] = self._union("classes")
         self.vocabularies = {
@@ -44,32 +71,38 @@ class Packed:
         return list(dict.fromkeys(value for m in self.manifests for value in m[key]))
 
     def entries(self, split: str) -> list[tuple[int, dict]]:
-        """(set, entry of the manifest) of a split's shards. Raises UserError where there are none."""
-        found = [(i, s) for i, m in enumerate(self.manifests) for s in m["shards"] if s["split"] == split]
-        if not found:
+        """Returns (index of the set, manifest entry) of each shard of a split.
+
+        Raises:
+            UserError: No set has the split.
+        """
+        shards = [(i, entry) for i, m in enumerate(self.manifests) for entry in m["shards"] if entry["split"] == split]
+        if not shards:
             raise UserError(f"The shards in {self.name} have no split '{split}'.")
-        return found
+        return shards
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Images of each class, "" for the unlabelled, by split."""
+        """Number of images of each class in each split: {split: {class: images}}; class "" counts unlabelled images."""
         totals = {name: Counter({c: 0 for c in self.classes}) for name in self.splits}
         for m in self.manifests:
-            for name, of in m["counts"].items():
-                totals[name].update(of)
+            for name, by_class in m["counts"].items():
+                totals[name].update(by_class)
         return {name: dict(total) for name, total in totals.items()}
 
     @property
     def groups(self) -> dict[str, int]:
+        """Number of groups in each split."""
         return {name: sum(m["groups"].get(name, 0) for m in self.manifests) for name in self.splits}
 
     @property
     def rejected(self) -> int:
+        """Number of images and metadata rows that packing rejected."""
         return sum(m["rejected"] for m in self.manifests)
 
     @property
     def about(self) -> dict[str, dict[str, int]]:
-        """Images under each licence, of each attribution and source: {"licences": {…}, "attributions": …, "sources": …}."""
+        """Number of images of each licence, attribution and source: {"licences": {name: images}, "attributions": …, …}."""
         totals = {}
         for key in ("licences", "attributions", "sources"):
             total = Counter()
@@ -80,50 +113,72 @@ class Packed:
 
     @cached_property
     def moments(self) -> dict:
+        """Mean, standard deviation and variance of the training pixels of all sets, as the function `moments` returns them."""
         return moments([entry for m in self.manifests for entry in m["shards"]])
 
     def catalog(self) -> Iterator[dict[str, str]]:
-        """A row for each image of every set, of the columns in CATALOG."""
+        """Yields the catalog row of every image of every set; the keys are CATALOG."""
         for store, m in zip(self.stores, self.manifests, strict=True):
             yield from rows(store.open(entry) for entry in m["catalogs"])
 
     def refuse_leaks(self) -> None:
-        """Raises UserError for an image or a group that lies in two splits: each set keeps its own apart, but two may
-        hold the same lesion."""
+        """Checks that no image and no group is in different splits of different sets.
+
+        Packing guarantees this within one set, but two sets may hold photographs of the same lesion.
+
+        Raises:
+            UserError: An image or a group is in two splits.
+        """
         if len(self.stores) == 1:
             return
-        where: dict[tuple[str, str], str] = {}
+        split_of: dict[tuple[str, str], str] = {}
         for row in self.catalog():
-            for what in {("image", row["image_id"]), ("group", row["own_group"]), ("group", row["group"])}:
-                if where.setdefault(what, row["split"]) != row["split"]:
+            for member in {("image", row["image_id"]), ("group", row["own_group"]), ("group", row["group"])}:
+                if split_of.setdefault(member, row["split"]) != row["split"]:
+                    kind, name = member
                     raise UserError(
-                        f"The {what[0]} '{what[1]}' is in {where[what]} in one of {self.name} and in {row['split']} in "
-                        "another: what is held out would be known from training. Pack them as one set."
+                        f"The {kind} '{name}' is in {split_of[member]} in one of the sets {self.name} and in {row['split']} in "
+                        "another, so held-out images would be known from training. Pack all images as one set."
                     )
 
     def digest(self) -> str:
-        found = [digest(m) for m in self.manifests]
-        return found[0] if len(found) == 1 else digest(found)
+        """Returns a digest of the contents of all sets; for a single set, the digest of its manifest."""
+        digests = [digest(m) for m in self.manifests]
+        return digests[0] if len(digests) == 1 else digest(digests)
 
 
 def rows(files: Iterable[Path | int]) -> Iterator[dict[str, str]]:
-    """A row for each image in catalogs, given by path or open descriptor, of the columns in CATALOG."""
-    for each in files:
-        with open(each, newline="", encoding="utf-8") as file:
+    """Yields the row of every image in some catalogs; the keys are CATALOG.
+
+    Args:
+        files: The path or an open file descriptor of each catalog. Descriptors are closed.
+    """
+    for path_or_descriptor in files:
+        with open(path_or_descriptor, newline="", encoding="utf-8") as file:
             yield from csv.DictReader(file)
 
 
-def _manifest(store: Store) -> dict:
+def _read_manifest(store: Store) -> dict:
+    """Reads the manifest of a set. Raises UserError if this fails."""
     try:
         return manifest.parse(store.read_small(manifest.NAME), store.where)
     except FileNotFoundError:
-        raise UserError(f"{store.where} holds no finished shards (no {manifest.NAME}); pack them first.") from None
+        raise UserError(
+            f"{store.where} holds no finished shards: it has no {manifest.NAME}. Run `lesiongen pack` first."
+        ) from None
     except OSError as error:
         raise UserError(f"The shards in {store.where} cannot be read: {error}") from None
 
 
 def moments(entries: list[dict]) -> dict:
-    """Mean and standard deviation per channel and the variance over all, of the training split in [0, 1]."""
+    """Computes statistics of the training pixels in [0, 1].
+
+    Args:
+        entries: Shard entries of manifests. Those of the training split hold the sums over the shard's pixels.
+
+    Returns:
+        "mean" and "std" of each channel, and "data_variance" over all channels together.
+    """
     parts = [entry["moments"] for entry in entries if "moments" in entry]
     pixels, total, squares = (
         np.array([sum(values) for values in zip(*(p[k] for p in parts), strict=True)], dtype=np.float64)

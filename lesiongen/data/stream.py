@@ -1,4 +1,12 @@
-"""Streams of labelled image batches from packed shards."""
+"""Read packed shards as streams of labelled image batches.
+
+A training stream is endless, augmented, and follows the sample order of lesiongen/data/balance.py. A held-out stream reads a
+split once, unaugmented. A batch of a training stream depends only on the config, the seed and the position, not on the number
+of ranks or data workers. Batches go to the tokenizer stage and to the evaluation; the encode stage reads single images.
+
+- Position: index in the training sequence. Slot: index in the global batch. Ordinal: index of an image in its shard.
+- Set: one of the packed sets that are read as one.
+"""
 
 import json
 from collections.abc import Iterator
@@ -19,23 +27,48 @@ from lesiongen.data.packed import Packed
 
 
 class ImageShards:
-    """One split of packed sets."""
+    """One split of the packed sets.
+
+    Attributes:
+        packed: The sets.
+        split: Name of the split.
+        size: Side of the views, in pixels.
+        channels: Colour channels, 3 or 1.
+        classes: Class names; a label is an index into them.
+        label_index: The label of each class name.
+        sets: For each shard, the index of its set.
+        entries: For each shard, its entry in the manifest of its set.
+        counts: For each shard, its number of images.
+    """
 
     def __init__(self, packed: Packed, split: str):
+        """Lists the split's shards; opens none of them.
+
+        Raises:
+            UserError: No set has the split.
+        """
         self.packed, self.split = packed, split
         self.size, self.channels, self.classes = packed.size, packed.channels, packed.classes
-        self.label_of = {name: i for i, name in enumerate(self.classes)}
+        self.label_index = {name: i for i, name in enumerate(self.classes)}
         self.sets, self.entries = zip(*packed.entries(split), strict=True)
-        self.counts = tuple(s["count"] for s in self.entries)
+        self.counts = tuple(entry["count"] for entry in self.entries)
 
     def __len__(self) -> int:
         return sum(self.counts)
 
     def reader(self) -> ShardReader:
-        return ShardReader([(self.packed.stores[i], s) for i, s in zip(self.sets, self.entries, strict=True)])
+        """Returns a new reader of the split's shards. Each process needs its own."""
+        return ShardReader([(self.packed.stores[i], entry) for i, entry in zip(self.sets, self.entries, strict=True)])
 
     def image(self, raw: dict) -> tuple[torch.Tensor, dict]:
-        """Pixels as packed, uint8 [C, H, W], and the facts beside them. Raises BadSample."""
+        """Decodes a raw sample from the reader.
+
+        Returns:
+            The image as it was packed, uint8 [C, H, W], and its facts.
+
+        Raises:
+            BadSample: The sample cannot be decoded.
+        """
         try:
             content = raw["jpg"] if "jpg" in raw else raw["png"]
             return images.pixels(content, self.channels), json.loads(raw["json"])
@@ -46,65 +79,125 @@ class ImageShards:
         self,
         position: int,
         batch: int,
-        micro: int,
+        micro_batch: int,
         config: AugmentConfig,
         seed: int,
         workers: int,
         stream: StreamConfig | None = None,
     ) -> Iterator[dict]:
-        """This rank's augmented micro-batches from a global position, for ever (see batch_of())."""
+        """Yields this rank's augmented micro-batches, without end.
+
+        Args:
+            position: Global position to start from, a multiple of `batch`.
+            batch: Global batch size.
+            micro_batch: Images in each micro-batch.
+            config: The augmentation.
+            seed: Seed of the sample order and of the augmentation.
+            workers: Data workers; 0 = this process decodes.
+            stream: Balance of the classes and weights of the sets; None for the defaults.
+
+        Yields:
+            Batches as `batch_of` describes them, with tensors instead of arrays.
+
+        Raises:
+            UserError: `stream` does not fit the batch or the sets.
+        """
         reader, stream = self.reader(), stream or StreamConfig()
-        plan = order_for(self.label_counts(), self.sets, batch, seed, stream, partial(self.member, reader))
-        batches = partial(training_batches, position, batch, micro, dist.rank(), dist.world())
-        return loader(Source(reader, plan, batches), Decoder(self, config, seed), batch_of, micro, workers)
+        order = order_for(self.label_counts(), self.sets, batch, seed, stream, partial(self.member, reader))
+        batches = partial(training_batches, position, batch, micro_batch, dist.rank(), dist.world())
+        return loader(Source(reader, order, batches), Decoder(self, config, seed), batch_of, micro_batch, workers)
 
     def first(self, number: int, batch: int, config: AugmentConfig, seed: int) -> Iterator[dict]:
-        """The first `number` samples of the training sequence in one batch, on any rank."""
-        plan = SampleOrder(self.counts, batch, seed)
-        where = [[(position, position % batch) for position in range(number)]]
-        return loader(Source(self.reader(), plan, partial(iter, where)), Decoder(self, config, seed), batch_of, number, 0)
+        """Yields one batch with the first images of the training sequence (without balance or weights), the same on every rank.
+
+        Args:
+            number: Images in the batch.
+            batch: Global batch size of the training.
+            config: The augmentation.
+            seed: Seed of the sample order and of the augmentation.
+        """
+        order = SampleOrder(self.counts, batch, seed)
+        batches = [[(position, position % batch) for position in range(number)]]
+        return loader(Source(self.reader(), order, partial(iter, batches)), Decoder(self, config, seed), batch_of, number, 0)
 
     def label_counts(self) -> list[dict[int, int]]:
-        """Images of each label, -1 for none, in each shard."""
-        return [{self.label_of.get(c, -1): n for c, n in s["classes"].items()} for s in self.entries]
+        """Returns, for each shard, the number of images of each label; label -1 stands for unlabelled images."""
+        return [{self.label_index.get(c, -1): n for c, n in entry["classes"].items()} for entry in self.entries]
 
     def member(self, reader: ShardReader, shard: int, label: int, number: int) -> int:
-        """Ordinal of the label's member `number` in a shard, whose own set may number its labels otherwise."""
-        own = self.packed.manifests[self.sets[shard]]["classes"]
-        return reader.member(shard, own.index(self.classes[label]) if label >= 0 else -1, number)
+        """Returns the ordinal in a shard of a label's image number `number`, counted from 0.
 
-    def held_out(self, micro: int) -> Iterator[dict]:
-        """This rank's share of the split, unaugmented, once, in shard order."""
-        plan = SampleOrder(self.counts, batch=1, shuffle=False)
-        batches = partial(evaluation_batches, len(self), micro, dist.rank(), dist.world())
-        return loader(Source(self.reader(), plan, batches), Decoder(self), batch_of, micro, workers=0)
+        The shard's index holds labels as the shard's own set numbers its classes, so the label is translated first.
+
+        Args:
+            reader: Reads the shard's index.
+            shard: The shard.
+            label: The label; -1 for unlabelled images.
+            number: Which of the images with this label.
+
+        Raises:
+            BadSample: The shard holds fewer images with this label.
+        """
+        classes = self.packed.manifests[self.sets[shard]]["classes"]
+        return reader.member(shard, classes.index(self.classes[label]) if label >= 0 else -1, number)
+
+    def held_out(self, micro_batch: int) -> Iterator[dict]:
+        """Yields this rank's share of the split once, in the order of the shards, unaugmented.
+
+        Args:
+            micro_batch: Images in each batch; the last batch may be smaller.
+
+        Yields:
+            Batches as `batch_of` describes them, with tensors instead of arrays. Here, position and slot are the indices of an
+            image in the split and in the batch.
+        """
+        order = SampleOrder(self.counts, batch=1, shuffle=False)
+        batches = partial(evaluation_batches, len(self), micro_batch, dist.rank(), dist.world())
+        return loader(Source(self.reader(), order, batches), Decoder(self), batch_of, micro_batch, workers=0)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Raw sample → view, label and facts; augmented by what only seed and position decide, or the centre."""
+    """Decodes a raw sample and makes a view of it. Data workers call it; loader() sends it to them.
+
+    Attributes:
+        data: The split that the sample is from.
+        config: The augmentation; None for the unaugmented, central view.
+        seed: Together with the position, decides every random number of the view.
+    """
 
     data: ImageShards
     config: AugmentConfig | None = None
     seed: int = 0
 
     def __call__(self, raw: dict) -> dict:
+        """Returns a sample for `batch_of`. Raises BadSample."""
         image, facts = self.data.image(raw)
         if self.config:
             rng = torch.Generator().manual_seed(sample_seed(self.seed, raw["position"]))
             view = augment(image, self.data.size, self.config, rng)
         else:
             view = centre(image, self.data.size)
-        kept = {k: raw[k] for k in ("position", "slot", "shard", "ordinal")}
-        label = self.data.label_of.get(facts.get("dx", ""), -1)
-        return {**kept, "key": raw["__key__"], "image": view, "label": label, "facts": facts}
+        sample = {k: raw[k] for k in ("position", "slot", "shard", "ordinal")}
+        label = self.data.label_index.get(facts.get("dx", ""), -1)
+        return {**sample, "key": raw["__key__"], "image": view, "label": label, "facts": facts}
 
 
 def batch_of(samples: list[dict]) -> dict:
-    """image uint8 [B, C, H, W]; label [B], -1 for unlabelled; position, slot, shard, ordinal [B]; key, facts, bad lists."""
+    """Collates decoded samples to a batch.
+
+    Returns:
+        image: tensor uint8 [B, C, H, W].
+        label: array [B], -1 for unlabelled images.
+        position, slot, shard, ordinal: arrays [B].
+        key: list of the images' keys in their shards.
+        facts: list of the images' facts, as dicts.
+        bad: list of {"position", "error"} of samples that could not be read and were replaced.
+    """
     numbers = ("label", "position", "slot", "shard", "ordinal")
     return {
-        "image": default_collate([s["image"] for s in samples]),  # a worker's directly into shared memory
+        # In a data worker, default_collate stacks directly into shared memory.
+        "image": default_collate([s["image"] for s in samples]),
         **{name: np.array([s[name] for s in samples]) for name in numbers},
         "key": [s["key"] for s in samples],
         "facts": [s["facts"] for s in samples],

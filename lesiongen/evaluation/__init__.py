@@ -1,0 +1,1 @@
+"""Metrics and pictures of tokenizers, priors and samples, and the report that shows them."""

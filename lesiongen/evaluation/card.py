@@ -1,33 +1,53 @@
-"""The README.md beside whatever leaves the project: what it is, what it was made from, and under which licences."""
+"""The README.md beside exported weights and samples: what they are, what they were made from, and under which licences.
+
+The tokenizer, prior and sample stages write it. It always states the strictest licence among the training images.
+"""
 
 from lesiongen.ingest.licences import canonical, strictest
 
 KINDS = {
-    "tokenizer": "Turns dermoscopic images into grids of integer codes and back: a hierarchical VQ-VAE (arXiv:1906.00446).",
-    "prior": "Writes grids of codes, one after another, under a label: an autoregressive prior over a tokenizer's codes.",
-    "samples": "Synthetic images: drawn by priors, painted by a tokenizer's decoder. None of them shows a patient.",
+    "tokenizer": "Encodes dermoscopic images as grids of codes, and decodes them: a hierarchical VQ-VAE (arXiv:1906.00446).",
+    "prior": "Generates grids of a tokenizer's codes for a given label: an autoregressive prior, which draws code by code.",
+    "samples": "Synthetic images: priors generated the codes, a tokenizer decoded them. None of the images shows a patient.",
 }
 
 
-def card(kind: str, name: str, facts: dict[str, str], data: dict[str, dict[str, int]], figures: dict[str, float]) -> str:
-    """Markdown. data: images under each licence, of each attribution and source; figures: held-out ones, if any."""
+def card(kind: str, name: str, facts: dict[str, str], data: dict[str, dict[str, int]], metrics: dict[str, float]) -> str:
+    """Writes a model card in Markdown.
+
+    Args:
+        kind: A key of KINDS.
+        name: The title.
+        facts: Key → value, listed below the title.
+        data: Number of training images under each licence, of each attribution and of each source:
+            {"licences": {name: images}, "attributions": …, "sources": …}.
+        metrics: Held-out metrics; may be empty.
+
+    Returns:
+        The text.
+    """
     lines = [f"# {name}", "", KINDS[kind], "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     lines += ["## Training data and licences", "", f"Strictest licence among the training images: **{statement(data)}**.", ""]
     for key in ("licences", "attributions", "sources"):
-        listed = "; ".join(f"{what or 'not stated'} ({n:,} images)" for what, n in data[key].items())
+        listed = "; ".join(f"{value or 'not stated'} ({number:,} images)" for value, number in data[key].items())
         lines.append(f"- {key}: {listed}")
-    if figures:
-        lines += ["", "## Held-out figures", "", "| figure | value |", "|---|---|"]
-        lines += [f"| {key} | {value:.4g} |" for key, value in figures.items()]
-    lines += ["", "## Use", "", "For research. No basis for a diagnosis. A generator can copy what it was trained on: read"]
-    lines += ["the report's copy rate before you share what it makes, and keep to the licences above.", ""]
+    if metrics:
+        lines += ["", "## Held-out metrics", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {key} | {value:.4g} |" for key, value in metrics.items()]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "For research only, not for diagnosis. A generator can copy its training images: read the copy rate",
+    ]
+    lines += ["in the report before you share generated images, and keep to the licences above.", ""]
     return "\n".join(lines)
 
 
 def statement(data: dict[str, dict[str, int]]) -> str:
-    """The strictest licence, with what it forbids in plain words."""
+    """Returns the strictest licence among the training images, with its conditions in plain words."""
     worst = strictest(data["licences"])
     parts = canonical(worst).split("-")
-    means = {"BY": "name the authors", "NC": "no commercial use", "ND": "no derived works", "SA": "share alike"}
-    plain = [means[p] for p in parts if p in means and parts[0] == "CC"]
-    return f"{worst} ({', '.join(plain)})" if plain else worst
+    meanings = {"BY": "name the authors", "NC": "no commercial use", "ND": "no derived works", "SA": "share alike"}
+    conditions = [meanings[part] for part in parts if part in meanings and parts[0] == "CC"]
+    return f"{worst} ({', '.join(conditions)})" if conditions else worst

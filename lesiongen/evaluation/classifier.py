@@ -1,8 +1,11 @@
-"""A small classifier, trained on the training split, behind the figures of fidelity and diversity.
+"""A small classifier that measures the fidelity and diversity of samples.
 
-Pictures are uint8 [N, C, H, W] with 1 or 3 channels; the net looks at them at 64 px at most, so that it is trained in
-minutes on two cores. It is a ruler, not a product: what counts is a figure of samples beside that of real held-out
-pictures, both taken with the same ruler.
+The classifier is trained on the training split and applied to samples and to real held-out images. Only the difference between
+the two matters, so the classifier need not be very accurate. It sees images at 64 px at most, so that its training takes only
+minutes on two cores.
+
+Shapes: images are uint8 [N, C, H, W] with 1 or 3 channels; labels are int64 [N], -1 for unlabelled images; B batch, K classes,
+D features.
 """
 
 import math
@@ -11,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as T
+from tqdm import tqdm
 
-SIDE = 64
+SIDE = 64  # pixels
 BATCH = 64
 
 
 class Classifier(nn.Module):
-    """Convolutions down to 1/16, mean over the rest: x [B, C, H, W] in [-1, 1] → logits [B, K], features [B, 256]."""
+    """A convolutional network: x [B, C, H, W] in [-1, 1] → logits [B, K], features [B, 256].
+
+    Strided convolutions reduce the image to 1/16 of its side; the features are the mean over what remains.
+    """
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -43,7 +50,7 @@ class Classifier(nn.Module):
 
 
 def shrink(images_NCHW: torch.Tensor, side: int = SIDE) -> torch.Tensor:
-    """Square uint8 pictures at `side` px at most, antialiased."""
+    """Resizes square images to `side` pixels with antialiasing. Images that are not larger are returned as they are."""
     if images_NCHW.shape[-1] <= side:
         return images_NCHW
     return T.resize(images_NCHW, [side, side], antialias=True)
@@ -55,30 +62,40 @@ def train_classifier(
     classes: int,
     samples: int,
     seed: int,
-    progress=None,
+    progress: tqdm | None = None,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """Trains on `samples` draws, balanced over the classes that are there; the same seed gives the same net.
+    """Trains a classifier on batches that are balanced over the classes. The same seed gives the same classifier.
 
-    labels: int64 [N], -1 for unlabelled pictures, which are left out. progress: a bar with update(), or None.
-    Raises ValueError where no picture has a label.
+    Args:
+        images_NCHW: Training images.
+        labels_N: Their labels. Unlabelled images are not used.
+        classes: Number of classes, K.
+        samples: Length of the training, in images.
+        seed: Seed of the weights, the order and the augmentation.
+        progress: A bar that counts images.
+        device: Device to train on.
+
+    Returns:
+        The classifier, in evaluation mode.
+
+    Raises:
+        ValueError: No image has a label.
     """
     labelled = torch.nonzero(labels_N >= 0).flatten()
     if not len(labelled):
-        raise ValueError("no training picture has a label")
+        raise ValueError("no training image has a label")
     rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = Classifier(images_NCHW.shape[1], classes)
     net = net.to(device, memory_format=torch.channels_last).train()
-    decayed = [p for p in net.parameters() if p.ndim > 1]
-    rest = [p for p in net.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}])
+    optimizer = _optimizer(net)
     steps = max(1, samples // BATCH)
     order = labelled[balanced_order(labels_N[labelled], steps * BATCH, rng)]
     for step, index in enumerate(order.split(BATCH)):
-        for group in optimizer.param_groups:  # warm-up over a tenth, then down along a cosine
-            group["lr"] = 3e-3 * min(1, (step + 1) / (0.1 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(step, steps)
         x = augment_batch(to_float(shrink(images_NCHW[index]).to(device)), rng)
         loss = F.cross_entropy(net(x)[0], labels_N[index].to(device), label_smoothing=0.1)
         optimizer.zero_grad()
@@ -89,25 +106,57 @@ def train_classifier(
     return net.eval()
 
 
+def _optimizer(net: nn.Module) -> torch.optim.Optimizer:
+    """Returns AdamW, which decays weights but not biases and norms."""
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    rest = [p for p in net.parameters() if p.ndim <= 1]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}])
+
+
+def _learning_rate(step: int, steps: int) -> float:
+    """Returns the learning rate: a linear warm-up over a tenth of the steps, times a cosine that falls to zero."""
+    return 3e-3 * min(1, (step + 1) / (0.1 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def balanced_order(labels_N: torch.Tensor, number: int, rng: torch.Generator) -> torch.Tensor:
-    """Indices [number]: classes take turns, and each member of a class comes once before any comes twice."""
+    """Draws a sequence of images in which the classes alternate. Within a class, every image comes once before any comes twice.
+
+    Args:
+        labels_N: Labels, all ≥ 0.
+        number: Length of the sequence.
+        rng: Source of the random order.
+
+    Returns:
+        Indices into labels_N, [number].
+    """
     present = labels_N.unique().tolist()
-    turns = -(-number // len(present))
+    per_class = -(-number // len(present))
     columns = []
     for label in present:
         members = torch.nonzero(labels_N == label).flatten()
-        rounds = [members[torch.randperm(len(members), generator=rng)] for _ in range(-(-turns // len(members)))]
-        columns.append(torch.cat(rounds)[:turns])
+        rounds = [members[torch.randperm(len(members), generator=rng)] for _ in range(-(-per_class // len(members)))]
+        columns.append(torch.cat(rounds)[:per_class])
     return torch.stack(columns, 1).flatten()[:number]
 
 
 def to_float(images_NCHW: torch.Tensor) -> torch.Tensor:
+    """Converts uint8 pixels to float in [-1, 1]."""
     return images_NCHW.float() / 127.5 - 1
 
 
 def augment_batch(x_BCHW: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Random symmetry of the square, small shift, brightness and contrast. CodeRows are shuffled first, then each eighth of
-    the batch takes one symmetry: pictures of one class do not share it."""
+    """Applies a random symmetry of the square, a small shift, and random brightness and contrast.
+
+    Each eighth of the batch gets one of the 8 symmetries. The images are shuffled first, so that images of one class do not
+    share a symmetry.
+
+    Args:
+        x_BCHW: Images in [-1, 1].
+        rng: Source of the random numbers.
+
+    Returns:
+        Augmented images in the same order.
+    """
     out = torch.empty_like(x_BCHW)
     shuffled = torch.randperm(len(x_BCHW), generator=rng)
     reach = max(1, x_BCHW.shape[-1] // 16)
@@ -123,75 +172,138 @@ def augment_batch(x_BCHW: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def predict(net: Classifier, images_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of uint8 pictures: predicted labels int64 [N] and features float [N, D], on the CPU."""
+    """Classifies images.
+
+    Args:
+        net: The classifier, in evaluation mode.
+        images_NCHW: Images.
+
+    Returns:
+        Predicted labels [N] and features [N, D], on the CPU.
+    """
     device = next(net.parameters()).device
-    found = [net(to_float(shrink(part).to(device))) for part in images_NCHW.split(256)]
-    if not found:
+    outputs = [net(to_float(shrink(part).to(device))) for part in images_NCHW.split(256)]
+    if not outputs:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, net.head.in_features)
-    logits, features = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+    logits, features = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
     return logits.argmax(1), features
 
 
 def confusion(true_N: torch.Tensor, predicted_N: torch.Tensor, classes: int) -> torch.Tensor:
-    """Counts int64 [classes, classes], rows true; pictures without a label (-1) are left out."""
+    """Counts predictions by true and predicted class. Images whose true label is unknown are left out.
+
+    Args:
+        true_N: True labels.
+        predicted_N: Predicted labels.
+        classes: Number of classes, K.
+
+    Returns:
+        Counts, int64 [K, K]: a row for each true class, a column for each predicted class.
+    """
     known = true_N >= 0
     return torch.bincount(true_N[known] * classes + predicted_N[known], minlength=classes**2).view(classes, classes)
 
 
 def balanced_accuracy(true_N: torch.Tensor, predicted_N: torch.Tensor, classes: int) -> float:
-    """Mean recall over the classes that occur in `true`; nan where none does. Chance is 1 / classes."""
+    """Returns the mean recall of the classes that occur in `true_N`, or NaN if none occurs. Chance is 1 / classes.
+
+    Args:
+        true_N: True labels.
+        predicted_N: Predicted labels.
+        classes: Number of classes, K.
+    """
     table = confusion(true_N, predicted_N, classes).double()
     present = table.sum(1) > 0
     return float((table.diag() / table.sum(1))[present].mean())
 
 
 def within_class_diversity(features_ND: torch.Tensor, labels_N: torch.Tensor) -> float:
-    """Mean Euclidean distance between two members of a class, averaged over classes with two or more; nan without any.
-    Takes N²/2 distances per class: subsample large ones."""
+    """Measures the mean Euclidean distance between two images of a class, averaged over the classes.
+
+    The number of distances grows with the square of the class: pass a subset of a large one.
+
+    Args:
+        features_ND: Features.
+        labels_N: Labels.
+
+    Returns:
+        The mean over classes of two or more images; NaN if there are none.
+    """
     groups = [features_ND[labels_N == label] for label in labels_N.unique().tolist() if label >= 0]
     means = [torch.pdist(group.float()).mean() for group in groups if len(group) > 1]
     return float(torch.stack(means).mean()) if means else math.nan
 
 
 def first_of_each_class(labels_N: torch.Tensor, limit: int) -> torch.Tensor:
-    """Indices of the first `limit` pictures of each class; shards lie in hash order, so the first are a fair draw."""
-    kept = [torch.nonzero(labels_N == label).flatten()[:limit] for label in labels_N.unique().tolist() if label >= 0]
-    return torch.cat(kept).sort().values if kept else torch.empty(0, dtype=torch.int64)
+    """Returns the indices of the first `limit` images of each class, in order.
+
+    The images of shards are in the order of a hash, so the first ones are a fair sample.
+    """
+    parts = [torch.nonzero(labels_N == label).flatten()[:limit] for label in labels_N.unique().tolist() if label >= 0]
+    return torch.cat(parts).sort().values if parts else torch.empty(0, dtype=torch.int64)
 
 
 def compare(
     net: Classifier,
-    pictures: dict[str, torch.Tensor],
+    images: dict[str, torch.Tensor],
     labels: dict[str, torch.Tensor],
     classes: list[str],
     common: list[int],
     per_class: int,
 ) -> tuple[dict, dict]:
-    """Figures of fidelity and of diversity, of pictures {"samples", "real", …: uint8 [N, C, H, W]}.
+    """Measures fidelity and diversity of samples.
 
-    Over the classes in `common`, so that all are asked the same; diversity over those with two members in samples and
-    real pictures each, from the first `per_class` of each. Where none has, its ratio is None and "reason" says why.
+    Args:
+        net: The classifier.
+        images: Images by source: "samples", "real", and any others.
+        labels: Labels of the images, by source.
+        classes: Class names.
+        common: Labels of the classes that every source has. Fidelity is measured on these only, so that all sources are asked
+            the same.
+        per_class: Images of a class, at most, whose features are compared.
+
+    Returns:
+        Fidelity: balanced accuracy by source, their "ratio" (samples / real), recalls, and counts.
+        Diversity: spread by source and their "ratio", over the common classes with two samples and two real images.
+        A ratio that cannot be computed is None, and "reason" says why.
     """
-    fidelity, tables, features = {}, {}, {}
-    for what, images in pictures.items():
-        kept = torch.isin(labels[what], torch.tensor(common))
-        predicted, features[what] = predict(net, images)
-        fidelity[what] = balanced_accuracy(labels[what][kept], predicted[kept], len(classes))
-        tables[what] = confusion(labels[what][kept], predicted[kept], len(classes))
+    predicted, features = {}, {}
+    for source in images:
+        predicted[source], features[source] = predict(net, images[source])
+    return _fidelity(labels, predicted, classes, common), _diversity(labels, features, classes, common, per_class)
+
+
+def _fidelity(
+    labels: dict[str, torch.Tensor], predicted: dict[str, torch.Tensor], classes: list[str], common: list[int]
+) -> dict:
+    """Returns the first result of `compare`."""
+    fidelity, tables = {}, {}
+    for source in predicted:
+        selected = torch.isin(labels[source], torch.tensor(common))
+        true_N, predicted_N = labels[source][selected], predicted[source][selected]
+        fidelity[source] = balanced_accuracy(true_N, predicted_N, len(classes))
+        tables[source] = confusion(true_N, predicted_N, len(classes))
     fidelity["ratio"] = fidelity["samples"] / fidelity["real"] if fidelity["real"] else None
     fidelity["reason"] = None if fidelity["real"] else "the classifier recognises no real held-out image"
     fidelity["chance"] = 1 / len(classes)
-    recall = {what: (table.diag() / table.sum(1)).tolist() for what, table in tables.items()}
-    fidelity["recall"] = {classes[c]: {what: r[c] for what, r in recall.items()} for c in common}
+    recall = {source: (table.diag() / table.sum(1)).tolist() for source, table in tables.items()}
+    fidelity["recall"] = {classes[label]: {source: r[label] for source, r in recall.items()} for label in common}
     fidelity["confusion"] = tables["samples"].tolist()
-    fidelity["number"] = {what: int(table.sum()) for what, table in tables.items()}
+    fidelity["number"] = {source: int(table.sum()) for source, table in tables.items()}
+    return fidelity
 
-    paired = [c for c in common if min((labels[what] == c).sum() for what in ("samples", "real")) > 1]
+
+def _diversity(
+    labels: dict[str, torch.Tensor], features: dict[str, torch.Tensor], classes: list[str], common: list[int], per_class: int
+) -> dict:
+    """Returns the second result of `compare`."""
+    sources = ("samples", "real")
+    paired = [label for label in common if min((labels[source] == label).sum() for source in sources) > 1]
     spread = {}
-    for what in ("samples", "real"):
-        index = first_of_each_class(labels[what], per_class)
-        index = index[torch.isin(labels[what][index], torch.tensor(paired))]
-        spread[what] = within_class_diversity(features[what][index], labels[what][index])
+    for source in sources:
+        index = first_of_each_class(labels[source], per_class)
+        index = index[torch.isin(labels[source][index], torch.tensor(paired))]
+        spread[source] = within_class_diversity(features[source][index], labels[source][index])
     ratio = spread["samples"] / spread["real"] if paired and spread["real"] else None
     reason = None if ratio is not None else "no class has two samples and two held-out images"
-    return fidelity, spread | {"ratio": ratio, "classes": [classes[c] for c in paired], "reason": reason}
+    return spread | {"ratio": ratio, "classes": [classes[label] for label in paired], "reason": reason}

@@ -1,34 +1,51 @@
-"""Figures of discrete codes: codebook use, and the bigram that every prior must beat."""
+"""Metrics of discrete codes: how much of a codebook is used, and the bits of a bigram, which every prior must beat.
+
+Shapes: N images, H × W grid of codes, K codes.
+"""
 
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 
+STRENGTHS = (1, 3, 10, 30, 100, 300, 1000, 3000)  # of the bigram's smoothing, as a number of tokens
+
 
 def usage_and_perplexity(counts_K: torch.Tensor) -> tuple[float, float]:
-    """Share of entries used at all, and exp(entropy) of their use."""
+    """Measures the use of a codebook from the count of each code.
+
+    Returns:
+        The share of codes that occur, and the perplexity of the codes, which is K if all occur equally often.
+    """
     p = counts_K.double() / counts_K.sum()
     return float((counts_K > 0).double().mean()), float(torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum()))
 
 
 def bigram_bits(train: Iterable[np.ndarray], held_out: Iterable[np.ndarray], entries: int) -> float:
-    """Bits per token of p(code | left neighbour) on held-out codes, fitted on training codes; each in parts [N, H, W].
+    """Measures the bits per token of p(code | left neighbour) on held-out codes, fitted on training codes.
 
-    The first column's neighbour is a mark of its own. Smoothed towards the code's own frequency; the strength is chosen
-    on the held-out codes themselves, which favours the bigram: a prior has to beat it at its best.
+    The first column has a neighbour symbol of its own. The distribution is smoothed towards the frequency of each code. The
+    strength of smoothing is chosen on the held-out codes, which favours the bigram: a prior must beat the best bigram.
+
+    Args:
+        train: Training codes, in parts [N, H, W].
+        held_out: Held-out codes, in parts [N, H, W].
+        entries: Number of codes, K.
+
+    Returns:
+        Bits per token.
     """
-    pairs, asked = (sum(pair_counts(part, entries) for part in parts) for parts in (train, held_out))
-    frequency = (pairs.sum(0) + 0.5) / (pairs.sum() + 0.5 * entries)
-    totals = pairs.sum(1, keepdims=True)
+    fitted, asked = (sum(pair_counts(part, entries) for part in parts) for parts in (train, held_out))
+    frequency = (fitted.sum(0) + 0.5) / (fitted.sum() + 0.5 * entries)
+    totals = fitted.sum(1, keepdims=True)
     return min(
-        float(-(asked * np.log2((pairs + a * frequency) / (totals + a))).sum() / asked.sum())
-        for a in (1, 3, 10, 30, 100, 300, 1000, 3000)
+        float(-(asked * np.log2((fitted + strength * frequency) / (totals + strength))).sum() / asked.sum())
+        for strength in STRENGTHS
     )
 
 
 def pair_counts(codes_NHW: np.ndarray, entries: int) -> np.ndarray:
-    """How often each code [K] follows each left neighbour [K + 1, the last for none]."""
+    """Counts how often each code follows each left neighbour, [K + 1, K]. The last row is for codes without a neighbour."""
     codes = codes_NHW.astype(np.int64)
     left = np.concatenate([np.full_like(codes[..., :1], entries), codes[..., :-1]], -1)
     return np.bincount((left * entries + codes).ravel(), minlength=(entries + 1) * entries).reshape(-1, entries)

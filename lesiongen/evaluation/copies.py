@@ -1,7 +1,10 @@
-"""How many samples are copies: distance to the nearest training picture at 32 × 32 px, in any of its 8 orientations.
+"""How many samples are copies of training images.
 
-What is near is measured by real pictures: those held out are no copies, so whoever lies nearer to the training set than
-99 % of them do counts as one. Held-out pictures themselves have a rate of 1 % by this definition; that is the floor.
+The distance of two images is their root mean square difference at 32 × 32 px, the smallest over the 8 symmetries of the square.
+A sample is a copy if it is nearer to the training set than 99 % of the held-out images are. So by definition about 1 % of the
+held-out images count as copies; that rate is the floor. The evaluate stage calls these functions.
+
+Shapes: N images, C channels, H × W pixels.
 """
 
 import math
@@ -9,16 +12,23 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 SIDE = 32
 PERCENTILE = 0.01
-INVISIBLE = 1 / 255  # one grey level: nearer than that is a copy whatever the held-out pictures say
+INVISIBLE = 1 / 255  # one grey level: a sample nearer than this is a copy, whatever the held-out distances are
+QUERIES = 4096  # queries that are compared at once
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Of each query: distance float [N] (root mean square over pixels in [0, 1]), index int64 [N] of the nearest
-    training picture, and form int64 [N]: the orientation (see turn) in which that picture is nearest."""
+    """The nearest training image of each query.
+
+    Attributes:
+        distance: Distance to the training image, float [N], for pixels in [0, 1].
+        index: Index of the training image, int64 [N].
+        form: Symmetry (see apply_symmetry) that brings the training image nearest to the query, int64 [N].
+    """
 
     distance: torch.Tensor
     index: torch.Tensor
@@ -26,13 +36,16 @@ class Nearest:
 
 
 def apply_symmetry(x_NCHW: torch.Tensor, form: int) -> torch.Tensor:
-    """One of the 8 symmetries of the square."""
-    turned = torch.rot90(x_NCHW, form % 4, (-2, -1))
-    return turned.flip(-1) if form >= 4 else turned
+    """Applies one of the 8 symmetries of the square: form % 4 quarter turns, then a flip if form ≥ 4."""
+    rotated = torch.rot90(x_NCHW, form % 4, (-2, -1))
+    return rotated.flip(-1) if form >= 4 else rotated
 
 
 def small(images_NCHW: torch.Tensor) -> torch.Tensor:
-    """uint8 of any size → float [N, C, 32, 32] in [0, 1], area means: commutes with turning."""
+    """Shrinks uint8 images of any size to float [N, C, 32, 32] in [0, 1].
+
+    Each pixel is the mean of an area. So shrinking a rotated image gives the same as rotating a shrunk image.
+    """
     return F.interpolate(images_NCHW.float() / 255, (SIDE, SIDE), mode="area")
 
 
@@ -40,31 +53,42 @@ def small(images_NCHW: torch.Tensor) -> torch.Tensor:
 def nearest(
     queries_NCHW: torch.Tensor,
     train_NCHW: torch.Tensor,
-    progress=None,
+    progress: tqdm | None = None,
     device: torch.device | str = "cpu",
     chunk: int = 512,
 ) -> Nearest:
-    """Nearest training picture of each query, both uint8 [·, C, H, W], by matrix products over chunks of the latter:
-    beside the queries, memory holds 8 · chunk of them. progress: a bar with update(), told training pictures."""
+    """Finds the nearest training image of each query, by matrix products over chunks of the training images.
+
+    Args:
+        queries_NCHW: The queries, uint8.
+        train_NCHW: The training images, uint8.
+        progress: A bar that counts training images.
+        device: Device of the matrix products.
+        chunk: Training images that are compared at once; each takes the memory of 8 shrunk images.
+
+    Returns:
+        The result, on the CPU.
+    """
     queries = small(queries_NCHW).flatten(1)
     best = torch.full((len(queries),), math.inf, device=device)
-    where = torch.zeros(len(queries), dtype=torch.int64, device=device)
-    parts = [(slice(i, i + 4096), queries[i : i + 4096].to(device)) for i in range(0, len(queries), 4096)]
+    best_candidate = torch.zeros(len(queries), dtype=torch.int64, device=device)
+    parts = [(slice(i, i + QUERIES), queries[i : i + QUERIES].to(device)) for i in range(0, len(queries), QUERIES)]
     for first in range(0, len(train_NCHW), chunk):
         part = small(train_NCHW[first : first + chunk].to(device))
         candidates = torch.stack([apply_symmetry(part, form).flatten(1) for form in range(8)], 1).flatten(0, 1)
         norms = candidates.square().sum(1)
         for rows, query in parts:
-            # |q - t|² less |q|², which is the same for all t
-            least, place = torch.addmm(norms, query, candidates.T, alpha=-2).min(1)
+            # |query - candidate|² without |query|², which is the same for all candidates.
+            least, candidate = torch.addmm(norms, query, candidates.T, alpha=-2).min(1)
             nearer = least < best[rows]
             best[rows] = torch.where(nearer, least, best[rows])
-            where[rows] = torch.where(nearer, place + first * 8, where[rows])
+            best_candidate[rows] = torch.where(nearer, candidate + first * 8, best_candidate[rows])
         if progress is not None:
             progress.update(len(part))
-    where = where.cpu()
-    index, form = where // 8, where % 8
-    # Taken again as a plain difference: the sum above loses the digits that tell a copy from a near miss.
+    best_candidate = best_candidate.cpu()
+    index, form = best_candidate // 8, best_candidate % 8
+    # Compute the distances again, from the plain difference. The expanded square above loses the digits that distinguish a
+    # copy from an image that is only similar.
     exact = [
         (q - apply_symmetry(small(train_NCHW[i : i + 1]), f).flatten()).square().mean().sqrt()
         for q, i, f in zip(queries, index.tolist(), form.tolist(), strict=True)
@@ -73,19 +97,33 @@ def nearest(
 
 
 def threshold(held_out_distance_N: torch.Tensor) -> float:
-    """Below this distance lies a copy: 1st percentile of the held-out pictures, one grey level at least."""
+    """Returns the distance below which an image is a copy: the 1st percentile of held-out images, at least one grey level."""
     return max(float(held_out_distance_N.double().quantile(PERCENTILE)), INVISIBLE)
 
 
 def copy_rate(distance_N: torch.Tensor, below: float) -> dict[str, float]:
-    """{"copies", "number", "rate", "low", "high"}: share of samples nearer than `below`, with its 95 % interval."""
+    """Counts the images whose distance is below a threshold.
+
+    Args:
+        distance_N: Distance of each image to its nearest training image.
+        below: The threshold.
+
+    Returns:
+        "copies", "number", their "rate", and its 95 % interval, "low" and "high".
+    """
     copies, number = int((distance_N < below).sum()), len(distance_N)
     low, high = wilson(copies, number)
     return {"copies": copies, "number": number, "rate": copies / number, "low": low, "high": high}
 
 
 def wilson(hits: int, number: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): honest for few hits and for none."""
+    """Returns the 95 % interval of a share (Wilson 1927), which also holds for few hits or none.
+
+    Args:
+        hits: Number of hits.
+        number: Number of trials.
+        z: Quantile of the normal distribution; the default gives 95 %.
+    """
     p = hits / number
     middle = (p + z**2 / (2 * number)) / (1 + z**2 / number)
     half = z / (1 + z**2 / number) * math.sqrt(p * (1 - p) / number + z**2 / (4 * number**2))

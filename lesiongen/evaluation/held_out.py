@@ -1,4 +1,10 @@
-"""Figures of a tokenizer on a held-out split, shared by training and by the report."""
+"""Metrics and pictures of a tokenizer on a held-out split.
+
+The tokenizer stage measures the validation split at each evaluation; the evaluate stage measures the test split. The images are
+divided among the ranks, and all ranks get the same metrics.
+
+Shapes: B images, C channels, H × W pixels or codes, K codes.
+"""
 
 import torch
 
@@ -10,61 +16,130 @@ from lesiongen.data.similarity import psnr, ssim
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation import figures
 from lesiongen.evaluation.codes import usage_and_perplexity
+from lesiongen.tokenizers.quantizer import Quantized
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
-PERTURBED_IMAGES = 256  # of each rank, for the figure of wrong codes
-COLLAPSED = 0.02  # a level whose perplexity is below this share of its codes
+PERTURBED_IMAGES = 256  # images of each rank that are also decoded from partly wrong codes
+COLLAPSED = 0.02  # a level has collapsed if its perplexity is below this share of its codes
+SHOWN = 8  # images in the pictures
 
 
 @torch.no_grad()
-def held_out_figures(net: Tokenizer, data: ImageShards, micro: int) -> tuple[dict[str, float], dict[str, bytes]]:
-    """mse (on [-1, 1]), nmse, psnr, ssim; usage and perplexity of each level, in all and for each class, over a whole
-    split; the PSNR that is lost when codes are wrong; pictures. Collective: each rank takes its share."""
-    device, entries, classes = next(net.parameters()).device, net.entries, data.classes
-    sums = torch.zeros(6, dtype=torch.float64)
-    counts = torch.zeros(len(net.names), len(classes) + 1, entries, dtype=torch.float64)  # the unlabelled are last
-    shown: list[torch.Tensor] = []
-    for batch in data.held_out(micro):
+def evaluate_tokenizer(net: Tokenizer, data: ImageShards, batch_size: int) -> tuple[dict[str, float], dict[str, bytes]]:
+    """Measures a tokenizer on a split. Collective.
+
+    Args:
+        net: The tokenizer, in evaluation mode.
+        data: The split.
+        batch_size: Images that are reconstructed at once.
+
+    Returns:
+        The metrics: psnr (dB), ssim, mse (for pixels in [-1, 1]), nmse (mse over the variance of the training pixels),
+        psnr_lost_to_wrong_codes (dB), and for each level collapsed/<level> (0 or 1), usage and perplexity, in all
+        (usage/<level>) and for each class (usage/<level>/<class>).
+        The pictures, name → PNG; empty on a rank without images.
+    """
+    device = next(net.parameters()).device
+    totals = _Totals(len(net.names), len(data.classes), net.entries)
+    shown: tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]] | None = None
+    for batch in data.held_out(batch_size):
         x = to_float(batch["image"].to(device))
         y, levels = net(x)
-        each = [psnr(to_unit(y), to_unit(x)), ssim(to_unit(y), to_unit(x)), (y - x).square().flatten(1).mean(1)]
-        sums[:4] += torch.tensor([float(v.double().sum()) for v in each] + [len(x)])
-        for i, name in enumerate(net.names):
-            codes = levels[name].codes.flatten(1).cpu()
-            where = (batch["label"] % (len(classes) + 1))[:, None] * entries + codes
-            counts[i] += torch.bincount(where.flatten(), minlength=counts[i].numel()).view_as(counts[i])
-        if sums[5] < PERTURBED_IMAGES:
-            broken = net.decode_codes({name: perturbed(q.codes, entries, batch["ordinal"]) for name, q in levels.items()})
-            sums[4:] += torch.tensor([float((each[0] - psnr(to_unit(broken), to_unit(x))).double().sum()), len(x)])
-        if not shown:
-            codes = {name: q.codes[:8].cpu() for name, q in levels.items()}
-            shown = [batch["image"][:8], to_uint8(y[:8]).cpu(), codes]
-    packed = dist.all_reduce_sum(torch.cat([sums, counts.flatten()]).to(device)).cpu()
-    total_psnr, total_ssim, total_mse, number, lost, broken = packed[:6].tolist()
-    metrics = {"psnr": total_psnr / number, "ssim": total_ssim / number, "mse": total_mse / number}
-    metrics["nmse"] = metrics["mse"] / 4 / data.packed.moments["data_variance"]
-    metrics["psnr_lost_to_wrong_codes"] = lost / max(1, broken)
-    counts = packed[6:].view_as(counts)
-    for name, by_class in zip(net.names, counts, strict=True):
-        metrics[f"usage/{name}"], metrics[f"perplexity/{name}"] = usage_and_perplexity(by_class.sum(0))
-        metrics[f"collapsed/{name}"] = float(metrics[f"perplexity/{name}"] < max(COLLAPSED * entries, min(2, entries / 4)))
-        for label, count in zip(classes, by_class, strict=False):
-            if count.sum():
-                found = usage_and_perplexity(count)
-                own = f"{name}/{metric_name(label)}"
-                metrics[f"usage/{own}"], metrics[f"perplexity/{own}"] = found
-    if not shown:
+        psnr_B = totals.add_images(x, y)
+        totals.add_codes(batch["label"], [levels[name] for name in net.names])
+        if totals.perturbed[1] < PERTURBED_IMAGES:
+            wrong = {name: perturbed(q.codes, net.entries, batch["ordinal"]) for name, q in levels.items()}
+            totals.add_perturbed(psnr_B - psnr(to_unit(net.decode_codes(wrong)), to_unit(x)))
+        if shown is None:
+            codes = {name: q.codes[:SHOWN].cpu() for name, q in levels.items()}
+            shown = batch["image"][:SHOWN], to_uint8(y[:SHOWN]).cpu(), codes
+    totals.reduce(device)
+    metrics = totals.image_metrics(data.packed.moments["data_variance"]) | totals.code_metrics(net.names, data.classes)
+    if shown is None:
         return metrics, {}
-    books = {name: (net.codebook(name).cpu(), c.sum(0)) for name, c in reversed(list(zip(net.names, counts, strict=True)))}
+    counts = {name: by_class.sum(0) for name, by_class in zip(net.names, totals.counts, strict=True)}
+    codebooks = {name: (net.codebook(name).cpu(), counts[name]) for name in reversed(net.names)}
     return metrics, {
         "reconstructions": images.png(figures.pairs(shown[0], shown[1], len(shown[0]))),
-        "codes": images.png(figures.with_maps(*shown, entries)),
-        "codebook": figures.codebooks(books),
+        "codes": images.png(figures.with_maps(*shown, net.entries)),
+        "codebook": figures.codebooks(codebooks),
     }
 
 
+class _Totals:
+    """Sums over the images that this rank has measured; after reduce(), over those of all ranks.
+
+    Attributes:
+        quality: PSNR, SSIM, squared error and images, [4].
+        perturbed: PSNR lost to wrong codes, and the images it was measured on, [2].
+        counts: How often each code occurs in images of each class, [levels, classes + 1, K]. The last class is "unlabelled".
+    """
+
+    def __init__(self, levels: int, classes: int, entries: int):
+        self.quality = torch.zeros(4, dtype=torch.float64)
+        self.perturbed = torch.zeros(2, dtype=torch.float64)
+        self.counts = torch.zeros(levels, classes + 1, entries, dtype=torch.float64)
+
+    def add_images(self, x_BCHW: torch.Tensor, y_BCHW: torch.Tensor) -> torch.Tensor:
+        """Adds images x and their reconstructions y. Returns the PSNR of each image, [B]."""
+        psnr_B, ssim_B = psnr(to_unit(y_BCHW), to_unit(x_BCHW)), ssim(to_unit(y_BCHW), to_unit(x_BCHW))
+        mse_B = (y_BCHW - x_BCHW).square().flatten(1).mean(1)
+        sums = [float(values.double().sum()) for values in (psnr_B, ssim_B, mse_B)]
+        self.quality += torch.tensor([*sums, len(x_BCHW)])
+        return psnr_B
+
+    def add_codes(self, label_B: torch.Tensor, levels: list[Quantized]) -> None:
+        """Adds the codes of each level. Label -1, for unlabelled images, counts in the last row."""
+        _, classes, entries = self.counts.shape
+        for counts, quantized in zip(self.counts, levels, strict=True):
+            cells = (label_B % classes)[:, None] * entries + quantized.codes.flatten(1).cpu()
+            counts += torch.bincount(cells.flatten(), minlength=counts.numel()).view_as(counts)
+
+    def add_perturbed(self, lost_B: torch.Tensor) -> None:
+        """Adds the PSNR that images have lost to wrong codes."""
+        self.perturbed += torch.tensor([float(lost_B.double().sum()), len(lost_B)])
+
+    def reduce(self, device: torch.device) -> None:
+        """Adds the sums of all ranks. Collective."""
+        parts = [self.quality, self.perturbed, self.counts.flatten()]
+        reduced = dist.all_reduce_sum(torch.cat(parts).to(device)).cpu()
+        self.quality, self.perturbed, counts = reduced.split([part.numel() for part in parts])
+        self.counts = counts.view_as(self.counts)
+
+    def image_metrics(self, variance: float) -> dict[str, float]:
+        """Returns the means over all images. `variance` is that of the training pixels, in [0, 1]."""
+        (psnr_sum, ssim_sum, mse_sum, number), (lost, perturbed_number) = self.quality.tolist(), self.perturbed.tolist()
+        metrics = {"psnr": psnr_sum / number, "ssim": ssim_sum / number, "mse": mse_sum / number}
+        metrics["nmse"] = metrics["mse"] / 4 / variance  # pixels in [-1, 1] have 4 times the squared error
+        metrics["psnr_lost_to_wrong_codes"] = lost / max(1, perturbed_number)
+        return metrics
+
+    def code_metrics(self, names: tuple[str, ...], classes: list[str]) -> dict[str, float]:
+        """Returns usage and perplexity of each level, in all and for each class that occurs."""
+        metrics: dict[str, float] = {}
+        for name, by_class in zip(names, self.counts, strict=True):
+            entries = by_class.shape[1]
+            metrics[f"usage/{name}"], metrics[f"perplexity/{name}"] = usage_and_perplexity(by_class.sum(0))
+            metrics[f"collapsed/{name}"] = float(metrics[f"perplexity/{name}"] < max(COLLAPSED * entries, min(2, entries / 4)))
+            for label, counts in zip(classes, by_class, strict=False):
+                if counts.sum():
+                    key = f"{name}/{metric_name(label)}"
+                    metrics[f"usage/{key}"], metrics[f"perplexity/{key}"] = usage_and_perplexity(counts)
+        return metrics
+
+
 def perturbed(codes_BHW: torch.Tensor, entries: int, seed_B: torch.Tensor, share: float = 0.05) -> torch.Tensor:
-    """Codes of which a share is replaced by any others, the same ones at each call."""
+    """Replaces a share of the codes by random codes.
+
+    Args:
+        codes_BHW: The codes.
+        entries: Number of codes, K.
+        seed_B: Ordinal of each image. The first one is the seed, so that a batch gets the same wrong codes at each evaluation.
+        share: Share of the codes that are replaced.
+
+    Returns:
+        The codes with errors, [B, H, W].
+    """
     rng = torch.Generator().manual_seed(int(seed_B[0]))
     other = torch.randint(entries, codes_BHW.shape, generator=rng)
     wrong = torch.rand(codes_BHW.shape, generator=rng) < share

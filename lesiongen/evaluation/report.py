@@ -1,6 +1,7 @@
-"""One page that says what a run is worth: figures beside their floors, pictures, curves. Opens from disk, alone.
+"""The HTML report of a run: verdict, samples beside real images, table of metrics, pictures, plots, and the data.
 
-Pictures are PNG bytes; everything is embedded. What stands on the page comes from metrics.json, so that the two agree.
+The page is one file that opens from disk: pictures are embedded, and nothing is loaded from elsewhere. All numbers come from
+metrics.json, so that the two agree. The evaluate stage writes the page.
 """
 
 import base64
@@ -13,26 +14,35 @@ from PIL import Image
 
 from lesiongen.data import images
 from lesiongen.evaluation.card import statement
+from lesiongen.evaluation.verdict import verdict
 
-PLOTS = (  # picture, title, what to look for
-    ("distances", "Distance to the training data", "Samples should lie where held-out images lie, not left of them."),
-    ("confusion", "What the classifier sees in samples", "CodeRows: the class asked for; columns: the class seen."),
+Strips = dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]  # class → strip of samples, strip of training images
+
+PLOTS = (  # picture, title, note; side by side
+    (
+        "distances",
+        "Distance to the training data",
+        "Samples should be as far from the training images as held-out images are. Samples further left may be copies.",
+    ),
+    (
+        "confusion",
+        "Classes that the classifier sees in samples",
+        "Rows: the class that was requested. Columns: the class that the classifier predicts.",
+    ),
 )
-BELOW = (
+WIDE = (  # picture, title, note; below one another
     (
         "reconstructions",
         "Reconstructions",
-        "Test images (above) and what the tokenizer keeps of them (below): no sample can be sharper than these.",
+        "Test images (above) and their reconstructions by the tokenizer (below). Samples cannot be sharper than these.",
     ),
     (
         "curves",
         "Learning curves",
-        "Over samples seen. Where held-out parts from training, the model learns its training images by heart.",
+        "The horizontal axis counts training samples. Where the held-out curve departs from the training curve, "
+        "the model memorises its training images.",
     ),
 )
-TRAIN, HELD_OUT, FLOOR = "#2a6fbb", "#d9701a", "#8a8f98"
-# Training codes are shown twice: as training meets them, with dropout and augmentation, and as held-out ones are met.
-LOOKS = ((TRAIN, "training", "-"), (HELD_OUT, "held-out", ".-"), (FLOOR, "bigram", "--"), (TRAIN, "training, plain", ".:"))
 STYLE = """
 body{font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;color:#1f2430;background:#fff;max-width:1120px;
  margin:2em auto;padding:0 1.2em}
@@ -53,276 +63,207 @@ td.v{font-weight:600;white-space:nowrap} tr.part td{background:#fafbfc;font-weig
 """
 
 
-def page(
-    name: str,
-    metrics: dict,
-    shown: dict[str, bytes],
-    sheets: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]],
-    distances: list[float],
-) -> str:
-    """The whole page. shown: neighbours, reconstructions, curves, confusion, distances, as far as there are any;
-    sheets: per class a strip of samples and one of training images, uint8 [C, H, W]; distances: of the neighbours."""
+def page(name: str, metrics: dict, pictures: dict[str, bytes], strips: Strips, distances: list[float]) -> str:
+    """Builds the page.
+
+    Args:
+        name: Name of the run.
+        metrics: The content of metrics.json.
+        pictures: PNG bytes by name: neighbours, reconstructions, curves, confusion, distances. Sections without a picture are
+            left out.
+        strips: For each class a strip of samples and one of training images, uint8 [C, H, W], or None.
+        distances: The distance of each pair in the picture of neighbours.
+
+    Returns:
+        The HTML.
+    """
+    parts = _header(name, metrics)
+    parts += _samples(strips)
+    parts += [_titled("Metrics"), _table(metrics)]
+    if "neighbours" in pictures:
+        parts += _neighbours(pictures["neighbours"], distances, metrics["copies"]["threshold"])
+    parts += ["<div class='pair'>"]
+    for key, title, note in PLOTS:
+        if key in pictures:
+            parts += ["<div>", _titled(title, note), _picture(pictures[key], title, look=""), "</div>"]
+    parts += ["</div>"]
+    for key, title, note in WIDE:
+        if key in pictures:
+            parts += [_titled(title, note), _picture(pictures[key], title)]
+    parts += [_titled("Data"), _data(metrics["data"], metrics["fidelity"].get("recall", {}))]
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{_escape(name)}</title>"
+    body = "\n".join(parts)
+    return f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n"
+
+
+def _header(name: str, metrics: dict) -> list[str]:
+    """Returns the title, the lines about the data, and the verdict."""
     data = metrics["data"]
-    counts = {split: sum(of.values()) for split, of in data["counts"].items()}
-    sources = ", ".join(s or "unknown source" for s in data["sources"])
-    listed = ", ".join(f"{n:,} {split}" for split, n in counts.items())
+    sources = ", ".join(source or "unknown source" for source in data["sources"])
+    listed = ", ".join(f"{sum(counts.values()):,} {split}" for split, counts in data["counts"].items())
     facts = [
         f"{time.strftime('%d %B %Y')} · {sum(data['generated'].values()):,} samples of {data['size']} px",
         f"Real data: {sources}; {listed} images of {sum(data['lesions'].values()):,} lesions",
         f"Strictest licence of the data: {statement(data)}. This page shows real training images: "
-        "pass it on only as far as that allows.",
+        "share it only as this licence allows.",
     ]
-    out = [f"<h1>{esc(name)} <span class='tag'>SYNTHETIC IMAGES</span></h1>"]
-    out += ["<p class='note'>", "<br>".join(map(esc, facts)), "</p><div class='verdict'>"]
-    out += [f"<div><span class='dot {mark}'></span>{esc(said)}</div>" for mark, said in verdict(metrics)]
-    out += ["</div><h2>Samples beside real images</h2><div class='sheet'>"]
-    out += ["<b></b><b>Synthetic</b><b>Real (training split)</b>"]
-    for label, strips in sheets.items():
-        out += [f"<b>{esc(label or 'all')}</b>", *(f"<div>{_strip(s)}</div>" for s in strips)]
-    out += ["</div>", _titled("Figures"), _table(metrics)]
-    if "neighbours" in shown:
-        below = metrics["copies"]["threshold"]
-        note = "The samples nearest to the training data (above), each with its nearest training image (below), turned "
-        note += f"as it fits best. Above them their distance at 32 × 32 px: below {below:.3f} it counts as a copy."
-        cells = [f"<span{' class=near' if d < below else ''}>{d:.3f}</span>" for d in distances]
-        out += [_titled("Is anything copied?", note)]
-        out += [f"<div style='max-width:{150 * len(cells)}px'>"]
-        out += [f"<div class='caption' style='grid-template-columns:repeat({len(cells)},1fr)'>", *cells, "</div>"]
-        out += [_picture(shown["neighbours"], "nearest neighbours"), "</div>"]
-    out += ["<div class='pair'>"]
-    for key, title, note in PLOTS:
-        if key in shown:
-            out += ["<div>", _titled(title, note), _picture(shown[key], title, look=""), "</div>"]
-    out += ["</div>"]
-    for key, title, note in BELOW:
-        if key in shown:
-            out += [_titled(title, note), _picture(shown[key], title)]
-    out += [_titled("Data"), _data(data, metrics["fidelity"].get("recall", {}))]
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{esc(name)}</title>"
-    body = "\n".join(out)
-    return f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n"
+    parts = [f"<h1>{_escape(name)} <span class='tag'>SYNTHETIC IMAGES</span></h1>"]
+    parts += ["<p class='note'>", "<br>".join(map(_escape, facts)), "</p><div class='verdict'>"]
+    parts += [f"<div><span class='dot {mark}'></span>{_escape(sentence)}</div>" for mark, sentence in verdict(metrics)]
+    return [*parts, "</div>"]
 
 
-def verdict(metrics: dict) -> list[tuple[str, str]]:
-    """(mark, sentence) each: good, fair, poor, or none where nothing can be said."""
-    out, fidelity, diversity, found = [], metrics["fidelity"], metrics["diversity"], metrics["copies"]
-    if "lesiongen phantom" in metrics["data"]["attributions"]:
-        out += [("none", "The data are drawings made for demonstration: these figures say nothing about real lesions.")]
-    mark = holds(fidelity)
-    if fidelity["ratio"] is None:
-        out += [("none", f"Whether labels show in the samples cannot be measured: {fidelity['reason']}.")]
-    else:
-        seen = {"good": "as plain as on real ones", "fair": "weaker than on real ones", "poor": "hardly to be seen"}
-        seen["none"] = "not judged, for this classifier hardly tells real images apart either"
-        said = f"A classifier trained on real images finds the intended class in {fidelity['samples']:.0%} of the "
-        said += f"samples, in {fidelity['real']:.0%} of real held-out images and in {fidelity['chance']:.0%} by chance"
-        out += [(mark, f"{said}: labels are {seen[mark]}.")]
-    if diversity["ratio"] is not None and mark in ("good", "fair"):
-        ratio = diversity["ratio"]
-        level = 0 if ratio >= 0.9 else 1 if ratio >= 0.7 else 2
-        said = ("as varied as real ones", "somewhat less varied than real ones", "much alike")[level]
-        mark = ("good", "fair", "poor")[level]
-        out += [(mark, f"Within a class samples are {said} ({ratio:.0%} of the real spread).")]
-    elif diversity["ratio"] is not None:
-        out += [("none", "Their variety does not count while labels do not hold.")]
-    said = f"{found['copies']} of {found['number']:,} samples count as copies of training images (95 % interval of the "
-    said += f"rate: {found['low']:.1%} to {found['high']:.1%}; unrelated real images: 1 %)"
-    if found["least_distance"] < 0.5 * found["held_out"]["least_distance"]:
-        out += [("poor", f"{said}, and the nearest is far nearer than any unrelated image: look at the pairs below.")]
-    elif found["low"] > 0.01:
-        out += [("poor", f"{said}: more than chance. Look at the pairs below before passing samples on.")]
-    elif found["high"] <= 0.02:
-        out += [("good", f"{said}: no more than chance.")]
-    else:
-        out += [("fair", f"{said}: too few samples to be sure, draw 1,000 or more.")]
-    for level, bits in metrics["priors"].items():
-        gap = bits["bits_per_token"] - bits["train_bits_per_token"]
-        if bits["bits_per_token"] >= bits["bigram_bits"]:
-            out += [("poor", f"The prior for {level} is no better than a bigram: train it longer.")]
-        elif gap > 0.1 * bits["bits_per_token"]:
-            said = f"The prior for {level} knows its training images better than others, by {gap:.2f} bits a token"
-            out += [("fair", f"{said}: it learns by heart.")]
-    return out
+def _samples(strips: Strips) -> list[str]:
+    """Returns the samples and real images of each class, side by side."""
+    parts = ["<h2>Samples beside real images</h2><div class='sheet'>"]
+    parts += ["<b></b><b>Synthetic</b><b>Real (training split)</b>"]
+    for label, pair in strips.items():
+        parts += [f"<b>{_escape(label or 'all')}</b>", *(f"<div>{_strip(strip)}</div>" for strip in pair)]
+    return [*parts, "</div>"]
 
 
-def holds(fidelity: dict) -> str:
-    """Mark of fidelity: share of the classifier's skill above chance on real images that is left on samples."""
-    if fidelity["ratio"] is None or fidelity["real"] < fidelity["chance"] + 0.1:
-        return "none"
-    skill = (fidelity["samples"] - fidelity["chance"]) / (fidelity["real"] - fidelity["chance"])
-    return "good" if skill >= 0.9 else "fair" if skill >= 0.6 else "poor"
+def _neighbours(picture: bytes, distances: list[float], threshold: float) -> list[str]:
+    """Returns the samples that are nearest to the training data, with their distances."""
+    note = (
+        "The samples that are nearest to the training data (above), each with its nearest training image (below), rotated or "
+        "flipped to match. The numbers are their distances at 32 × 32 px. A sample whose distance is below "
+        f"{threshold:.3f} counts as a copy."
+    )
+    cells = [f"<span{' class=near' if d < threshold else ''}>{d:.3f}</span>" for d in distances]
+    return [
+        _titled("Is anything copied?", note),
+        f"<div style='max-width:{150 * len(cells)}px'>",
+        f"<div class='caption' style='grid-template-columns:repeat({len(cells)},1fr)'>",
+        *cells,
+        "</div>",
+        _picture(picture, "nearest neighbours"),
+        "</div>",
+    ]
 
 
 def _table(metrics: dict) -> str:
-    tokenizer, fidelity, diversity, found = (metrics[k] for k in ("tokenizer", "fidelity", "diversity", "copies"))
+    """Returns the table of metrics."""
+    parts = ["<table><tr><th>Metric</th><th>Value</th><th>For comparison</th><th>Meaning</th></tr>"]
+    parts += _tokenizer_rows(metrics["tokenizer"], list(metrics["priors"]))
+    parts += _prior_rows(metrics["priors"])
+    parts += [_part("Samples"), _fidelity_row(metrics["fidelity"]), _diversity_row(metrics["diversity"])]
+    parts += _copy_rows(metrics["copies"])
+    return "".join(parts) + "</table>"
 
-    out: list[str] = ["<table><tr><th>Figure</th><th>Value</th><th>Beside it</th><th>Meaning</th></tr>"]
 
-    def part(title: str) -> None:
-        out.append(f"<tr class='part'><td colspan='4'>{esc(title)}</td></tr>")
+def _part(title: str) -> str:
+    """Returns a heading within the table."""
+    return f"<tr class='part'><td colspan='4'>{_escape(title)}</td></tr>"
 
-    def row(what: str, value: str, beside: str, meaning: str) -> None:
-        cells = f"<td>{esc(what)}</td><td class='v'>{esc(value)}</td><td>{esc(beside)}</td><td>{esc(meaning)}</td>"
-        out.append(f"<tr>{cells}</tr>")
 
-    part("Tokenizer: what images lose on the way into codes and back, test split")
-    flat = f"{tokenizer['floor_psnr']:.2f} dB with one colour for all"
-    row("PSNR", f"{tokenizer['psnr']:.2f} dB", flat, "higher is closer")
-    row("SSIM", f"{tokenizer['ssim']:.3f}", "1 if equal", "likeness of structure")
-    row("NMSE", f"{tokenizer['nmse']:.4f}", "1 with one colour for all", "squared error over the data's variance")
-    for level in metrics["priors"]:
-        used, p = tokenizer[f"usage/{level}"], tokenizer[f"perplexity/{level}"]
-        beside = f"perplexity {p:.0f} of at most {tokenizer['entries']}"
-        row(f"Codebook of {level}", f"{used:.0%} used", beside, "codes that do work")
-    part("Priors: how well codes are foretold, validation split; bits per token, lower is better")
-    for level, bits in metrics["priors"].items():
-        beside = f"bigram {bits['bigram_bits']:.3f}, uniform {bits['uniform_bits']:.3f}"
-        meaning = f"{bits['train_bits_per_token']:.3f} on training codes; a large gap is learning by heart"
-        row(level, f"{bits['bits_per_token']:.3f}", beside, meaning)
-    part("Samples")
+def _row(metric: str, value: str, comparison: str, meaning: str) -> str:
+    cells = f"<td>{_escape(metric)}</td><td class='v'>{_escape(value)}</td><td>{_escape(comparison)}</td>"
+    return f"<tr>{cells}<td>{_escape(meaning)}</td></tr>"
+
+
+def _tokenizer_rows(tokenizer: dict, levels: list[str]) -> list[str]:
+    flat = f"{tokenizer['floor_psnr']:.2f} dB if all pixels have one colour"
+    rows = [
+        _part("Tokenizer: quality of reconstructions, test split"),
+        _row("PSNR", f"{tokenizer['psnr']:.2f} dB", flat, "higher is better"),
+        _row("SSIM", f"{tokenizer['ssim']:.3f}", "1 for equal images", "structural similarity; higher is better"),
+        _row(
+            "NMSE",
+            f"{tokenizer['nmse']:.4f}",
+            "1 if all pixels have one colour",
+            "squared error over the variance of the data; lower is better",
+        ),
+    ]
+    for level in levels:
+        used, perplexity = tokenizer[f"usage/{level}"], tokenizer[f"perplexity/{level}"]
+        comparison = f"perplexity {perplexity:.0f} of at most {tokenizer['entries']}"
+        rows.append(_row(f"Codebook of {level}", f"{used:.0%} used", comparison, "share of the codes that the test images use"))
+    return rows
+
+
+def _prior_rows(priors: dict[str, dict]) -> list[str]:
+    rows = [_part("Priors: bits per token, validation split; lower is better")]
+    for level, bits in priors.items():
+        comparison = f"bigram {bits['bigram_bits']:.3f}, uniform {bits['uniform_bits']:.3f}"
+        meaning = f"{bits['train_bits_per_token']:.3f} on training codes; if that is much lower, the model memorises"
+        rows.append(_row(level, f"{bits['bits_per_token']:.3f}", comparison, meaning))
+    return rows
+
+
+def _fidelity_row(fidelity: dict) -> str:
     if fidelity["ratio"] is None:
-        row("Fidelity", "not measured", "", fidelity["reason"])
-    else:
-        beside = f"real {fidelity['real']:.1%}, reconstructed {fidelity['reconstructions']:.1%}, "
-        beside += f"chance {fidelity['chance']:.1%}"
-        row("Fidelity", f"{fidelity['samples']:.1%}", beside, "balanced accuracy of a classifier on samples' labels")
+        return _row("Fidelity", "not measured", "", fidelity["reason"])
+    comparison = (
+        f"real {fidelity['real']:.1%}, reconstructed {fidelity['reconstructions']:.1%}, chance {fidelity['chance']:.1%}"
+    )
+    meaning = "balanced accuracy of a classifier on the samples' labels"
+    return _row("Fidelity", f"{fidelity['samples']:.1%}", comparison, meaning)
+
+
+def _diversity_row(diversity: dict) -> str:
     if diversity["ratio"] is None:
-        row("Diversity", "not measured", "", diversity["reason"])
-    else:
-        beside = f"1 is that of real held-out images ({diversity['real']:.2f}; samples {diversity['samples']:.2f})"
-        row("Diversity", f"{diversity['ratio']:.2f}", beside, "spread within a class; counts only where fidelity holds")
-    beside = f"{found['held_out']['rate']:.1%} of held-out images, by definition about 1 %"
-    meaning = f"{found['copies']} of {found['number']:,}; 95 % interval {found['low']:.2%} to {found['high']:.2%}"
-    row("Copy rate", f"{found['rate']:.2%}", beside, meaning)
-    for what, meaning in (("median", "far smaller is too near"), ("least", "the pair to look at first")):
-        key = f"{what}_distance"
-        beside = f"{found['held_out'][key]:.4f} of held-out images"
-        row(f"Distance, {what}", f"{found[key]:.4f}", beside, f"to the nearest training image; {meaning}")
-    return "".join(out) + "</table>"
+        return _row("Diversity", "not measured", "", diversity["reason"])
+    comparison = f"1 for real held-out images (spread {diversity['real']:.2f}; samples {diversity['samples']:.2f})"
+    meaning = "spread within a class; means little if fidelity is poor"
+    return _row("Diversity", f"{diversity['ratio']:.2f}", comparison, meaning)
+
+
+def _copy_rows(copies: dict) -> list[str]:
+    held_out = copies["held_out"]
+    comparison = f"{held_out['rate']:.1%} of held-out images, by definition about 1 %"
+    meaning = f"{copies['copies']} of {copies['number']:,}; 95 % interval {copies['low']:.2%} to {copies['high']:.2%}"
+    rows = [_row("Copy rate", f"{copies['rate']:.2%}", comparison, meaning)]
+    for key, title, remark in (
+        ("median_distance", "Distance, median", "if much smaller than for held-out images, samples are too near"),
+        ("least_distance", "Distance, smallest", "look at this pair first"),
+    ):
+        comparison = f"{held_out[key]:.4f} for held-out images"
+        rows.append(_row(title, f"{copies[key]:.4f}", comparison, f"to the nearest training image; {remark}"))
+    return rows
 
 
 def _data(data: dict, recall: dict) -> str:
-    """recall: {class: {"samples", "real"}}, as far as it was measured."""
-    splits, made = list(data["counts"]), data["generated"]
-    names = dict.fromkeys([c for counts in data["counts"].values() for c in counts] + list(made))
-    titles = ["Images of", *splits, "generated", "samples recognised", "real recognised"]
-    out = ["<table><tr>", *(f"<th>{esc(t)}</th>" for t in titles), "</tr>"]
+    """Returns the table of the data, with a row for each class.
+
+    Args:
+        data: The metrics of the data.
+        recall: {class: {"samples": recall, "real": recall}}, for the classes on which it was measured.
+    """
+    splits, generated = list(data["counts"]), data["generated"]
+    names = dict.fromkeys([name for counts in data["counts"].values() for name in counts] + list(generated))
+    titles = ["Images by class", *splits, "generated", "samples recognised", "real recognised"]
+    parts = ["<table><tr>", *(f"<th>{_escape(title)}</th>" for title in titles), "</tr>"]
     for name in names:
-        cells = [f"{data['counts'][s].get(name, 0):,}" for s in splits] + [f"{made.get(name, 0):,}"]
-        cells += [f"{recall[name][what]:.0%}" if name in recall else "–" for what in ("samples", "real")]
-        out += [f"<tr><td>{esc(name or 'no label')}</td>", *(f"<td>{c}</td>" for c in cells), "</tr>"]
-    lesions = [f"<td>{data['lesions'].get(s, 0):,}</td>" for s in splits]
-    out += ["<tr><td>lesions</td>", *lesions, "<td></td><td></td><td></td></tr></table>"]
-    listed = "; ".join(f"{name or 'not stated'}: {n:,}" for name, n in data["licences"].items())
-    thanks = "; ".join(name for name in list(data["attributions"])[:10] if name)
-    said = f"No lesion is in two splits. {data['rejected']:,} images or rows were rejected. Licences: {listed}."
-    said += f" Attribution: {thanks}." if thanks else ""
-    return "".join(out) + f"<p class='note'>{esc(said)}</p>"
+        cells = [f"{data['counts'][split].get(name, 0):,}" for split in splits] + [f"{generated.get(name, 0):,}"]
+        cells += [f"{recall[name][source]:.0%}" if name in recall else "–" for source in ("samples", "real")]
+        parts += [f"<tr><td>{_escape(name or 'no label')}</td>", *(f"<td>{cell}</td>" for cell in cells), "</tr>"]
+    lesions = [f"<td>{data['lesions'].get(split, 0):,}</td>" for split in splits]
+    parts += ["<tr><td>lesions</td>", *lesions, "<td></td><td></td><td></td></tr></table>"]
+    licences = "; ".join(f"{name or 'not stated'}: {number:,}" for name, number in data["licences"].items())
+    attributions = "; ".join(name for name in list(data["attributions"])[:10] if name)
+    note = f"No lesion is in two splits. {data['rejected']:,} images or rows of metadata were rejected. Licences: {licences}."
+    note += f" Attribution: {attributions}." if attributions else ""
+    return "".join(parts) + f"<p class='note'>{_escape(note)}</p>"
 
 
-def esc(text: object) -> str:
+def _escape(text: object) -> str:
+    """Returns a value as text in which HTML's special characters are escaped."""
     return html.escape(str(text))
 
 
 def _titled(title: str, note: str = "") -> str:
-    return f"<h2>{esc(title)}</h2>" + (f"<p class='note'>{esc(note)}</p>" if note else "")
+    return f"<h2>{_escape(title)}</h2>" + (f"<p class='note'>{_escape(note)}</p>" if note else "")
 
 
 def _picture(content: bytes, alt: str, kind: str = "png", look: str = "wide") -> str:
+    """Returns an embedded picture. `look` is its CSS class."""
     data = base64.b64encode(content).decode()
-    return f"<img class='{look}' alt='{esc(alt)}' src='data:image/{kind};base64,{data}'>"
+    return f"<img class='{look}' alt='{_escape(alt)}' src='data:image/{kind};base64,{data}'>"
 
 
 def _strip(strip_CHW: torch.Tensor | None) -> str:
-    """As JPEG: a page of photographs in PNG is too large to send."""
+    """Returns a strip of images as JPEG, because a page of photographs in PNG would be too large to send."""
     if strip_CHW is None:
         return "<span class='note'>none</span>"
     picture = Image.open(io.BytesIO(images.png(strip_CHW)))
     return _picture(images.encode(picture, "jpg", 90), "images of one class", "jpeg")
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
-    from matplotlib.figure import Figure  # no pyplot: no windows, no global state
-
-    figure = Figure((width, height), dpi=120, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, axes
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def curves(stages: dict[str, list[dict]]) -> bytes | None:
-    """Training beside held-out, classes in thin lines, one panel each, from the lines of each stage's metrics.jsonl. None
-    without any."""
-    panels = [("tokenizer", "PSNR in dB", "train/psnr", "val/psnr")]
-    panels += [("tokenizer", "mean squared error, images in [-1, 1]", "train/reconstruction", "val/mse")]
-    keys = sorted({k for row in stages.get("tokenizer", []) for k in row})
-    for what, title in (("usage", "share of codes used"), ("perplexity", "perplexity of codes")):
-        levels = sorted({k.split("/")[2] for k in keys if f"/{what}/" in k})
-        panels += [("tokenizer", f"{title}: {v}", f"train/{what}/{v}", f"val/{what}/{v}") for v in levels]
-    for name in stages:
-        if name.startswith("prior-"):
-            title = f"bits per token: {name.removeprefix('prior-')}"
-            shown = ("train/bits_per_token", "val/bits_per_token", "val/bigram_bits", "val/train_bits_per_token")
-            panels += [(name, title, *shown)]
-    panels = [p for p in panels if any(p[2] in row or p[3] in row for row in stages.get(p[0], []))]
-    if not panels:
-        return None
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = _figure(11 if columns == 3 else 5.2 * columns, (2.7 if columns > 1 else 3.6) * rows, rows, columns)
-    for axis, (stage, title, *lines) in zip(axes, panels, strict=False):
-        shown = [(key, *look, 1.4) for key, look in zip(lines, LOOKS, strict=False)]
-        classes = sorted({key for row in stages[stage] for key in row if key.startswith(f"{lines[1]}/")})
-        shown += [(key, f"C{i % 10}", key.rpartition("/")[2], ".-", 0.6) for i, key in enumerate(classes)]
-        for key, colour, label, style, width in shown:
-            points = [(row["samples"], row[key]) for row in stages[stage] if key in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), style, color=colour, label=label, linewidth=width, markersize=4 * width)
-        axis.set_title(title, fontsize=10)
-        axis.legend(fontsize=6 if classes else 8, frameon=False, ncols=2 if classes else 1)
-        axis.tick_params(labelsize=8)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    return _png(figure)
-
-
-def confusion(fidelity: dict, classes: list[str]) -> bytes | None:
-    """Shares of the classes seen in the samples of each class."""
-    if fidelity["ratio"] is None:
-        return None
-    asked = [i for i, row in enumerate(fidelity["confusion"]) if sum(row)]
-    share = [[n / sum(fidelity["confusion"][i]) for n in fidelity["confusion"][i]] for i in asked]
-    figure, (axis,) = _figure(5.2, 1.6 + 0.42 * len(asked))
-    axis.grid(False)
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for y, row in enumerate(share):
-        for x, value in enumerate(row):
-            if value >= 0.005 and len(classes) <= 12:
-                axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color="w" if value > 0.5 else "k")
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(len(asked)), [classes[i] for i in asked], fontsize=8)
-    return _png(figure)
-
-
-def histogram(samples: list[float], held_out: list[float], threshold: float) -> bytes:
-    """Distances of samples and held-out images to their nearest training image, and where copies begin."""
-    figure, (axis,) = _figure(5.2, 3.6)
-    top = sorted(samples + held_out)[int(0.995 * (len(samples) + len(held_out) - 1))]
-    bins = [top * i / 40 for i in range(41)]
-    for values, label, colour in ((held_out, "held-out images", HELD_OUT), (samples, "samples", TRAIN)):
-        weights = [100 / len(values)] * len(values)
-        axis.hist([min(v, top) for v in values], bins, weights=weights, alpha=0.55, color=colour, label=label)
-    axis.axvline(threshold, color="#d0413b", linestyle="--", linewidth=1.2, label="copies lie left of this")
-    axis.set_xlabel("distance to the nearest training image", fontsize=9)
-    axis.set_ylabel("share in %", fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.legend(fontsize=8, frameon=False)
-    return _png(figure)

@@ -1,4 +1,8 @@
-"""From a folder of images and their metadata to records: one image each, and what is known of it."""
+"""Matches a folder of images with its metadata: one `Record` for each image that can be used, a reason for each that cannot.
+
+`packing.pack` splits the records and writes them into shards; `lesiongen preview` shows some of their images. Image files
+are matched by name only. They are opened later, in packing.
+"""
 
 import re
 from collections.abc import Iterable
@@ -8,18 +12,24 @@ from pathlib import Path
 from hpc.errors import UserError
 from lesiongen.data.facts import AGE_BANDS
 from lesiongen.ingest import licences, sources
-from lesiongen.ingest.sources import SUFFIXES, stem
+from lesiongen.ingest.sources import SUFFIXES, Table, image_id
 
-# Pictures that come with challenge data and are no photographs: masks of lesions, superpixels, dermoscopic attributes.
+# Files among the challenges' photographs that are none: masks of lesions, superpixels, dermoscopic attributes.
 MASKS = re.compile(r"_(segmentation|superpixels|attribute_[a-z_]+)$", re.IGNORECASE)
-FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# Name of a folder, or of a split in a CSV file → split
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image and what is known of it; "" for what is not. dx "" means unlabelled.
+    """One image and the facts about it. "" and None mean unknown; an image with dx "" is unlabelled.
 
-    split: the one that the data come with, if any; group: images of one group never part"""
+    Attributes:
+        image: Id of the image.
+        path: Image file.
+        split: Split that the data come with, if any.
+        group: Group that `splits.assign` put the image in. All images of a group are in the same split.
+    """
 
     image: str
     path: str
@@ -37,26 +47,35 @@ class Record:
 
     @property
     def own_group(self) -> str:
-        """The lesion, else the patient, else the image itself."""
+        """Group by the metadata alone: the lesion, else the patient, else the image itself."""
         return self.lesion or self.patient or self.image
 
     def facts(self) -> dict:
-        """What is written beside the image in its shard."""
-        named = asdict(self)
-        del named["path"], named["split"]
-        return {{"image": "image_id", "lesion": "lesion_id", "patient": "patient_id"}.get(k, k): v for k, v in named.items()}
+        """Returns the JSON member that is written beside the image in its shard."""
+        fields = asdict(self)
+        del fields["path"], fields["split"]
+        return {{"image": "image_id", "lesion": "lesion_id", "patient": "patient_id"}.get(k, k): v for k, v in fields.items()}
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """pairs: images that the source says show one lesion; left_out: by the licences asked for, no fault of theirs."""
+    """What `read_catalog` found.
+
+    Attributes:
+        records: Images that can be used.
+        rejected: {"image", "reason"} of images without a usable row, and of rows without an image.
+        left_out: {"image", "reason"} of usable images whose licence is not among the allowed ones.
+        pairs: Images that the metadata says show the same lesion.
+        recognised: A line to print for each metadata file.
+        listed: Number of distinct images, in files or in rows.
+    """
 
     records: list[Record]
-    rejected: list[dict]  # {"image", "reason"}
+    rejected: list[dict]
     left_out: list[dict]
     pairs: list[tuple[str, str]]
     recognised: list[str]
-    listed: int  # images or rows looked at
+    listed: int
 
 
 def read_catalog(
@@ -68,63 +87,83 @@ def read_catalog(
     splits: Path | None = None,
     rename: dict[str, str] | None = None,
 ) -> Catalog:
-    """Matches rows and image files. Raises UserError for an unusable folder or table; single mismatches are rejections.
+    """Matches metadata rows with image files. A row or file without its counterpart is listed as rejected.
 
-    allowed: licences, all by default; splits: a CSV of image and split, else folders train, val, test are obeyed;
-    rename: label as found → label to use"""
+    Args:
+        images: Folder, searched recursively.
+        metadata: CSV file, or a folder of CSV files. None labels images by their folders.
+        columns: Our field → column, for a CSV file of no known layout.
+        classes: Labels to accept; all if empty.
+        allowed: Licences to accept; all if empty.
+        splits: CSV file of images and their splits. None uses folders named train, val and test, if the images are in such.
+        rename: Label in the metadata → label to use.
+
+    Raises:
+        UserError: The folder or a CSV file cannot be used, or no image has an allowed licence.
+    """
     files = _image_files(images)
-    given = _splits(splits) if splits else _folder_splits(images, files)
+    supplied_splits = _read_splits(splits) if splits else _folder_splits(images, files)
     if metadata is None:
-        table = sources.Table(recognised=[f"{len(files):,} images without metadata"])
-        dx = _folder_classes(images, files, bool(given) and not splits)
-        table.rows = {image: {"image": image, "dx": dx[image], "source": images.name} for image in files}
+        table = _table_of_folders(images, files, bool(supplied_splits) and not splits)
     else:
         table = sources.read_table(metadata, columns or {})
-    if splits and not given.keys() & table.rows.keys():
-        raise UserError(f"{splits} names none of the images. Its first column must hold their ids, and 'split' their split.")
-    classes = set(classes)
-    records, rejected = [], [{"image": image, "reason": reason} for image, reason in table.odd]
+    if splits and not supplied_splits.keys() & table.rows.keys():
+        raise UserError(f"{splits} lists none of the images. It needs a column of image ids and a column 'split'.")
+    records, rejected = _match(files, table, set(classes), supplied_splits, rename or {})
+    listed_ids = table.rows.keys() | {image for image, _ in table.unusable}
+    rejected += [{"image": image, "reason": "no row in the metadata"} for image in files if image not in listed_ids]
+    records, left_out = _filter_licences(records, allowed)
+    return Catalog(records, rejected, left_out, table.pairs, table.recognised, len(files.keys() | listed_ids))
+
+
+def _match(
+    files: dict[str, Path], table: Table, classes: set[str], supplied_splits: dict[str, str], rename: dict[str, str]
+) -> tuple[list[Record], list[dict]]:
+    """Returns the records of rows that have a file and an accepted label, and the rejected rows."""
+    records, rejected = [], [{"image": image, "reason": reason} for image, reason in table.unusable]
     for image, row in table.rows.items():
-        row["dx"] = (rename or {}).get(row["dx"], row["dx"])
+        row["dx"] = rename.get(row["dx"], row["dx"])
         if image not in files:
             rejected.append({"image": image, "reason": "no image file for this row"})
         elif classes and row["dx"] and row["dx"] not in classes:
             rejected.append({"image": image, "reason": f"unknown label '{row['dx']}'"})
         else:
-            known = {k: v for k, v in row.items() if k not in ("image", "age")}
+            facts = {k: v for k, v in row.items() if k not in ("image", "age")}
             age = _age(row.get("age", ""))
-            records.append(Record(image, str(files[image]), **known, age=age, split=given.get(image, "")))
-    seen = table.rows.keys() | {image for image, _ in table.odd}
-    rejected += [{"image": image, "reason": "no row in the metadata"} for image in files if image not in seen]
-    listed = len(files.keys() | seen)
-    left_out = []
-    if wanted := {licences.canonical(name) for name in allowed}:
-        fits = [licences.canonical(r.licence) in wanted for r in records]
-        left_out = [
-            {"image": r.image, "reason": f"licence '{r.licence or 'not stated'}' is not among data.licences"}
-            for r, fit in zip(records, fits, strict=True)
-            if not fit
-        ]
-        records = [r for r, fit in zip(records, fits, strict=True) if fit]
-        if not records:
-            there = sorted({entry["reason"].split("'")[1] for entry in left_out})
-            raise UserError(f"No image has a licence among data.licences; those here: {', '.join(there)}.")
-    return Catalog(records, rejected, left_out, table.pairs, table.recognised, listed)
+            records.append(Record(image, str(files[image]), **facts, age=age, split=supplied_splits.get(image, "")))
+    return records, rejected
+
+
+def _filter_licences(records: list[Record], allowed: Iterable[str]) -> tuple[list[Record], list[dict]]:
+    """Returns the records with an allowed licence, and {"image", "reason"} of the others."""
+    wanted = {licences.canonical(name) for name in allowed}
+    if not wanted:
+        return records, []
+    fits = [licences.canonical(r.licence) in wanted for r in records]
+    others = [r for r, fit in zip(records, fits, strict=True) if not fit]
+    if len(others) == len(records):
+        present = sorted({r.licence or "not stated" for r in others})
+        raise UserError(f"No image has a licence among data.licences; licences of the images: {', '.join(present)}.")
+    left_out = [
+        {"image": r.image, "reason": f"licence '{r.licence or 'not stated'}' is not among data.licences"} for r in others
+    ]
+    return [r for r, fit in zip(records, fits, strict=True) if fit], left_out
 
 
 def _image_files(images: Path) -> dict[str, Path]:
+    """Returns the path of each image in the folder by the image's id."""
     if not images.is_dir():
-        raise UserError(f"The images folder {images} does not exist or is no folder. Set data.images to it.")
+        raise UserError(f"The images folder {images} does not exist or is not a folder. Correct data.images.")
     try:
-        found = sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     except OSError as error:
         raise UserError(f"The images folder {images} cannot be read: {error.strerror}.") from None
     files: dict[str, Path] = {}
-    for path in found:
+    for path in paths:
         if MASKS.search(path.stem):
             continue
         if path.stem in files:
-            raise UserError(f"Two images share the id '{path.stem}': {files[path.stem]} and {path}. Rename one.")
+            raise UserError(f"Two images share the id '{path.stem}': {files[path.stem]} and {path}. Rename one of them.")
         files[path.stem] = path
     if not files:
         raise UserError(f"The images folder {images} holds no images ({', '.join(SUFFIXES)}).")
@@ -132,43 +171,56 @@ def _image_files(images: Path) -> dict[str, Path]:
 
 
 def _folder_splits(images: Path, files: dict[str, Path]) -> dict[str, str]:
-    """Splits of data that come in folders train, val, test, or as the ISIC challenges name theirs; none if not all do."""
+    """Returns the splits of images in top folders named train, val or test, or as the ISIC challenges name theirs.
+
+    Returns {} unless every image is in such a folder and there are at least two splits.
+    """
 
     def split(path: Path) -> str:
         top = path.relative_to(images).parts[0].lower()
-        named = re.search(r"_(training|validation|test)_(v\d+_)?(input|data)", top)
-        return FOLDERS.get(named.group(1) if named else top, "")
+        isic = re.search(r"_(training|validation|test)_(v\d+_)?(input|data)", top)
+        return SPLIT_NAMES.get(isic.group(1) if isic else top, "")
 
-    found = {image: split(path) for image, path in files.items()}
-    return found if all(found.values()) and len(set(found.values())) > 1 else {}
+    splits = {image: split(path) for image, path in files.items()}
+    return splits if all(splits.values()) and len(set(splits.values())) > 1 else {}
 
 
-def _folder_classes(images: Path, files: dict[str, Path], below_split: bool) -> dict[str, str]:
-    """Without metadata, images sorted into folders are labelled by them."""
+def _table_of_folders(images: Path, files: dict[str, Path], below_split: bool) -> Table:
+    """Returns a table of images without metadata. An image in a folder of its class is labelled by the folder's name.
+
+    Args:
+        images: Folder of all images.
+        files: Path of each image.
+        below_split: Whether the folders of classes are inside folders of splits.
+    """
     depth = 1 if below_split else 0
     parts = {image: path.relative_to(images).parts[depth:-1] for image, path in files.items()}
     if len(set(parts.values())) > 1 and all(len(p) == 1 for p in parts.values()):
-        return {image: p[0] for image, p in parts.items()}
-    return dict.fromkeys(files, "lesion")
+        dx = {image: p[0] for image, p in parts.items()}
+    else:
+        dx = dict.fromkeys(files, "lesion")
+    rows = {image: {"image": image, "dx": dx[image], "source": images.name} for image in files}
+    return Table(rows, recognised=[f"{len(files):,} images without metadata"])
 
 
-def _splits(path: Path) -> dict[str, str]:
+def _read_splits(path: Path) -> dict[str, str]:
+    """Reads the split of each image from a CSV file."""
     rows, header = sources.read_csv(path)
     if "split" not in header or len(header) < 2:
-        raise UserError(f"{path} must have a column of image ids and one named 'split'; it has: {', '.join(header)}.")
-    column = next((c for c in sources.IDS if c in header), next(c for c in header if c != "split"))
-    found: dict[str, str] = {}
+        raise UserError(f"{path} needs a column of image ids and a column 'split'; it has: {', '.join(header)}.")
+    column = next((c for c in sources.ID_COLUMNS if c in header), next(c for c in header if c != "split"))
+    splits: dict[str, str] = {}
     for row in rows:
-        name, split = stem(row.get(column) or ""), FOLDERS.get((row.get("split") or "").strip().lower(), "")
+        image, split = image_id(row.get(column) or ""), SPLIT_NAMES.get((row.get("split") or "").strip().lower(), "")
         if not split:
             raise UserError(f"{path}, line {row['line']}: the split is '{row.get('split')}', not train, val or test.")
-        if found.setdefault(name, split) != split:
-            raise UserError(f"{path} lists {name} twice, in {found[name]} and in {split}.")
-    return found
+        if splits.setdefault(image, split) != split:
+            raise UserError(f"{path} lists {image} twice, in {splits[image]} and in {split}.")
+    return splits
 
 
 def _age(text: str) -> float | None:
-    """In years; None for what is none."""
+    """Returns an age in years, None where the text is no number from 0 to below 150."""
     try:
         age = float(text)
     except ValueError:
@@ -177,10 +229,17 @@ def _age(text: str) -> float | None:
 
 
 def vocabularies(records: list[Record], classes: list[str], before: dict[str, list[str]] | None = None) -> dict[str, list[str]]:
-    """Values of each column that a prior may be conditioned on, in the order of their numbers, which never change."""
+    """Returns the values of each column that a prior can be conditioned on. A value's index is its number in code stores.
+
+    Args:
+        records: The new images.
+        classes: All labels, in the order of their numbers.
+        before: Vocabularies of the images that are packed already. Their values keep their indices, new ones follow in
+            alphabetical order.
+    """
     before = before or {}
-    found = {"label": classes, "age_band": list(AGE_BANDS)}
+    values = {"label": classes, "age_band": list(AGE_BANDS)}
     for column in ("site", "sex", "licence"):
         old = before.get(column, [])
-        found[column] = old + sorted({getattr(r, column) for r in records} - {"", *old})
-    return found
+        values[column] = old + sorted({getattr(r, column) for r in records} - {"", *old})
+    return values

@@ -1,12 +1,13 @@
-"""download: public data sets of skin lesions from where their owners keep them, resumable, checked and unpacked safely.
+"""Downloads public data sets of skin lesions from their owners' hosts, checks the files and unpacks them.
 
     DIR/images/<archive>/…   the photographs; the archives' names tell the official splits
     DIR/metadata/…           the tables, under their owners' names
-    DIR/LICENCE.txt          what the owners ask for
-    DIR/download.json        what came from where, with the sha256 of each file as it came first
+    DIR/LICENCE.txt          the conditions of use
+    DIR/download.json        the addresses, size, sha256 and unpacked files of each downloaded file
 
-Where a checksum is published it is required. Elsewhere the length must fit, a zip's own checksums must, and a later
-download must have the sha256 of the first.
+A file must have its published checksum. Where none is published, the file must have the length that the host announces, a
+zip's own checksums must match, and a later download must have the sha256 of the first. Incomplete files are in DIR/.incoming;
+an interrupted transfer resumes at the byte where it stopped.
 """
 
 import errno
@@ -30,20 +31,27 @@ from hpc.run.progress import bar
 from hpc.run.rundir import atomic_write, lock
 from lesiongen.ingest.public import SETS, File
 
-BLOCK = 1 << 20
-PICTURES, TABLES, TEXTS = (".jpg", ".jpeg", ".png"), (".csv",), (".txt",)
-ATTEMPTS = 5  # in a row without a byte
-PAUSE = 1.0  # seconds before the second; doubles
+BLOCK = 1 << 20  # bytes read at once
+PICTURES, TABLES, TEXTS = (".jpg", ".jpeg", ".png"), (".csv",), (".txt",)  # files that are unpacked
+ATTEMPTS = 5  # that may fail in a row without a new byte
+PAUSE = 1.0  # seconds before the second attempt; doubles with each further one
 
 
 def download(name: str, out: Path, base: str | None = None) -> None:
-    """Fetches and unpacks a data set into `out`; the same call again goes on where it stopped.
+    """Downloads and unpacks a data set. Running it again continues where it stopped.
 
-    base: the address of a mirror that holds the files under their names. Raises UserError for what the user can mend."""
+    Args:
+        name: A key of `public.SETS`.
+        out: Directory to write to.
+        base: Address of a mirror that has the files under their names; None for the owners' hosts.
+
+    Raises:
+        UserError: Wrong arguments, no network, a full disk, or files that are not as published.
+    """
     if name not in SETS:
-        raise UserError(f"There is no data set '{name}' to download; there are {', '.join(SETS)}.")
+        raise UserError(f"There is no data set '{name}' to download. Known data sets: {', '.join(SETS)}.")
     if base and not base.startswith(("http://", "https://")):
-        raise UserError(f"The mirror '{base}' is no http:// or https:// address.")
+        raise UserError(f"The mirror '{base}' is not an http:// or https:// address.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -54,69 +62,84 @@ def download(name: str, out: Path, base: str | None = None) -> None:
     with lock(out):
         print(SETS[name].licence)
         atomic_write(out / "LICENCE.txt", SETS[name].licence.encode())
-        record = _record(out, name)
-        missing = [f for f in files if not _there(out, f, record["files"].get(f.name))]
+        state = _read_state(out, name)
+        missing = [f for f in files if not _is_complete(out, f, state["files"].get(f.name))]
         _check_space(out, missing)
         for file in missing:
-            _one(out, file, record)
+            _download_file(out, file, state)
         shutil.rmtree(out / ".incoming", ignore_errors=True)
-    print("All there. Go on with:\n  " + shlex.join(pack_command(out)))
+    print("The download is complete. Pack it with:\n  " + shlex.join(pack_command(out)))
 
 
 def pack_command(out: Path) -> list[str]:
+    """Returns the command that packs a downloaded data set."""
     folders = {"--images": out / "images", "--metadata": out / "metadata", "--out": out / "shards"}
     return ["lesiongen", "pack", *(str(word) for pair in folders.items() for word in pair)]
 
 
-def _record(out: Path, name: str) -> dict:
+def _read_state(out: Path, name: str) -> dict:
+    """Returns download.json, or its initial content: {"set": name, "files": {}}."""
     try:
-        record = json.loads((out / "download.json").read_text())
+        state = json.loads((out / "download.json").read_text())
     except FileNotFoundError:
         return {"set": name, "files": {}}
     except ValueError as error:
-        raise UserError(f"{out / 'download.json'} is damaged ({error}). Delete it; what is unpacked is kept.") from None
-    if record["set"] != name:
-        raise UserError(f"{out} holds {record['set']}. Give {name} a directory of its own.")
-    return record
+        raise UserError(f"{out / 'download.json'} is damaged ({error}). Delete it; unpacked files are kept.") from None
+    if state["set"] != name:
+        raise UserError(f"{out} holds {state['set']}. Choose another directory for {name}.")
+    return state
 
 
-def _there(out: Path, file: File, known: dict | None) -> bool:
-    """Whether nothing of the file is missing; an archive is judged by what came out of it."""
-    if not known:
+def _is_complete(out: Path, file: File, entry: dict | None) -> bool:
+    """Returns whether a file needs no download. An archive is complete if as many files as it held are in `out`.
+
+    Args:
+        out: Directory of the data set.
+        file: The published file.
+        entry: What download.json says of it; None if it has never been downloaded.
+    """
+    if not entry:
         return False
-    for place, number in known["unpacked"].items():
-        path = out / place
+    for name, number in entry["unpacked"].items():
+        path = out / name
         if (len(os.listdir(path)) if path.is_dir() else path.is_file()) < number:
             return False
-    if file.name.endswith(".zip") or _digest(out / "metadata" / file.name, "sha256") == known["sha256"]:
+    if file.name.endswith(".zip") or _digest(out / "metadata" / file.name, "sha256") == entry["sha256"]:
         return True
-    print(f"{file.name} has been changed since it was downloaded; it is fetched again.")
+    print(f"{file.name} has changed since it was downloaded. Downloading it again.")
     return False
 
 
 def _check_space(out: Path, missing: list[File]) -> None:
-    """Photographs hardly compress: what is unpacked takes as much as its archive, which goes once that is done."""
+    """Raises UserError if the disk lacks the space for the missing files.
+
+    Photographs hardly compress, so unpacked files take as much space as their archive, which is deleted after unpacking. The
+    most that is needed at once is all files unpacked and the largest archive beside them.
+    """
     incoming = out / ".incoming"
-    sizes = [_size(incoming / f.name) or f.bytes or _length(f, incoming / f.name) for f in missing]
+    sizes = [_size(incoming / f.name) or f.bytes or _remote_size(f, incoming / f.name) for f in missing]
     arrived = sum(p.stat().st_size for p in incoming.glob("*"))
     needed, free = sum(sizes) + max(sizes, default=0) - arrived, shutil.disk_usage(out).free
     if free < 1.05 * needed:
-        raise UserError(f"{out} needs {needed / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB free. Make room there.")
+        raise UserError(f"{out} needs {needed / 1e9:.1f} GB more, but its disk has only {free / 1e9:.1f} GB free. Make room.")
 
 
-def _one(out: Path, file: File, record: dict) -> None:
-    known = record["files"].get(file.name, {})
+def _download_file(out: Path, file: File, state: dict) -> None:
+    """Fetches, checks and unpacks one file, then adds it to download.json."""
     path = out / ".incoming" / file.name
-    for last in (False, True):
+    # Fetch and check. A file that fails the check is fetched once more.
+    first_sha256 = state["files"].get(file.name, {}).get("sha256")
+    for last_attempt in (False, True):
         if not path.exists():
             _fetch(file, path)
-        wrong = _wrong(path, file, known.get("sha256"))
-        if not wrong:
+        problem = _find_problem(path, file, first_sha256)
+        if not problem:
             break
         path.unlink()
-        if last:
-            raise UserError(f"{file.name}: {wrong}.")
-        print(f"{file.name}: {wrong}; once more.")
+        if last_attempt:
+            raise UserError(f"{file.name}: {problem}.")
+        print(f"{file.name}: {problem}. Downloading it again.")
+    # Unpack, or move to its final path.
     entry = {"urls": file.urls, "bytes": path.stat().st_size, "sha256": _digest(path, "sha256")}
     if file.name.endswith(".zip"):
         entry["unpacked"] = unpack(path, out)
@@ -125,25 +148,39 @@ def _one(out: Path, file: File, record: dict) -> None:
         (out / "metadata").mkdir(exist_ok=True)
         path.replace(out / "metadata" / file.name)
         entry["unpacked"] = {f"metadata/{file.name}": 1}
-    os.sync()  # thousands of small files: once for all, before they are called done
-    record["files"][file.name] = entry
-    atomic_write(out / "download.json", json.dumps(record, indent=1).encode() + b"\n")
+    # One sync before download.json lists the files, since an fsync for each of thousands of small files would be slow.
+    os.sync()
+    state["files"][file.name] = entry
+    atomic_write(out / "download.json", json.dumps(state, indent=1).encode() + b"\n")
 
 
-def _wrong(path: Path, file: File, first: str | None) -> str | None:
-    """What is wrong with a file that has come; None if nothing is."""
+def _find_problem(path: Path, file: File, first_sha256: str | None) -> str | None:
+    """Compares a downloaded file with its published size and checksum.
+
+    Args:
+        path: The downloaded file.
+        file: What is published of it.
+        first_sha256: Its sha256 at the first download, if there was one; compared if no checksum is published.
+
+    Returns:
+        What is wrong with the file; None if nothing is.
+    """
     if file.bytes and path.stat().st_size != file.bytes:
-        return f"has {path.stat().st_size} bytes, {file.bytes} are published"
+        return f"it has {path.stat().st_size} bytes, but the published size is {file.bytes}"
     if file.checksum:
         kind, _, published = file.checksum.partition(":")
-        if (found := _digest(path, kind)) != published:
-            return f"its {kind} is {found}, {published} is published"
-    elif first and (found := _digest(path, "sha256")) != first:
-        return f"its sha256 is {found}, at the first download it was {first}; delete download.json if you trust the change"
+        if (actual := _digest(path, kind)) != published:
+            return f"its {kind} is {actual}, but the published one is {published}"
+    elif first_sha256 and (actual := _digest(path, "sha256")) != first_sha256:
+        return (
+            f"its sha256 is {actual}, but at the first download it was {first_sha256}. If you trust the change, delete "
+            "download.json"
+        )
     return None
 
 
 def _digest(path: Path, kind: str) -> str:
+    """Returns a file's checksum in hex. kind: a name that hashlib knows."""
     digest = hashlib.new(kind)
     with open(path, "rb") as stream:
         while block := stream.read(BLOCK):
@@ -151,13 +188,16 @@ def _digest(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
-def _request(url: str, method: str = "GET", **headers: str):
+def _request(url: str, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
     headers = {"User-Agent": "lesiongen", "Accept-Encoding": "identity", **headers}
     return urllib.request.urlopen(urllib.request.Request(url, method=method, headers=headers), timeout=30)
 
 
-def _length(file: File, path: Path) -> int:
-    """What the host says it is; 0 where it does not say. Raises UserError where no host can be reached."""
+def _remote_size(file: File, path: Path) -> int:
+    """Returns the size that a host announces, 0 where none does.
+
+    Raises UserError if a host cannot be reached. path: where the user could put the file instead, for the message.
+    """
     for url in file.urls:
         try:
             with _request(url, "HEAD") as response:
@@ -171,125 +211,158 @@ def _length(file: File, path: Path) -> int:
 
 def _unreachable(name: str, url: str, problem: str, path: Path) -> UserError:
     return UserError(
-        f"{name} could not be downloaded from {url} ({problem}). If this machine has no network, run the same on one that "
-        f"has, or put a copy at {path}, and run it again; what has come is kept."
+        f"{name} could not be downloaded from {url} ({problem}). If this machine has no network, run the same command on one "
+        f"that has, or copy the file to {path} and run the command again. What is already downloaded is kept."
     )
 
 
 def _fetch(file: File, path: Path) -> None:
-    """Fetches the first of the file's addresses that has it, going on with what is there of it."""
+    """Downloads a file to `path`, resuming an interrupted transfer.
+
+    An address that answers 403 or 404 is skipped if another one is left. Other failures are retried, with growing pauses.
+    Raises UserError after ATTEMPTS failures without a new byte, and if the disk is full.
+    """
     path.parent.mkdir(exist_ok=True)
     part, problem, failures, urls = path.with_name(path.name + ".part"), "", 0, list(file.urls)
     while failures < ATTEMPTS:
         if failures:
             time.sleep(PAUSE * 2 ** (failures - 1))
-        before = _size(part)
+        size_before = _size(part)
         try:
-            if _continue(urls[0], part, file.name):
-                return os.replace(part, path)
-            problem = "the transfer broke off"
+            if _transfer(urls[0], part, file.name):
+                os.replace(part, path)
+                return
+            problem = "the transfer was interrupted"
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} {error.reason}"
             if error.code in (403, 404) and len(urls) > 1:
                 urls.pop(0)
                 continue
             if error.code in (401, 403, 404, 410):
-                break
+                break  # the host will not answer otherwise at another attempt
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"The disk is full at {path.parent}. Make room, and run the same again to go on.") from None
+                raise UserError(f"The disk is full at {path.parent}. Make room there and run the same command again.") from None
             problem = str(getattr(error, "reason", "") or error or type(error).__name__)
-        failures = 1 if _size(part) > before else failures + 1
+        failures = 1 if _size(part) > size_before else failures + 1
     raise _unreachable(file.name, urls[0], problem, path)
 
 
-def _continue(url: str, part: Path, what: str) -> bool:
-    """One request for what is missing; whether the file is whole after it.
+def _transfer(url: str, part: Path, label: str) -> bool:
+    """Makes one request for the bytes that `part` lacks and appends them. Returns whether the file is complete then.
 
-    The host's version of the file (its ETag) is kept beside: only of that very version is the rest of any use."""
-    version = part.with_name(part.name + ".version")
-    have = _size(part) if version.exists() else 0
-    seen = version.read_text() if have else ""
-    resume = {"Range": f"bytes={have}-", "If-Range": seen} if have else {}
+    The file PART.version holds the host's version of the file (its ETag). Bytes are appended only to bytes of the same
+    version; without PART.version the transfer starts at byte 0.
+
+    Args:
+        url: Address of the file.
+        part: The incomplete file.
+        label: Text of the progress bar.
+    """
+    version_file = part.with_name(part.name + ".version")
+    have = _size(part) if version_file.exists() else 0
+    version = version_file.read_text() if have else ""
+    # If-Range makes the host send the whole file if its version is another now.
+    resume = {"Range": f"bytes={have}-", "If-Range": version} if have else {}
     try:
         response = _request(url, **resume)
     except urllib.error.HTTPError as error:
-        if have and error.code == 416:  # shorter than what we have
-            version.unlink()
+        if have and error.code == 416:  # the host's file is not longer than `part`: start at byte 0 next time
+            version_file.unlink()
         raise
     with response:
-        tag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        if response.status == 206 and not (tag == seen and _starts(response, have)):
-            version.unlink(missing_ok=True)
+        new_version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        # 206 means that the host sends a range. It must be the one asked for, of the same version.
+        if response.status == 206 and not (new_version == version and _range_starts_at(response, have)):
+            version_file.unlink(missing_ok=True)
             return False
         start = have if response.status == 206 else 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         if start == 0:
-            version.unlink(missing_ok=True)  # first: a kill in between must not leave it beside another version's bytes
+            # In this order: if the process is killed in between, no version file is left beside bytes of another version.
+            version_file.unlink(missing_ok=True)
             part.write_bytes(b"")
-            if tag and not tag.startswith("W/"):
-                version.write_text(tag)
-        with open(part, "ab") as file, bar(total or 0, what, "B", initial=start) as progress:
+            # Weak ETags (W/) do not identify the exact bytes, so these transfers cannot be resumed.
+            if new_version and not new_version.startswith("W/"):
+                version_file.write_text(new_version)
+        with open(part, "ab") as file, bar(total or 0, label, "B", initial=start) as progress:
             while block := response.read(BLOCK):
                 file.write(block)
                 progress.update(len(block))
     if total is not None and _size(part) != total:
         return False
-    version.unlink(missing_ok=True)
+    version_file.unlink(missing_ok=True)
     return True
 
 
-def _starts(response, at: int) -> bool:
-    return response.headers.get("Content-Range", "").startswith(f"bytes {at}-")
+def _range_starts_at(response: http.client.HTTPResponse, byte: int) -> bool:
+    return response.headers.get("Content-Range", "").startswith(f"bytes {byte}-")
 
 
 def _size(path: Path) -> int:
+    """Returns a file's size in bytes, 0 if there is no file."""
     return path.stat().st_size if path.exists() else 0
 
 
 def unpack(archive: Path, out: Path) -> dict[str, int]:
-    """Takes photographs and tables out of a zip, flat; what is there already stays. Returns each table and
-    each folder of photographs, with the number of its files.
+    """Unpacks the photographs and tables of a zip without its folders. Files that are already complete are kept.
 
-    Archives are untrusted: a member that leaves its folder, links, or swells beyond reason refuses the whole archive."""
+    Archives are untrusted: a path out of the archive's folder, a link, or an implausible unpacked size refuses the whole
+    archive, before anything is written.
+
+    Args:
+        archive: The zip file.
+        out: Directory of the data set. Tables are written to out/metadata, all else to out/images/<archive's name>.
+
+    Returns:
+        The number of files by path relative to `out`: 1 for each table, and the count of each folder of photographs.
+
+    Raises:
+        UserError: The archive is refused, damaged (then it is deleted) or cannot be written.
+    """
     try:
         with zipfile.ZipFile(archive) as zipped:
-            targets = _targets(zipped.infolist(), archive, out)
+            targets = _plan_unpacking(zipped.infolist(), archive, out)
             with bar(len(targets), f"unpack {archive.stem}", "file") as progress:
                 for target, member in targets.items():
                     if _size(target) != member.file_size or not target.exists():
                         target.parent.mkdir(parents=True, exist_ok=True)
                         partial = target.with_name(f".{target.name}.part")
                         with zipped.open(member) as source, open(partial, "wb") as copy:
-                            shutil.copyfileobj(source, copy, BLOCK)  # zipfile ends it at the announced size, checks its crc
+                            shutil.copyfileobj(source, copy, BLOCK)  # zipfile stops at file_size and checks the CRC
                         partial.replace(target)
                     progress.update()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         archive.unlink()
-        raise UserError(f"{archive.name} is no archive that can be unpacked ({error}). Run the same again.") from None
+        raise UserError(
+            f"{archive.name} is not a usable zip file ({error}) and was deleted. Run the same command to download it again."
+        ) from None
     except OSError as error:
-        raise UserError(f"{archive.name} cannot be unpacked ({error}). Mend that, and run the same again to go on.") from None
-    places = [target if target.suffix.lower() in TABLES else target.parent for target in targets]
-    return dict(Counter(str(place.relative_to(out)) for place in places))
+        raise UserError(f"{archive.name} cannot be unpacked ({error}). Correct that and run the same command again.") from None
+    unpacked = [target if target.suffix.lower() in TABLES else target.parent for target in targets]
+    return dict(Counter(str(path.relative_to(out)) for path in unpacked))
 
 
-def _targets(members: Iterable[zipfile.ZipInfo], archive: Path, out: Path) -> dict[Path, zipfile.ZipInfo]:
+def _plan_unpacking(members: Iterable[zipfile.ZipInfo], archive: Path, out: Path) -> dict[Path, zipfile.ZipInfo]:
+    """Returns the path to write for each member that is wanted. Raises UserError for a suspicious archive."""
     targets: dict[Path, zipfile.ZipInfo] = {}
     for member in members:
         inside = PurePosixPath(member.filename)
         if inside.is_absolute() or ".." in inside.parts or "\\" in member.filename or ":" in member.filename:
-            raise UserError(f"{archive.name} has a member '{member.filename}' that leaves its folder; nothing was unpacked.")
+            raise UserError(f"{archive.name} has a member '{member.filename}' outside its folder. Nothing was unpacked.")
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise UserError(f"{archive.name} has a link, '{member.filename}'; nothing was unpacked.")
+            raise UserError(f"{archive.name} has a link, '{member.filename}'. Nothing was unpacked.")
         suffix, hidden = inside.suffix.lower(), any(part.startswith((".", "__")) for part in inside.parts)
         if member.is_dir() or hidden or suffix not in PICTURES + TABLES + TEXTS or inside.stem.endswith("_superpixels"):
             continue
         target = out / ("metadata" if suffix in TABLES else f"images/{archive.stem}") / inside.name
         if target in targets:
-            raise UserError(f"{archive.name} holds two files named {inside.name}; nothing was unpacked.")
+            raise UserError(f"{archive.name} holds two files named {inside.name}. Nothing was unpacked.")
         targets[target] = member
-    swollen = sum(member.file_size for member in targets.values())
-    if swollen > 20 * archive.stat().st_size + (64 << 20):
-        raise UserError(f"{archive.name} would swell to {swollen / 1e9:.1f} GB, far beyond its size; nothing was unpacked.")
+    unpacked_size = sum(member.file_size for member in targets.values())
+    if unpacked_size > 20 * archive.stat().st_size + (64 << 20):
+        raise UserError(
+            f"{archive.name} would unpack to {unpacked_size / 1e9:.1f} GB, far more than photographs can. Nothing was unpacked."
+        )
     return targets

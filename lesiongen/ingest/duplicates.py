@@ -1,18 +1,24 @@
-"""Near-duplicates: photographs of one lesion that were scanned, cropped, scaled or turned anew, under another name.
+"""Finds near-duplicates: photographs of one lesion that come again under another id, scanned, cropped, scaled or turned.
 
-Two steps, both on 64 × 64 px thumbnails. Candidates: the amplitude spectrum of a picture does not change when the picture
-is shifted or turned by 180°, and hardly when it is brightened, so its low frequencies are a global descriptor; each
-picture's nearest ones, over mirror images, quarter turns and three scales, come from matrix products over blocks.
-Verification: phase correlation finds the shift of a candidate, Gauss-Newton the affine map that lays one picture over the
-other (efficient second-order minimisation: Benhimane & Malis 2004); the score is what correlation of fine detail is left.
-Round blobs on skin all look alike until then; only drawings, which have no fine detail, still do after it.
+There are two steps, both on 64 × 64 px thumbnails.
 
-Shapes: N images, P pairs, V = 12 variants, D = 106 frequencies, S the side in pixels. Maps [P,2,3] take coordinates in
-[-1, 1] of the second picture to those of the first, as in torch.nn.functional.affine_grid.
+1. Candidates. The amplitude spectrum of a picture does not change when the picture is shifted or turned by 180°, and hardly
+   changes when it is brightened. Its low frequencies therefore describe the picture. The nearest pictures of each one, over
+   mirror images, quarter turns and three scales, are found by matrix products.
+2. Verification. Phase correlation finds the shift between the two pictures of a candidate pair. Gauss-Newton steps then find
+   the affine map that aligns them (efficient second-order minimisation: Benhimane & Malis 2004). The score is the
+   correlation of fine detail after alignment. Before alignment all round blobs on skin look alike. After it only pictures
+   without fine detail, such as drawings, still do.
+
+`pairing.find_near_duplicates` calls this for packing.
+
+Shapes: N images, B images of a block, P pairs, V = 12 variants, D = 106 frequencies, S the side in pixels. Maps [P,2,3] take
+coordinates in [-1, 1] of the second picture to those of the first, as in torch.nn.functional.affine_grid.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,20 +29,39 @@ from hpc.run.progress import bar
 from lesiongen.data import images
 
 SIDE = 64
-THRESHOLD = 0.87  # of 768 pairs in HAM10000 and ISIC's CC-0 images those above it hold 2 of different lesions
-NEAREST = 16  # candidates of an image
-BATCH = 128  # pairs verified at once
-FREQUENCIES = 8  # cycles a picture
+THRESHOLD = 0.87  # HAM10000 and ISIC's CC-0 images have 768 pairs above it, 2 of them known to be of different lesions
+NEAREST = 16  # candidates of each image
+BATCH = 128  # pairs that are verified together
+FREQUENCIES = 8  # highest frequency of the spectrum, in cycles per picture
 SCALES = (0.85, 1.0, 1.18)
-REACH = 10 / 32  # largest shift looked for, in sides
-OVERLAP, STRETCH, SQUEEZE = 0.35, 1.6, 1.2  # least share of a picture on the other, largest scale and ratio of axes
-# Coarse to fine: reduction, detail (σ of two blurs in pixels), Gauss-Newton steps, correlation to be worth going on
-LEVELS = ((2, 1, 4, 6, 0.9), (1, 1, 4, 4, 0.85), (1, 0.7, 2, 4, 0))
+MAX_SHIFT = 10 / 32  # between the two pictures, in sides
+MIN_OVERLAP = 0.35  # of the two pictures once aligned, as a share of the picture
+MAX_SCALE, MAX_STRETCH = 1.6, 1.2  # of an affine map: its largest scale, and the ratio of its larger to its smaller scale
+
+
+class _Level(NamedTuple):
+    """One level of the coarse-to-fine alignment.
+
+    Attributes:
+        shrink: Factor by which the thumbnails are reduced.
+        fine, wide: σ in pixels of the two blurs whose difference is the detail that is compared.
+        steps: Gauss-Newton steps.
+        min_score: Pairs with a higher score continue to the next level.
+    """
+
+    shrink: int
+    fine: float
+    wide: float
+    steps: int
+    min_score: float
+
+
+LEVELS = (_Level(2, 1, 4, 6, 0.9), _Level(1, 1, 4, 4, 0.85), _Level(1, 0.7, 2, 4, 0))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images of one lesion, a < b; score: correlation of their fine detail once aligned, 1 at most."""
+    """Two images of one lesion, a < b. The score is the correlation of their fine detail once aligned, 1 at most."""
 
     a: str
     b: str
@@ -44,7 +69,7 @@ class Pair:
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
-    """uint8 [64,64]: the central square in grey, area means (4 kB an image is all that is kept of it)."""
+    """Returns the central square in grey, reduced to uint8 [64,64] by averaging areas."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
@@ -52,30 +77,52 @@ def thumbnail(image: Image.Image) -> np.ndarray:
 
 
 @torch.no_grad()
-def find(
+def find_pairs(
     ids: list[str], thumbnails_NSS: np.ndarray, new_from: int = 0, threshold: float = THRESHOLD, progress: bool = True
 ) -> list[Pair]:
-    """Pairs that score at least `threshold`, best first, of which one at least has an index ≥ new_from: images that are
-    appended are compared with all, old ones not again. thumbnails: uint8 [N,64,64]. ValueError if the two do not fit.
-    Time grows with N² / 2·10⁷ + N / 100 seconds on one core; a threshold under 0.85 finds little more."""
+    """Finds the pairs of images that show the same lesion. Takes about N² / 2·10⁷ + N / 100 seconds on one core.
+
+    Args:
+        ids: Distinct ids of the images.
+        thumbnails_NSS: uint8 [N,64,64], from `thumbnail`.
+        new_from: Index of the first new image. New images are compared with all images, old ones not with each other.
+        threshold: Lowest score of a pair. Below 0.85 few more pairs are found.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The pairs, highest score first.
+
+    Raises:
+        ValueError: Ids repeat, or do not match the thumbnails in number.
+    """
     if thumbnails_NSS.shape != (len(ids), SIDE, SIDE) or thumbnails_NSS.dtype != np.uint8 or len(set(ids)) < len(ids):
         raise ValueError(f"{len(ids)} distinct ids need uint8 [{len(ids)},{SIDE},{SIDE}], got {thumbnails_NSS.shape}")
     if not 0 <= new_from < len(ids) or len(ids) < 2:
         return []
     x_NSS = torch.from_numpy(thumbnails_NSS)
-    pairs_P2, maps_P22 = _candidates(x_NSS, new_from, progress)
+    pairs_P2, variants_P22 = _candidates(x_NSS, new_from, progress)
     scores = []
-    with bar(len(pairs_P2), "duplicates: verify", "pair", shown=progress) as done:
-        for pair, maps in zip(pairs_P2.split(BATCH), maps_P22.split(BATCH), strict=True):
-            scores.append(_scores(x_NSS[pair[:, 0]].float(), x_NSS[pair[:, 1]].float(), maps))
-            done.update(len(pair))
-    found = [(ids[i], ids[j], s) for (i, j), s in zip(pairs_P2.tolist(), torch.cat(scores).tolist(), strict=True)]
-    found = [Pair(min(a, b), max(a, b), round(s, 4)) for a, b, s in found if s >= threshold]
-    return sorted(found, key=lambda pair: (-pair.score, pair.a, pair.b))
+    with bar(len(pairs_P2), "duplicates: verify", "pair", shown=progress) as progress_bar:
+        for pair, variants in zip(pairs_P2.split(BATCH), variants_P22.split(BATCH), strict=True):
+            scores.append(_scores(x_NSS[pair[:, 0]].float(), x_NSS[pair[:, 1]].float(), variants))
+            progress_bar.update(len(pair))
+    scored = [(ids[i], ids[j], s) for (i, j), s in zip(pairs_P2.tolist(), torch.cat(scores).tolist(), strict=True)]
+    pairs = [Pair(min(a, b), max(a, b), round(s, 4)) for a, b, s in scored if s >= threshold]
+    return sorted(pairs, key=lambda pair: (-pair.score, pair.a, pair.b))
 
 
-def sheet(pairs: list[Pair], load: Callable[[str], Image.Image], limit: int = 60, side: int = 160) -> torch.Tensor:
-    """uint8 [3,H,W]: the first `limit` pairs side by side under their scores, for people to look at."""
+def draw_pairs(pairs: list[Pair], load: Callable[[str], Image.Image], limit: int = 60, side: int = 160) -> torch.Tensor:
+    """Draws pairs of images side by side under their scores and ids, for people to check.
+
+    Args:
+        pairs: The pairs, of which the first `limit` are drawn.
+        load: Returns the image of an id.
+        limit: Largest number of pairs to draw.
+        side: Side of each image in the picture, in pixels.
+
+    Returns:
+        The picture, uint8 [3,H,W].
+    """
     tiles = []
     for pair in pairs[:limit]:
         tile = Image.new("RGB", (2 * side, side + 14), "white")
@@ -87,24 +134,28 @@ def sheet(pairs: list[Pair], load: Callable[[str], Image.Image], limit: int = 60
 
 
 def _variants() -> torch.Tensor:
-    """[V,2,2]: mirror images × quarter turns × scales; half turns are the negatives of these."""
-    mirror, turn = torch.diag(torch.tensor([-1.0, 1.0])), torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-    return torch.stack([f @ t / s for f in (torch.eye(2), mirror) for t in (torch.eye(2), turn) for s in SCALES])
+    """Returns linear maps [V,2,2]: mirror images × quarter turns × scales. Their negatives are the same after a half turn."""
+    mirror, quarter_turn = torch.diag(torch.tensor([-1.0, 1.0])), torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    return torch.stack([m @ t / s for m in (torch.eye(2), mirror) for t in (torch.eye(2), quarter_turn) for s in SCALES])
 
 
 def _window(side: int) -> torch.Tensor:
-    """[S,S]: 1 in the middle, 0 on the border, or black corners and rulers would correlate."""
+    """Returns weights [S,S], 1 in the middle and 0 on the border. Without them black corners and rulers would correlate."""
     hann = torch.hann_window(side, periodic=False).sqrt()
     return hann[:, None] * hann
 
 
 def _warp(x_PCSS: torch.Tensor, maps_P23: torch.Tensor) -> torch.Tensor:
+    """Resamples the pictures [P,C,S,S] by the maps."""
     grid = F.affine_grid(maps_P23, x_PCSS.shape, align_corners=False)
     return F.grid_sample(x_PCSS, grid, padding_mode="border", align_corners=False)
 
 
 def _spectra(x_NSS: torch.Tensor) -> torch.Tensor:
-    """[N,D] amplitudes of low frequencies, compressed (fourth root) and freed of contrast."""
+    """Returns the amplitudes [N,D] of low frequencies.
+
+    They are compressed by a fourth root, then scaled to length 1, which removes the picture's contrast.
+    """
     k = torch.arange(-FREQUENCIES, FREQUENCIES + 1)
     radius = k[:, None] ** 2 + k[FREQUENCIES:] ** 2
     amplitude = torch.fft.fft2((x_NSS - x_NSS.mean((1, 2), keepdim=True)) * _window(SIDE)).abs()
@@ -113,58 +164,70 @@ def _spectra(x_NSS: torch.Tensor) -> torch.Tensor:
 
 
 def _candidates(x_NSS: torch.Tensor, new_from: int, progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs int64 [P,2], each once, and the variants [P,2,2] that take their second picture to the first one."""
+    """Finds the nearest pictures of each new picture by their spectra.
+
+    Returns:
+        Indices of pairs, int64 [P,2], each pair once; and for each the variant [P,2,2] that takes coordinates of the second
+        picture to those of the first.
+    """
     variants, total = _variants(), len(x_NSS)
+    # Spectra of all pictures as they are, each frequency standardised over the pictures.
     plain_ND = torch.cat([_spectra(part.float()) for part in x_NSS.split(4096)])
     mean, std = plain_ND.mean(0), plain_ND.std(0) + 1e-4
     plain_ND = F.normalize((plain_ND - mean) / std)
-    codes, kinds = [], []
-    rows = max(1, min(256, 2**26 // total))  # 256 MB of similarities at once
-    with bar(total - new_from, "duplicates: candidates", shown=progress) as done:
+    # Compare each variant of a block of new pictures with all of them.
+    pair_codes, variant_indices = [], []
+    rows = max(1, min(256, 2**26 // total))  # at most 256 MB of similarities
+    with bar(total - new_from, "duplicates: candidates", shown=progress) as progress_bar:
         for i in torch.arange(new_from, total).split(rows):
-            x = x_NSS[i, None].float()
-            turned = [_warp(x, F.pad(m, (0, 1)).expand(len(i), 2, 3))[:, 0] for m in variants]
-            queries_BVD = torch.stack([F.normalize((_spectra(t) - mean) / std) for t in turned], 1)
+            x_B1SS = x_NSS[i, None].float()
+            warped = [_warp(x_B1SS, F.pad(m, (0, 1)).expand(len(i), 2, 3))[:, 0] for m in variants]
+            queries_BVD = torch.stack([F.normalize((_spectra(x) - mean) / std) for x in warped], 1)
             near_BN = queries_BVD[:, 0] @ plain_ND.T
             for v in range(1, len(variants)):
                 torch.maximum(near_BN, queries_BVD[:, v] @ plain_ND.T, out=near_BN)
             near_BN[torch.arange(len(i)), i] = -torch.inf
             j = near_BN.topk(min(NEAREST, total - 1)).indices
-            codes.append((i[:, None] * total + j).flatten())
-            kinds.append((queries_BVD @ plain_ND[j].mT).argmax(1).flatten().to(torch.uint8))
-            done.update(len(i))
-    i, j = (code := torch.cat(codes)) // total, code % total
+            pair_codes.append((i[:, None] * total + j).flatten())
+            variant_indices.append((queries_BVD @ plain_ND[j].mT).argmax(1).flatten().to(torch.uint8))
+            progress_bar.update(len(i))
+    # Keep each pair once: (i, j) and (j, i) are the same.
+    i, j = (code := torch.cat(pair_codes)) // total, code % total
     _, first = np.unique((torch.minimum(i, j) * total + torch.maximum(i, j)).numpy(), return_index=True)
     first = torch.from_numpy(first)
-    return torch.stack([i, j], 1)[first], variants[torch.cat(kinds)[first].long()]
+    return torch.stack([i, j], 1)[first], variants[torch.cat(variant_indices)[first].long()]
 
 
 def _blur(side: int, sigma: float) -> torch.Tensor:
-    """[S,S]: Gaussian blur along one axis as a matrix, renormalised at the border."""
-    at = torch.arange(side, dtype=torch.float32)
-    return F.normalize(torch.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2), p=1)
+    """Returns a matrix [S,S] that blurs along one axis with a Gaussian, renormalised at the border."""
+    position = torch.arange(side, dtype=torch.float32)
+    return F.normalize(torch.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2), p=1)
 
 
 def _detail(x_PSS: torch.Tensor, fine: float, wide: float, local: float = 4) -> torch.Tensor:
-    """What is between two blurs (σ in pixels), in units of its local contrast: dark and pale pictures come out alike."""
-    f, w, n = (_blur(x_PSS.shape[-1], sigma) for sigma in (fine, wide, local))
+    """Returns the difference of two blurs (σ in pixels) over its local contrast, so that dark and pale pictures look alike."""
+    f, w, c = (_blur(x_PSS.shape[-1], sigma) for sigma in (fine, wide, local))
     band = f @ x_PSS @ f.T - w @ x_PSS @ w.T
-    return band / ((n @ band.square() @ n.T).sqrt() + 3)  # 3 grey levels: noise and flat skin stay small
+    return band / ((c @ band.square() @ c.T).sqrt() + 3)  # + 3 grey levels keeps noise and flat skin small
 
 
 def _shift(a_PSS: torch.Tensor, b_PSS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Height [P] and place [P,2] (x, y in [-1, 1]) of the highest correlation."""
+    """Returns the shift [P,2] (x, y in units of half a side) from a to b with the highest correlation [P], by FFT."""
     side = a_PSS.shape[-1]
-    reach = int(REACH * side)
+    reach = int(MAX_SHIFT * side)
     size, near = (side + reach,) * 2, torch.arange(-reach, reach + 1)
     window = _window(side)
     product = torch.fft.rfft2(a_PSS * window, s=size).conj() * torch.fft.rfft2(b_PSS * window, s=size)
-    height, place = torch.fft.irfft2(product, s=size)[:, near][:, :, near].flatten(1).max(1)
-    return height, (torch.stack([place % len(near), place // len(near)], 1) - reach) * 2 / side
+    height, index = torch.fft.irfft2(product, s=size)[:, near][:, :, near].flatten(1).max(1)
+    return height, (torch.stack([index % len(near), index // len(near)], 1) - reach) * 2 / side
 
 
 def _align(a_PSS: torch.Tensor, b_PSS: torch.Tensor, maps_P23: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps after so many Gauss-Newton steps, and the correlation [P] before the last of them."""
+    """Refines the maps by Gauss-Newton steps.
+
+    Returns:
+        The new maps, and the correlation [P] before the last step; -1 for maps that are no plausible alignment.
+    """
     side = a_PSS.shape[-1]
     window = _window(side)
     both_P2SS = torch.stack([a_PSS, window.expand_as(a_PSS)], 1)
@@ -184,31 +247,32 @@ def _align(a_PSS: torch.Tensor, b_PSS: torch.Tensor, maps_P23: torch.Tensor, ste
         step = torch.linalg.solve(damped, weighted @ (b - a).flatten(1)[..., None]).clamp(-0.1, 0.1).view(-1, 2, 3)
         linear = maps_P23[:, :, :2]
         maps_P23 = maps_P23 + linear @ step
-    # What leaves the picture, or takes a long blob to a round one, finds likeness anywhere.
+    # Reject maps with little overlap, strong scaling, or much stretch, such as from a long blob to a round one: with these,
+    # pictures of different lesions correlate too.
     large, small = torch.linalg.svdvals(maps_P23[:, :, :2]).unbind(1)
-    sane = (weight.sum((1, 2)) > OVERLAP * window.square().sum()) & (large < SQUEEZE * small)
-    sane &= (large < STRETCH) & (small > 1 / STRETCH)
-    return maps_P23, torch.where(sane, score, -1.0)
+    plausible = (weight.sum((1, 2)) > MIN_OVERLAP * window.square().sum()) & (large < MAX_STRETCH * small)
+    plausible &= (large < MAX_SCALE) & (small > 1 / MAX_SCALE)
+    return maps_P23, torch.where(plausible, score, -1.0)
 
 
-def _start(a_PSS: torch.Tensor, b_PSS: torch.Tensor, variants_P22: torch.Tensor) -> torch.Tensor:
-    """Maps [P,2,3]: the variant or its half turn, whichever correlates better, and its shift."""
-    tries = []
+def _initial_maps(a_PSS: torch.Tensor, b_PSS: torch.Tensor, variants_P22: torch.Tensor) -> torch.Tensor:
+    """Returns maps [P,2,3]: the variant or its half turn, whichever correlates better, with the best shift."""
+    options = []
     for linear in (variants_P22, -variants_P22):
-        height, place = _shift(_warp(a_PSS[:, None], F.pad(linear, (0, 1)))[:, 0], b_PSS)
-        tries.append((height, torch.cat([linear, -linear @ place[..., None]], 2)))
-    (upright, upright_maps), (turned, turned_maps) = tries
-    return torch.where((turned > upright)[:, None, None], turned_maps, upright_maps)
+        height, shift = _shift(_warp(a_PSS[:, None], F.pad(linear, (0, 1)))[:, 0], b_PSS)
+        options.append((height, torch.cat([linear, -linear @ shift[..., None]], 2)))
+    (height, maps), (half_turn_height, half_turn_maps) = options
+    return torch.where((half_turn_height > height)[:, None, None], half_turn_maps, maps)
 
 
 def _scores(a_PSS: torch.Tensor, b_PSS: torch.Tensor, variants_P22: torch.Tensor) -> torch.Tensor:
-    """[P] correlation of fine detail once aligned; 0 for pairs that coarser detail rules out."""
-    scores, left, maps = torch.zeros(len(a_PSS)), torch.arange(len(a_PSS)), None
-    for shrink, fine, wide, steps, enough in LEVELS:
-        a, b = (_detail(F.avg_pool2d(x[left], shrink), fine, wide) for x in (a_PSS, b_PSS))
-        maps, score = _align(a, b, _start(a, b, variants_P22) if maps is None else maps, steps)
-        maps, score, left = (x[score > enough] for x in (maps, score, left))
-        if not len(left):
+    """Returns the correlation [P] of fine detail once aligned, 0 for pairs that a coarser level has ruled out."""
+    scores, remaining, maps = torch.zeros(len(a_PSS)), torch.arange(len(a_PSS)), None
+    for level in LEVELS:
+        a, b = (_detail(F.avg_pool2d(x[remaining], level.shrink), level.fine, level.wide) for x in (a_PSS, b_PSS))
+        maps, score = _align(a, b, _initial_maps(a, b, variants_P22) if maps is None else maps, level.steps)
+        maps, score, remaining = (x[score > level.min_score] for x in (maps, score, remaining))
+        if not len(remaining):
             break
-    scores[left] = score
+    scores[remaining] = score
     return scores

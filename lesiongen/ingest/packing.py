@@ -1,8 +1,8 @@
-"""A folder of images with its metadata → WebDataset shards per split, the manifest last.
+"""Packs a folder of images with its metadata into WebDataset shards for each split.
 
 Rank 0 reads the metadata, assigns splits and writes one work file for each shard. All ranks pack shards from work files,
-each with a pool of processes. Rank 0 merges the results into the manifest. A packing that was killed continues with the
-work files that have no result yet.
+each with a pool of processes. Rank 0 merges the results into the manifest, which is written last: a directory without a
+manifest is not finished. A packing that was killed continues with the work files that have no result yet.
 """
 
 import csv
@@ -32,7 +32,7 @@ from lesiongen.data.packed import CATALOG, SPLITS, moments, rows
 from lesiongen.ingest import catalog, pairing, shard_work, splits
 from lesiongen.ingest.catalog import Catalog, Record
 
-POOL_FROM = 2_000  # images; for fewer, starting the processes takes longer than the work
+POOL_FROM = 2_000  # images; for fewer, starting the processes takes longer than packing
 
 
 def pack(data: DataConfig, folder: Path, topology: Topology | None = None, append: bool = False) -> str:
@@ -42,24 +42,27 @@ def pack(data: DataConfig, folder: Path, topology: Topology | None = None, appen
         data: Where the images are, and how they are packed.
         folder: Directory of the shards.
         topology: The ranks that share the work; None for this process alone.
-        append: Add images that are new to a finished set. None of those already packed moves.
+        append: Add new images to a finished set. Images that are packed already keep their split and shard.
 
     Returns:
         The manifest's digest.
 
     Raises:
-        UserError: The input cannot be used. Nothing that is finished in `folder` has been touched then.
+        UserError: The input cannot be used. A finished set in `folder` is left as it was.
     """
     topology = topology or Topology()
     began = time.monotonic()
+    # Rank 0 plans the shards.
     work_files = dist.run_on_leader(_prepare, data, folder, append)
+    # Each rank packs its share.
     mine = work_files[topology.rank :: topology.world]
     total = sum(images for _, images in mine)
     processes = data.processes or _default_processes(total, topology)
-    with _pool(min(processes, len(mine))) as each, bar(total, "pack", shown=topology.leader) as progress:
-        for images in each(shard_work.pack_shard, [folder / "work" / name for name, _ in mine]):
+    with _pool(min(processes, len(mine))) as parallel_map, bar(total, "pack", shown=topology.leader) as progress:
+        for images in parallel_map(shard_work.pack_shard, [folder / "work" / name for name, _ in mine]):
             progress.update(images)
     dist.barrier()
+    # Rank 0 merges the results.
     digest = dist.run_on_leader(_commit, data, folder, [name for name, _ in work_files], append)
     if topology.leader and work_files:
         number, seconds = sum(images for _, images in work_files), time.monotonic() - began
@@ -68,16 +71,16 @@ def pack(data: DataConfig, folder: Path, topology: Topology | None = None, appen
 
 
 def _default_processes(images: int, topology: Topology) -> int:
-    """This rank's share of the node's cores; 1 for few images."""
+    """Returns this rank's share of the node's cores, 1 for few images."""
     ranks_here = max(1, topology.world // topology.nodes)
     return max(1, len(os.sched_getaffinity(0)) // ranks_here) if images > POOL_FROM else 1
 
 
 @contextmanager
 def _pool(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """Yields a map() over that many processes, results in order. One process means this one.
+    """Yields a function like map() that uses so many processes. For one process it is map() itself.
 
-    Processes are spawned: ranks run threads, and a fork of a process with threads may deadlock.
+    Processes are spawned, because ranks run threads and a fork of a process with threads may deadlock.
     """
     if processes < 2:
         yield map
@@ -90,7 +93,7 @@ def _pool(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
 def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, int]]:
     """Reads the metadata, assigns splits, writes the work files. Returns each work file's name and number of images."""
     before, packed = _read_packed(folder) if append else ({}, {})
-    found = catalog.read_catalog(
+    listing = catalog.read_catalog(
         Path(data.images),
         Path(data.metadata) if data.metadata else None,
         data.columns,
@@ -99,41 +102,41 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
         Path(data.splits) if data.splits else None,
         data.rename,
     )
-    for line in found.recognised:
+    for line in listing.recognised:
         print(line)
-    records = [r for r in found.records if r.image not in packed]
-    rejected = [entry for entry in found.rejected if entry["image"] not in packed]
+    records = [r for r in listing.records if r.image not in packed]
+    rejected = [entry for entry in listing.rejected if entry["image"] not in packed]
     if append:
-        print(f"{len(found.records) - len(records):,} images are packed already, {len(records):,} are new")
+        print(f"{len(listing.records) - len(records):,} images are packed already, {len(records):,} are new")
     classes = _classes(data, records, before, append)
-    pairs = list(found.pairs)
+    pairs = list(listing.pairs)
     if data.near_duplicates and records:
-        with _pool(data.processes or _default_processes(len(records), Topology())) as each:
-            pairs += pairing.find_near_duplicates(records, folder, packed, _suffix(before), each)
+        with _pool(data.processes or _default_processes(len(records), Topology())) as parallel_map:
+            pairs += pairing.find_near_duplicates(records, folder, packed, _suffix(before), parallel_map)
     members, unjoined = splits.assign(records, data.val, data.test, pairs, {k: v[:3] for k, v in packed.items()})
-    _write_rejected(rejected + unjoined, found.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
+    _write_rejected(rejected + unjoined, listing.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
     if not append:
         splits.refuse_empty({name: len({r.group for r in m}) for name, m in members.items()}, data.val, data.test)
     _write_listed(
-        folder, found, rejected + unjoined, classes, catalog.vocabularies(records, classes, before.get("vocabularies"))
+        folder, listing, rejected + unjoined, classes, catalog.vocabularies(records, classes, before.get("vocabularies"))
     )
     return _write_work(data, folder, members, classes, before.get("shards", []))
 
 
 def _classes(data: DataConfig, records: list[Record], before: dict, append: bool) -> list[str]:
-    """Class names in the order of their numbers: those packed before keep theirs, new ones follow in alphabetical order."""
+    """Returns the class names in the order of their numbers. Old ones keep theirs, new ones follow in alphabetical order."""
     classes = list(before.get("classes", []))
     classes += sorted({*data.classes, *(r.dx for r in records if r.dx)} - set(classes))
     for label in classes:
         if not append and not any(r.dx == label for r in records):
-            raise UserError(f"The class '{label}' in data.classes has no image.")
+            raise UserError(f"The class '{label}' in data.classes has no image. Remove it from data.classes, or add images.")
     return classes
 
 
-def _write_listed(folder: Path, found: Catalog, rejected: list[dict], classes: list[str], vocabularies: dict) -> None:
-    """Keeps what the manifest will need of the metadata, so that a packing that was killed need not keep it in memory."""
+def _write_listed(folder: Path, listing: Catalog, rejected: list[dict], classes: list[str], vocabularies: dict) -> None:
+    """Writes what `_commit` needs of the metadata to work/listed.json."""
     (folder / "work").mkdir(parents=True, exist_ok=True)
-    listed = {"rejected": rejected, "left_out": found.left_out, "listed": found.listed, "classes": classes}
+    listed = {"rejected": rejected, "left_out": listing.left_out, "listed": listing.listed, "classes": classes}
     listed["vocabularies"] = vocabularies
     atomic_write(folder / "work" / "listed.json", json.dumps(listed).encode())
 
@@ -141,7 +144,7 @@ def _write_listed(folder: Path, found: Catalog, rejected: list[dict], classes: l
 def _write_work(
     data: DataConfig, folder: Path, members: dict[str, list[Record]], classes: list[str], shards: list[dict]
 ) -> list[tuple[str, int]]:
-    """Writes one work file for each new shard; `shards` are those packed before, after which numbers continue."""
+    """Writes one work file for each new shard. Their numbers follow those of `shards`, which are packed already."""
     settings = {k: getattr(data, k) for k in ("size", "channels", "format", "quality")} | {"classes": classes}
     settings["preprocess"] = plain(data.preprocess)
     work_files = []
@@ -149,33 +152,34 @@ def _write_work(
         first_number = sum(s["split"] == split for s in shards)
         for number, first in enumerate(range(0, len(records), data.shard_samples), first_number):
             part = records[first : first + data.shard_samples]
-            work_files.append((shard_work.write(folder, split, number, part, settings).name, len(part)))
+            work_files.append((shard_work.write_work_file(folder, split, number, part, settings).name, len(part)))
     return work_files
 
 
-def _read_packed(folder: Path) -> tuple[dict, dict[str, tuple[str, str, str, str, int]]]:
-    """The manifest of a finished set, and for each image its (own group, group, split, shard, ordinal)."""
+def _read_packed(folder: Path) -> tuple[dict, dict[str, tuple[str, ...]]]:
+    """Returns the manifest of a finished set, and for each image its (own group, group, split, shard, ordinal)."""
     before = manifest.read(folder)
     if problems := manifest.verify(folder, before["catalogs"]):
-        raise UserError(f"{problems[0]}. Nothing can be appended without it: restore it, or pack again.")
+        raise UserError(f"{problems[0]}. Images can be appended only to a complete set: restore the file, or pack again.")
     columns = ("own_group", "group", "split", "shard", "ordinal")
     packed = rows(folder / entry["name"] for entry in before["catalogs"])
     return before, {row["image_id"]: tuple(row[c] for c in columns) for row in packed}
 
 
 def _suffix(before: dict) -> str:
-    """Ending of the file names that each packing adds: "" for the first packing, "-1" for the first append, …"""
+    """Returns the ending of file names that each packing writes: "" for the first packing, "-1" for the first append, …"""
     generation = len(before.get("catalogs", []))
     return f"-{generation}" if generation else ""
 
 
 def _write_rejected(rejected: list[dict], listed: int, data: DataConfig, path: Path) -> None:
-    """Writes the list of rejected images. Raises UserError where they are more than data.max_rejected allows."""
+    """Writes the list of rejected images. Raises UserError if there are more than data.max_rejected allows."""
     atomic_write(path, _jsonl(rejected))
     if len(rejected) > data.max_rejected * listed:
         raise UserError(
-            f"{len(rejected)} of {listed} images and rows cannot be used, above data.max_rejected={data.max_rejected}; the "
-            f"first: {rejected[0]['image']}: {rejected[0]['reason']}. All are listed in {path}."
+            f"{len(rejected)} of {listed} images and rows cannot be used, more than data.max_rejected={data.max_rejected} "
+            f"allows. The first: {rejected[0]['image']}: {rejected[0]['reason']}. All are listed in {path}. Correct them, or "
+            "raise data.max_rejected."
         )
 
 
@@ -190,19 +194,22 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
     results = [json.loads(shard_work.result_path(folder / "work" / name).read_text()) for name in work_files]
     rejected = listed["rejected"] + [entry for result in results for entry in result["rejected"]]
     suffix = _suffix(before)
+    # List the images that are not packed.
     _write_rejected(rejected, listed["listed"], data, folder / f"rejected{suffix}.jsonl")
     if rejected:
         print(f"{len(rejected):,} images or rows rejected, listed in {folder / f'rejected{suffix}.jsonl'}")
     if left_out := listed["left_out"]:
-        print(f"{len(left_out):,} images left out by their licence, listed in {folder / f'left_out{suffix}.jsonl'}")
+        print(f"{len(left_out):,} images left out for their licence, listed in {folder / f'left_out{suffix}.jsonl'}")
         atomic_write(folder / f"left_out{suffix}.jsonl", _jsonl(left_out))
+    # Count the images of the whole set, including those packed before.
     entries = before.get("shards", []) + [result["entry"] for result in results if result["entry"]]
     catalogs = [*before.get("catalogs", []), _write_catalog(folder / f"catalog{suffix}.csv", results)]
     counts, groups = _count(folder, catalogs, listed["classes"])
     splits.refuse_empty(groups, data.val, data.test)
     print(_table(counts, groups))
-    for warning in splits.thin_classes(_columns(folder, catalogs, "split", "dx", "group"), listed["classes"]):
+    for warning in splits.small_class_warnings(_columns(folder, catalogs, "split", "dx", "group"), listed["classes"]):
         print(f"warning: {warning}")
+    # Finish: after manifest.write the set is complete.
     _remove_orphans(folder, entries)
     facts = {"schema": 1, "size": data.size, "channels": data.channels, "preprocess": plain(data.preprocess)}
     facts |= {"classes": listed["classes"], "counts": counts, "groups": groups, "vocabularies": listed["vocabularies"]}
@@ -214,7 +221,7 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
 
 
 def _write_catalog(path: Path, results: list[dict]) -> dict:
-    """Writes a row for each image packed now. Returns the file's entry in the manifest."""
+    """Writes a row for each newly packed image. Returns the file's entry in the manifest."""
     new = [row for result in results for row in result["catalog"]]
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([CATALOG, *new])
@@ -223,13 +230,13 @@ def _write_catalog(path: Path, results: list[dict]) -> dict:
 
 
 def _columns(folder: Path, catalogs: list[dict], *columns: str) -> Iterator[tuple[str, ...]]:
-    """Some columns of every image in the set, from the catalogs on disk."""
+    """Yields the values of `columns` for every image of the set, from the catalogs on disk."""
     for row in rows(folder / entry["name"] for entry in catalogs):
         yield tuple(row[column] for column in columns)
 
 
 def _count(folder: Path, catalogs: list[dict], classes: list[str]) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Images of each class in each split, and groups in each split."""
+    """Counts the images of each class in each split, and the groups in each split."""
     counts = splits.class_counts(_columns(folder, catalogs, "split", "dx"), classes)
     groups: dict[str, set[str]] = {name: set() for name in counts}
     for split, group in _columns(folder, catalogs, "split", "group"):
@@ -238,18 +245,18 @@ def _count(folder: Path, catalogs: list[dict], classes: list[str]) -> tuple[dict
 
 
 def _count_about(before: dict, results: list[dict]) -> dict[str, dict[str, int]]:
-    """Images of each licence, attribution and source, those packed before included."""
+    """Counts the images of each licence, attribution and source, including those packed before."""
     about = {}
-    for what in shard_work.ABOUT:
-        total = Counter(before.get(f"{what}s", {}))
+    for field in shard_work.COUNTED_FIELDS:
+        total = Counter(before.get(f"{field}s", {}))
         for result in results:
-            total.update(result["about"][what])
-        about[f"{what}s"] = dict(sorted(total.items()))
+            total.update(result["about"][field])
+        about[f"{field}s"] = dict(sorted(total.items()))
     return about
 
 
 def _remove_orphans(folder: Path, entries: list[dict]) -> None:
-    """Removes shards of an earlier attempt with other work files."""
+    """Removes shards that the manifest does not list. An earlier attempt with other work files leaves such shards."""
     names = {entry["name"] for entry in entries}
     for orphan in folder.glob("*.tar"):
         if orphan.name not in names:
@@ -258,7 +265,7 @@ def _remove_orphans(folder: Path, entries: list[dict]) -> None:
 
 
 def _table(counts: dict[str, dict[str, int]], groups: dict[str, int]) -> str:
-    """Images of each class in each split, as a table for the terminal."""
+    """Returns a table for the terminal of the images of each class in each split."""
     names = [name for name in SPLITS if name in counts]
     classes = list(dict.fromkeys(c for n in counts.values() for c in n))
     lines = [("", *names)] + [(c or "(unlabelled)", *(f"{counts[n].get(c, 0):,}" for n in names)) for c in classes]

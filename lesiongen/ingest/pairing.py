@@ -1,4 +1,8 @@
-"""Near-duplicates among images to be packed, and between them and those that are packed: a table and a sheet to look at."""
+"""Finds near-duplicates for packing: among the new images, and between new images and those in the shards.
+
+Writes near-duplicates.csv and near-duplicates.png, a picture of the pairs for people to check. `packing.pack` passes the
+pairs to `splits.assign`, which puts the two images of a pair in the same split.
+"""
 
 import csv
 import io
@@ -16,62 +20,85 @@ from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.ingest import duplicates
 from lesiongen.ingest.catalog import Record
+from lesiongen.ingest.duplicates import Pair
 from lesiongen.ingest.splits import Groups
 
-MANY = 20  # images of one lesion that are hard to believe
+LARGE_GROUP = 20  # images; a larger group is unlikely to be one lesion, so a warning is printed
 
 
 def find_near_duplicates(
-    records: list[Record], folder: Path, packed: dict, suffix: str, each: Callable
+    records: list[Record], folder: Path, packed: dict[str, tuple[str, ...]], suffix: str, parallel_map: Callable
 ) -> list[tuple[str, str]]:
-    """Pairs of images that show one lesion, among the new ones and between them and those packed; listed, with pictures."""
+    """Finds pairs of images that show the same lesion, at least one of them new, and writes the table and the picture.
+
+    Args:
+        records: The new images.
+        folder: Directory of the shards.
+        packed: (own group, group, split, shard, ordinal) of each packed image.
+        suffix: Ending of the names of the files to write.
+        parallel_map: A function like map(), which may use several processes.
+    """
     paths = {r.image: Path(r.path) for r in records}
-    names = sorted({place[3] for place in packed.values()})
-    reader, number = ShardReader.local(folder, names), {name: i for i, name in enumerate(names)}
+    names = sorted({shard for _, _, _, shard, _ in packed.values()})
+    reader, shard_index = ShardReader.local(folder, names), {name: i for i, name in enumerate(names)}
 
-    def stored(image: str) -> bytes:
+    def packed_bytes(image: str) -> bytes:
         *_, shard, ordinal = packed[image]
-        raw = reader.read(number[shard], int(ordinal))
-        return raw.get("jpg") or raw["png"]
+        members = reader.read(shard_index[shard], int(ordinal))
+        return members.get("jpg") or members["png"]
 
+    def load(image: str) -> Image.Image:
+        return images.decode(paths[image].read_bytes() if image in paths else packed_bytes(image))
+
+    # Packed images come first: find_pairs() compares only what follows them with all others.
     with bar(len(packed) + len(paths), "duplicates: read") as progress:
-        found = {}
-        contents = ((image, stored(image)) for image in packed)
+        thumbnails = {}
         for image, thumbnail in itertools.chain(
-            ((image, duplicates.thumbnail(images.decode(content))) for image, content in contents),
-            zip(paths, each(_thumbnail, paths.values()), strict=True),
+            ((image, duplicates.thumbnail(images.decode(packed_bytes(image)))) for image in packed),
+            zip(paths, parallel_map(_thumbnail, paths.values()), strict=True),
         ):
             progress.update()
             if thumbnail is not None:
-                found[image] = thumbnail
-    if not found:
+                thumbnails[image] = thumbnail
+    if not thumbnails:
         return []
-    pairs = duplicates.find(list(found), np.stack(list(found.values())), new_from=len(packed))
+    pairs = duplicates.find_pairs(list(thumbnails), np.stack(list(thumbnails.values())), new_from=len(packed))
     if pairs:
-
-        def load(image: str) -> Image.Image:
-            return images.decode(paths[image].read_bytes() if image in paths else stored(image))
-
-        table = io.StringIO()
-        own = {r.image: r.own_group for r in records} | {image: place[0] for image, place in packed.items()}
-        rows = [(p.a, p.b, p.score, "yes" if own[p.a] == own[p.b] else "no") for p in pairs]
-        csv.writer(table, lineterminator="\n").writerows([("a", "b", "score", "same_group_already"), *rows])
-        doubtful = sorted(pairs, key=lambda p: (own[p.a] == own[p.b], p.score))  # those to look at come first
-        atomic_write(folder / f"near-duplicates{suffix}.csv", table.getvalue().encode())
-        atomic_write(folder / f"near-duplicates{suffix}.png", images.png(duplicates.sheet(doubtful, load)))
+        own_groups = {r.image: r.own_group for r in records} | {image: group for image, (group, *_) in packed.items()}
+        _write_report(folder, suffix, pairs, own_groups, load)
     print(f"{len(pairs):,} pairs of near duplicates" + (f", see {folder / f'near-duplicates{suffix}.png'}" if pairs else ""))
-    groups = Groups({})
-    for pair in pairs:
-        groups.join(pair.a, pair.b)
-    joined = Counter(groups.find(image) for image in {image for pair in pairs for image in (pair.a, pair.b)})
-    for image, number in joined.most_common():
-        if number > MANY:
-            print(f"warning: {number} images are joined to {image}; look whether they show one lesion")
+    _warn_of_large_groups(pairs)
     return [(pair.a, pair.b) for pair in pairs]
 
 
+def _write_report(
+    folder: Path, suffix: str, pairs: list[Pair], own_groups: dict[str, str], load: Callable[[str], Image.Image]
+) -> None:
+    """Writes the table of all pairs, and the picture of the pairs that people should check first.
+
+    The picture begins with pairs that the metadata does not list as one lesion, the lowest score first.
+    """
+    table = io.StringIO()
+    rows = [(p.a, p.b, p.score, "yes" if own_groups[p.a] == own_groups[p.b] else "no") for p in pairs]
+    csv.writer(table, lineterminator="\n").writerows([("a", "b", "score", "same_group_already"), *rows])
+    doubtful_first = sorted(pairs, key=lambda p: (own_groups[p.a] == own_groups[p.b], p.score))
+    atomic_write(folder / f"near-duplicates{suffix}.csv", table.getvalue().encode())
+    atomic_write(folder / f"near-duplicates{suffix}.png", images.png(duplicates.draw_pairs(doubtful_first, load)))
+
+
+def _warn_of_large_groups(pairs: list[Pair]) -> None:
+    """Prints a warning for each group of more than LARGE_GROUP images that the pairs join."""
+    groups = Groups({})
+    for pair in pairs:
+        groups.join(pair.a, pair.b)
+    sizes = Counter(groups.find(image) for image in {image for pair in pairs for image in (pair.a, pair.b)})
+    for image, size in sizes.most_common():
+        if size > LARGE_GROUP:
+            print(f"warning: near duplicates join {size} images in one group, that of {image}; check that they show one lesion")
+
+
 def _thumbnail(path: Path) -> np.ndarray | None:
-    """None for what packing will reject."""
+    """Returns the image's thumbnail, None for an unreadable image, which packing rejects later."""
     try:
         return duplicates.thumbnail(images.read(path, size=duplicates.SIDE))
     except (images.BadImage, OSError):

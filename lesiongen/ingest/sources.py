@@ -1,8 +1,9 @@
-"""CodeRows of metadata from the CSV files of public skin-lesion data sets, recognised by their columns.
+"""Reads the CSV metadata of public skin-lesion data sets, recognised by their columns, into one table of our fields.
 
-Known: HAM10000 (Tschandl 2018), the ISIC challenges of 2016 to 2020, the ISIC archive's export, and any table with an id
-column of a usual name. A challenge spreads what is known of an image over several files: those that lie beside the one
-named are read with it, since the lesion's id, without which splits leak, is often in another.
+Known layouts: HAM10000 (Tschandl 2018), the ISIC challenges of 2016 to 2020, the export of the ISIC archive, and any table
+with an id column of a common name. A challenge spreads the facts about an image over several files. Companion files in the
+folder of the named table are therefore read too: they often hold the lesion's id, and without that id photographs of one
+lesion would fall into different splits. `catalog.read_catalog` matches the resulting rows with image files.
 """
 
 import csv
@@ -15,31 +16,44 @@ from hpc.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FIELDS = ("image", "lesion", "patient", "dx", "age", "sex", "site", "licence", "attribution")
-UNKNOWN = {"", "unknown", "unk", "nan", "na", "n/a", "none"}
+UNKNOWN = {"", "unknown", "unk", "nan", "na", "n/a", "none"}  # cells that state nothing, in lower case
 VIDIR = "ViDIR Group, Department of Dermatology, Medical University of Vienna"
 ISIC = "International Skin Imaging Collaboration"
-IDS = ("image_id", "isic_id", "image", "image_name", "filename", "file_name", "file", "id")
+ID_COLUMNS = ("image_id", "isic_id", "image", "image_name", "filename", "file_name", "file", "id")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """needs: columns that tell it from others; columns: our field → theirs; one_hot: column → diagnosis."""
+    """How the files of one data set are recognised and read.
+
+    Attributes:
+        name: Name of the data set, recorded as each image's source.
+        required: Columns that a file of this layout has.
+        columns: Our field → column of the file.
+        one_hot: Column → diagnosis, for files with a column of 0 and 1 for each diagnosis.
+        default_dx: Diagnosis of a row in which no column of `one_hot` is 1.
+        coarse: Columns to read a coarser diagnosis from, such as benign or malignant, where the exact one is unknown.
+        dx_names: Diagnosis as written in the file → name to use.
+        companion: Whether the file only adds facts to images whose diagnosis is in another file.
+        licence: Licence of rows that state none.
+        attribution: Attribution of rows that state none.
+    """
 
     name: str
-    needs: tuple[str, ...]
+    required: tuple[str, ...]
     columns: dict[str, str]
     one_hot: dict[str, str] = field(default_factory=dict)
-    default: str = ""  # diagnosis where no column of one_hot is set
-    coarse: tuple[str, ...] = ()  # columns that tell at least benign from malignant where the diagnosis is unknown
-    words: dict[str, str] = field(default_factory=dict)  # diagnosis as written → as meant
-    companion: bool = False  # says more of images whose diagnosis stands elsewhere
+    default_dx: str = ""
+    coarse: tuple[str, ...] = ()
+    dx_names: dict[str, str] = field(default_factory=dict)
+    companion: bool = False
     licence: str = ""
     attribution: str = ""
 
 
-_HAM = {c: c.lower() for c in ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")}
-_2019 = {c: c.lower() for c in ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")}
-_ARCHIVE = {
+_DX_HAM10000 = {c: c.lower() for c in ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")}
+_DX_2019 = {c: c.lower() for c in ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")}
+_ARCHIVE_COLUMNS = {
     "image": "isic_id",
     "lesion": "lesion_id",
     "patient": "patient_id",
@@ -51,11 +65,11 @@ _ARCHIVE = {
     "attribution": "attribution",
 }
 LAYOUTS = (
-    Layout("ISIC archive", ("isic_id",), _ARCHIVE),
+    Layout("ISIC archive", ("isic_id",), _ARCHIVE_COLUMNS),
     Layout(
         "HAM10000",
         ("lesion_id", "image_id", "dx"),
-        _ARCHIVE | {"image": "image_id", "dx": "dx", "age": "age", "site": "localization"},
+        _ARCHIVE_COLUMNS | {"image": "image_id", "dx": "dx", "age": "age", "site": "localization"},
         licence="CC-BY-NC",
         attribution=VIDIR,
     ),
@@ -64,7 +78,7 @@ LAYOUTS = (
         ("image_id", "melanoma", "seborrheic_keratosis"),
         {"image": "image_id"},
         {"melanoma": "melanoma", "seborrheic_keratosis": "seborrheic keratosis"},
-        default="nevus",
+        default_dx="nevus",
         licence="CC-0",
         attribution=ISIC,
     ),
@@ -74,14 +88,14 @@ LAYOUTS = (
         {"image": "image_id", "age": "age_approximate", "sex": "sex"},
         companion=True,
     ),
-    Layout("ISIC 2019", ("image", "MEL", "SCC"), {"image": "image"}, _2019, licence="CC-BY-NC", attribution=ISIC),
+    Layout("ISIC 2019", ("image", "MEL", "SCC"), {"image": "image"}, _DX_2019, licence="CC-BY-NC", attribution=ISIC),
     Layout(
         "ISIC 2019 metadata",
         ("image", "age_approx", "lesion_id"),
         {"image": "image", "lesion": "lesion_id", "age": "age_approx", "sex": "sex", "site": "anatom_site_general"},
         companion=True,
     ),
-    Layout("ISIC 2018", ("image", "MEL", "AKIEC"), {"image": "image"}, _HAM, licence="CC-BY-NC", attribution=VIDIR),
+    Layout("ISIC 2018", ("image", "MEL", "AKIEC"), {"image": "image"}, _DX_HAM10000, licence="CC-BY-NC", attribution=VIDIR),
     Layout(
         "ISIC 2018 lesion groupings",
         ("image", "lesion_id", "diagnosis_confirm_type"),
@@ -91,24 +105,24 @@ LAYOUTS = (
     Layout(
         "ISIC 2020",
         ("image_name", "patient_id", "benign_malignant"),
-        _ARCHIVE | {"image": "image_name", "site": "anatom_site_general_challenge"},
+        _ARCHIVE_COLUMNS | {"image": "image_name", "site": "anatom_site_general_challenge"},
         coarse=("benign_malignant",),
         licence="CC-BY-NC",
         attribution=ISIC,
     ),
     Layout("ISIC 2020 duplicates", ("image_name_1", "image_name_2"), {}, companion=True),
 )
-# A file without a header, told by its first cell; its columns are named as it is read.
-_2016 = Layout(
+# ISIC 2016's files have no header: they are recognised by their first cell, and read_csv names their columns.
+_ISIC_2016 = Layout(
     "ISIC 2016",
     (),
     {"image": "image", "dx": "dx"},
-    words={"0.0": "benign", "1.0": "malignant"},
+    dx_names={"0.0": "benign", "1.0": "malignant"},
     licence="CC-0",
     attribution=ISIC,
 )
-# The columns of a table that is none of these, under the names that people use.
-_USUAL = {
+# Common column names of each field, for tables of none of these layouts. The first that a table has is read.
+_COMMON_COLUMNS = {
     "lesion": ("lesion_id", "lesion"),
     "patient": ("patient_id", "patient", "subject_id", "subject"),
     "dx": ("dx", "diagnosis", "label", "class"),
@@ -122,75 +136,108 @@ _USUAL = {
 
 @dataclass
 class Table:
-    """rows: our fields by image, in the order listed; odd: (what, reason) of rows that cannot be used; pairs: images said
-    to show one lesion; recognised: a line for each file."""
+    """The rows of all metadata files that were read, as our fields.
+
+    Attributes:
+        rows: For each image, in the order listed, its fields and "source".
+        unusable: (image or line, reason) of each row that cannot be used.
+        pairs: Images that a companion file says show the same lesion.
+        recognised: A line to print for each file.
+        source: Name of the last layout that rows were read with.
+    """
 
     rows: dict[str, dict[str, str]] = field(default_factory=dict)
-    odd: list[tuple[str, str]] = field(default_factory=list)
+    unusable: list[tuple[str, str]] = field(default_factory=list)
     pairs: list[tuple[str, str]] = field(default_factory=list)
     recognised: list[str] = field(default_factory=list)
     source: str = ""
 
 
 def read_table(metadata: Path, columns: dict[str, str]) -> Table:
-    """Reads a CSV file, with its companions in the same folder, or every known one in a folder.
+    """Reads a CSV file and its companions in the same folder, or every CSV file of a folder.
 
-    columns: our field → theirs, for a table that is not known. Raises UserError where nothing can be read."""
+    Args:
+        metadata: The file or the folder.
+        columns: Our field → column of the file, for a table of no known layout; else empty.
+
+    Raises:
+        UserError: A file cannot be read, has no known columns, or no images are listed.
+    """
     if metadata.is_dir():
-        named = sorted(p for p in metadata.iterdir() if p.suffix.lower() in (".csv", ".tab") and not p.name.startswith("."))
-        if not named:
+        paths = sorted(p for p in metadata.iterdir() if p.suffix.lower() in (".csv", ".tab") and not p.name.startswith("."))
+        if not paths:
             raise UserError(f"The metadata folder {metadata} holds no CSV file.")
     else:
-        named = [metadata]
+        paths = [metadata]
+    # Tables that list images come first. Companions add to their rows, so they wait until all rows are read.
     table, companions = Table(), []
-    for path in named:
+    for path in paths:
         rows, header = read_csv(path)
-        layout = _mapped(path, header, columns) if columns else recognise(header)
-        if layout is None and len(named) > 1:
-            table.recognised.append(f"{path.name}: no known columns, left aside")
+        layout = _layout_of_columns(path, header, columns) if columns else recognise(header)
+        if layout is None and len(paths) > 1:
+            table.recognised.append(f"{path.name}: no known columns, ignored")
         elif layout is None:
             raise UserError(
-                f"{path} has no known id column ({', '.join(IDS)}); it has: {', '.join(header) or 'nothing'}. Say which is "
-                f"which with data.columns, for example data.columns.image={header[0] if header else 'id'}."
+                f"{path} has no known id column ({', '.join(ID_COLUMNS)}); it has: {', '.join(header) or 'nothing'}. Map its "
+                f"columns with data.columns, for example data.columns.image={header[0] if header else 'id'}."
             )
         elif layout.companion:
             companions.append((path, layout, rows))
         else:
-            _take(table, path, layout, rows)
-    if not table.rows and not table.odd:
-        raise UserError(f"{metadata} lists no images with a diagnosis; name the table that does.")
+            _read_rows(table, path, layout, rows)
+    if not table.rows and not table.unusable:
+        raise UserError(f"{metadata} lists no images. Set data.metadata to the table of images and their diagnoses.")
     if not metadata.is_dir() and not columns and table.source != "table":
-        companions += _beside(metadata)
+        companions += _find_companions(metadata)
     for path, layout, rows in companions:
-        _join(table, path, layout, rows)
+        _join_companion(table, path, layout, rows)
     return table
 
 
 def recognise(header: list[str]) -> Layout | None:
-    """The first layout whose columns are all there; a table with a usual id column; else None."""
+    """Returns the first known layout whose required columns are in `header`.
+
+    If no known layout fits, returns a layout named "table" of the columns with common names, or None if there is no column
+    of image ids.
+    """
     for layout in LAYOUTS:
-        if all(c in header for c in layout.needs) and not (layout.companion and {"dx", "diagnosis"} & set(header)):
+        # A table with diagnoses lists images, even if it has all columns of a companion.
+        if all(c in header for c in layout.required) and not (layout.companion and {"dx", "diagnosis"} & set(header)):
             if layout.columns.get("dx") not in (None, *header):
-                # The ISIC archive now gives diagnoses in levels, coarse to fine.
+                # Newer exports of the ISIC archive give the diagnosis at up to three levels, 1 the coarsest.
                 finest, *coarse = [d for d in ("diagnosis_3", "diagnosis_2", "diagnosis_1") if d in header] or [""]
                 return replace(layout, columns=layout.columns | {"dx": finest}, coarse=tuple(coarse)) if finest else layout
             return layout
-    if len(header) == 2 and re.match(r"ISIC_\d{7}$", header[0]):
-        return _2016
-    usual = {ours: next((c for c in theirs if c in header), "") for ours, theirs in _USUAL.items()}
-    known = next((c for c in IDS if c in header), None)
-    return Layout("table", (), {"image": known} | {k: v for k, v in usual.items() if v}) if known else None
+    if _lacks_header(header):
+        return _ISIC_2016
+    common = {ours: next((c for c in names if c in header), "") for ours, names in _COMMON_COLUMNS.items()}
+    id_column = next((c for c in ID_COLUMNS if c in header), None)
+    return Layout("table", (), {"image": id_column} | {k: v for k, v in common.items() if v}) if id_column else None
 
 
-def _mapped(path: Path, header: list[str], columns: dict[str, str]) -> Layout:
+def _layout_of_columns(path: Path, header: list[str], columns: dict[str, str]) -> Layout:
     if any(k not in FIELDS for k in columns) or "image" not in columns:
-        raise UserError(f"data.columns maps our fields ({', '.join(FIELDS)}) to yours and must name 'image'.")
+        raise UserError(f"data.columns maps our fields ({', '.join(FIELDS)}) to your columns and must map 'image'.")
     if missing := [v for v in columns.values() if v not in header]:
-        raise UserError(f"{path} has no column '{missing[0]}'; it has: {', '.join(header)}. Mend data.columns.")
+        raise UserError(f"{path} has no column '{missing[0]}'; it has: {', '.join(header)}. Correct data.columns.")
     return Layout("columns", (), columns)
 
 
+def _lacks_header(first_row: list[str]) -> bool:
+    """Returns whether the first row of a file is already an image and its diagnosis, as in the files of ISIC 2016."""
+    return len(first_row) == 2 and re.match(r"ISIC_\d{7}$", first_row[0]) is not None
+
+
 def read_csv(path: Path) -> tuple[list[dict], list[str]]:
+    """Reads a file separated by commas or tabs.
+
+    Returns:
+        The rows, each with its line number under "line" and its cells under the names of their columns; and the cells of
+        the first row.
+
+    Raises:
+        UserError: The file cannot be read, or is not CSV in UTF-8.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
         first = text.partition("\n")[0]
@@ -201,82 +248,84 @@ def read_csv(path: Path) -> tuple[list[dict], list[str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"The metadata {path} is not a CSV file in UTF-8: {error}.") from None
     header = [name.strip() for name in lines[0]] if lines else []
-    headless = len(header) == 2 and re.match(r"ISIC_\d{7}$", header[0])  # as ISIC 2016's
-    names, body, start = (["image", "dx"], lines, 1) if headless else (header, lines[1:], 2)
+    names, body, start = (["image", "dx"], lines, 1) if _lacks_header(header) else (header, lines[1:], 2)
     rows = [{"line": n, **dict(zip(names, row, strict=False))} for n, row in enumerate(body, start) if row]
     return rows, header
 
 
-def _take(table: Table, path: Path, layout: Layout, rows: list[dict]) -> None:
+def _read_rows(table: Table, path: Path, layout: Layout, rows: list[dict]) -> None:
+    """Adds the rows of a file that lists images to the table."""
     for row in rows:
-        value = {f: (row.get(layout.columns.get(f, "\0")) or "").strip() for f in FIELDS}
-        image = value["image"] = stem(value["image"])
+        fields = {f: (row.get(layout.columns.get(f)) or "").strip() for f in FIELDS}
+        image = fields["image"] = image_id(fields["image"])
+        diagnoses = [dx for column, dx in layout.one_hot.items() if _number(row.get(column)) > 0.5]
+        if len(diagnoses) > 1:
+            table.unusable.append((image, f"several diagnoses on line {row['line']}"))
+            continue
         if layout.one_hot:
-            hits = [dx for column, dx in layout.one_hot.items() if _number(row.get(column)) > 0.5]
-            value["dx"] = hits[0] if len(hits) == 1 else layout.default if not hits else ""
-            if len(hits) > 1:
-                table.odd.append((image, f"several diagnoses on line {row['line']}"))
-                continue
-        value["dx"] = layout.words.get(value["dx"], value["dx"])
+            fields["dx"] = diagnoses[0] if diagnoses else layout.default_dx
+        fields["dx"] = layout.dx_names.get(fields["dx"], fields["dx"])
         for column in layout.coarse:
-            if value["dx"].lower() in UNKNOWN:
-                value["dx"] = (row.get(column) or "").strip()
+            if fields["dx"].lower() in UNKNOWN:
+                fields["dx"] = (row.get(column) or "").strip()
         for name in ("dx", "lesion", "patient", "sex", "site"):
-            value[name] = "" if value[name].lower() in UNKNOWN else value[name]
-        value["licence"] = value["licence"] or layout.licence
-        value["attribution"] = value["attribution"] or layout.attribution
+            fields[name] = "" if fields[name].lower() in UNKNOWN else fields[name]
+        fields["licence"] = fields["licence"] or layout.licence
+        fields["attribution"] = fields["attribution"] or layout.attribution
         if not image:
-            table.odd.append((f"line {row['line']}", "no image id"))
+            table.unusable.append((f"line {row['line']}", "no image id"))
         elif image in table.rows:
-            table.odd.append((image, f"listed again on line {row['line']}"))
+            table.unusable.append((image, f"listed again on line {row['line']}"))
         else:
-            table.rows[image] = value | {"source": layout.name}
+            table.rows[image] = fields | {"source": layout.name}
     table.source = layout.name
     table.recognised.append(f"{path.name}: {layout.name}, {len(rows):,} rows")
 
 
-def _beside(metadata: Path) -> list[tuple[Path, Layout, list[dict]]]:
-    found = []
+def _find_companions(metadata: Path) -> list[tuple[Path, Layout, list[dict]]]:
+    """Returns path, layout and rows of each companion file in the folder of `metadata`."""
+    companions = []
     for path in sorted(metadata.parent.glob("*.csv")):
         if path != metadata:
             try:
                 rows, header = read_csv(path)
             except UserError:
-                continue  # nobody asked for it
+                continue  # the user has not named this file, so it may be anything
             layout = recognise(header)
             if layout and layout.companion:
-                found.append((path, layout, rows))
-    return found
+                companions.append((path, layout, rows))
+    return companions
 
 
-def _join(table: Table, path: Path, layout: Layout, rows: list[dict]) -> None:
-    """Fills in what the main table does not say."""
+def _join_companion(table: Table, path: Path, layout: Layout, rows: list[dict]) -> None:
+    """Fills the empty fields of the table's rows from a companion file, or adds the pairs that the file lists."""
     if not layout.columns:
-        pairs = [(stem(row["image_name_1"]), stem(row["image_name_2"])) for row in rows]
+        pairs = [(image_id(row["image_name_1"]), image_id(row["image_name_2"])) for row in rows]
         table.pairs += [(a, b) for a, b in pairs if a in table.rows and b in table.rows]
-        used = len(table.pairs)
+        joined = len(table.pairs)
     else:
-        used = 0
+        joined = 0
         for row in rows:
-            mine = table.rows.get(stem(row.get(layout.columns["image"]) or ""))
-            if mine:
-                used += 1
-                for ours, theirs in layout.columns.items():
-                    value = (row.get(theirs) or "").strip()
-                    if not mine[ours] and value.lower() not in UNKNOWN:
-                        mine[ours] = value
-    if used:
-        table.recognised.append(f"{path.name}: {layout.name}, {used:,} rows joined")
+            fields = table.rows.get(image_id(row.get(layout.columns["image"]) or ""))
+            if fields:
+                joined += 1
+                for name, column in layout.columns.items():
+                    cell = (row.get(column) or "").strip()
+                    if not fields[name] and cell.lower() not in UNKNOWN:
+                        fields[name] = cell
+    if joined:
+        table.recognised.append(f"{path.name}: {layout.name}, {joined:,} rows joined")
 
 
-def stem(name: str) -> str:
-    """An image's id: the name of its file without folders and suffix."""
+def image_id(name: str) -> str:
+    """Returns an image's id: its file name without folders and image suffix."""
     name = Path(name.strip()).name
     return Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name
 
 
-def _number(text: str | None) -> float:
+def _number(cell: str | None) -> float:
+    """Returns a cell as a number, 0 where it holds none."""
     try:
-        return float(text or 0)
+        return float(cell or 0)
     except ValueError:
         return 0.0

@@ -1,4 +1,8 @@
-"""Which images may not part, and on which side of the split each group of them falls."""
+"""Assigns images to train, val and test, so that all images of a group (lesion or patient) are in the same split.
+
+Invariant: an image's split never changes once the image is packed, whatever images or pairs are added later. `packing.pack`
+passes the catalog's records and writes the resulting splits into shards.
+"""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -11,41 +15,56 @@ from lesiongen.ingest.catalog import Record
 
 
 def split_of(group: str, val: float, test: float) -> str:
-    """Split by a hash of the group's id against thresholds: adding images never moves one that is there."""
-    # A hash of our own: data that were themselves drawn by a plain hash of their ids would all fall on one side.
+    """Returns a group's split: a hash of its id, compared with thresholds. So new groups never move others.
+
+    Args:
+        group: Id of the group.
+        val: Share of groups in val, 0 to 1.
+        test: Share of groups in test, 0 to 1.
+    """
+    # The prefix makes this hash independent of a plain hash of the id. Data that were themselves selected by a plain hash
+    # of their ids would otherwise all be in one split.
     u = int.from_bytes(hashlib.sha256(f"lesiongen split {group}".encode()).digest()[:8], "big") / 2**64
     return "test" if u < test else "val" if u < test + val else "train"
 
 
 class Groups:
-    """Union-find over group ids, each with the split it is bound to, if any. Two groups bound to different ones stay apart."""
+    """Union-find over group ids that never joins two groups with different fixed splits.
 
-    def __init__(self, bound: dict[str, str]):
+    Attributes:
+        parent: Group → group that it was joined to; root groups are missing.
+        fixed_splits: Root group → its split, for groups whose split is already decided.
+    """
+
+    def __init__(self, fixed_splits: dict[str, str]):
         self.parent: dict[str, str] = {}
-        self.bound = dict(bound)
+        self.fixed_splits = dict(fixed_splits)
 
     def find(self, group: str) -> str:
+        """Returns the root of the group, which is the smallest id among all that are joined with it."""
         root = group
         while (above := self.parent.get(root, root)) != root:
             root = above
+        # Path compression: every group on the way becomes a child of the root, so later calls are short.
         while (above := self.parent.get(group, group)) != root:
             self.parent[group], group = root, above
         return root
 
-    def split(self, group: str) -> str:
-        return self.bound.get(self.find(group), "")
+    def fixed_split(self, group: str) -> str:
+        """Returns the fixed split of the joined group, "" if none."""
+        return self.fixed_splits.get(self.find(group), "")
 
     def join(self, a: str, b: str) -> bool:
-        """Makes one group of two, under the smaller id; False where they are bound to different splits."""
+        """Joins two groups under the smaller id. Returns False, and joins nothing, if their fixed splits differ."""
         a, b = sorted((self.find(a), self.find(b)))
         if a == b:
             return True
-        splits = {self.bound[g] for g in (a, b) if g in self.bound}
+        splits = {self.fixed_splits[g] for g in (a, b) if g in self.fixed_splits}
         if len(splits) > 1:
             return False
         self.parent[b] = a
         if splits:
-            self.bound[a] = splits.pop()
+            self.fixed_splits[a] = splits.pop()
         return True
 
 
@@ -56,38 +75,43 @@ def assign(
     pairs: Iterable[tuple[str, str]] = (),
     packed: dict[str, tuple[str, str, str]] | None = None,
 ) -> tuple[dict[str, list[Record]], list[dict]]:
-    """Records of each split in hash order, so that any run of them is a fair draw; and those that would join groups of
-    different splits, which are rejected.
+    """Assigns each record a group and a split.
 
-    pairs: images that show one lesion; packed: (own group, group, split) of each
-    image that is already packed.
-    A group's split is the one it is packed in, else the one its images come with, else by its hash; val and test are
-    taken by hash from the training images where the data come without one. Raises UserError for a group that comes in
-    two splits, and for an empty split."""
+    A group's split is the one that its packed images have, else the one that its images come with, else `split_of`. If the
+    data come with splits but without val or test, the missing splits are taken from the training images by `split_of`.
+
+    Args:
+        records: The new images.
+        val: Share of groups in val, 0 to 1.
+        test: Share of groups in test, 0 to 1.
+        pairs: Images that show the same lesion.
+        packed: For each image that is packed already, its (own group, group, split).
+
+    Returns:
+        The records of each split, sorted by a hash of the image id, so that every contiguous range is a random sample; and
+        {"image", "reason"} of each image that is rejected because it would join groups of different splits.
+
+    Raises:
+        UserError: The images of one group come in different splits.
+    """
     packed = packed or {}
-    there = {name: split for own, group, split in packed.values() for name in (own, group)}
-    comes, rejected = _given(records, there)
-    groups = Groups(comes | there)
+    packed_splits = {name: split for own, group, split in packed.values() for name in (own, group)}
+    supplied_splits, rejected = _supplied_splits(records, packed_splits)
+    # Join groups: first as the packed images were joined, then by the new pairs.
+    groups = Groups(supplied_splits | packed_splits)
     for own, group, _ in packed.values():
-        groups.join(own, group)  # as they were joined then
+        groups.join(own, group)
     group_of = {image: group for image, (_, group, _) in packed.items()} | {r.image: r.own_group for r in records}
-    for a, b in pairs:
-        if any(image not in group_of or image in rejected for image in (a, b)) or (a in packed and b in packed):
-            continue
-        if not groups.join(group_of[a], group_of[b]):
-            # Of the two, the one that is new goes; of two new ones, the one to train on.
-            new = [image for image in (a, b) if image not in packed]
-            gone = next((image for image in new if groups.split(group_of[image]) == "train"), new[0])
-            other = b if gone == a else a
-            rejected[gone] = f"shows the lesion of {other}, which is in {groups.split(group_of[other])}"
-    settled = {groups.find(group) for group in there}
-    lacking = {"val", "test"} - set(comes.values()) if comes else set()
+    _join_pairs(groups, group_of, pairs, packed, rejected)
+    # Choose each group's split.
+    packed_groups = {groups.find(group) for group in packed_splits}
+    missing_splits = {"val", "test"} - set(supplied_splits.values()) if supplied_splits else set()
     splits: dict[str, list[Record]] = {name: [] for name in SPLITS}
     for record in records:
         if record.image not in rejected:
             group = groups.find(record.own_group)
-            split, by_hash = groups.split(group), split_of(group, val, test)
-            if not split or (split == "train" and by_hash in lacking and group not in settled):
+            split, by_hash = groups.fixed_split(group), split_of(group, val, test)
+            if not split or (split == "train" and by_hash in missing_splits and group not in packed_groups):
                 split = by_hash
             splits[split].append(replace(record, group=group))
     ordered = {
@@ -98,50 +122,95 @@ def assign(
     return ordered, [{"image": image, "reason": reason} for image, reason in rejected.items()]
 
 
-def _given(records: list[Record], there: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The split that each group comes with, and images whose group is packed in another. Raises UserError for a leak."""
-    comes: dict[str, str] = {}
+def _supplied_splits(records: list[Record], packed_splits: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the split that each group comes with, and image → reason for images whose group is packed in another split.
+
+    Raises UserError if images of one group come in different splits.
+    """
+    supplied: dict[str, str] = {}
     rejected: dict[str, str] = {}
-    first: dict[str, str] = {}
+    first_image: dict[str, str] = {}
     leaks = []
     for record in records:
         group, split = record.own_group, record.split
         if not split:
             continue
-        if there.get(group, split) != split:
-            rejected[record.image] = f"comes in {split}, but its group '{group}' is packed in {there[group]}"
-        elif comes.setdefault(group, split) != split:
-            leaks.append(f"'{group}' ({first[group]} in {comes[group]}, {record.image} in {split})")
+        if packed_splits.get(group, split) != split:
+            rejected[record.image] = f"comes in {split}, but its group '{group}' is packed in {packed_splits[group]}"
+        elif supplied.setdefault(group, split) != split:
+            leaks.append(f"'{group}' ({first_image[group]} in {supplied[group]}, {record.image} in {split})")
         else:
-            first.setdefault(group, record.image)
+            first_image.setdefault(group, record.image)
     if leaks:
         raise UserError(
-            f"{len(leaks)} images lie in another split than others of their lesion or patient: {'; '.join(leaks[:5])}. What is "
-            "held out would be known from training. Mend the splits that come with the data, or leave them out."
+            f"{len(leaks)} images come in a different split than other images of their lesion or patient: "
+            f"{'; '.join(leaks[:5])}. Training would see lesions that are held out. Correct the splits that come with the "
+            "data, or remove them."
         )
-    return comes, rejected
+    return supplied, rejected
+
+
+def _join_pairs(
+    groups: Groups,
+    group_of: dict[str, str],
+    pairs: Iterable[tuple[str, str]],
+    packed: dict[str, tuple[str, str, str]],
+    rejected: dict[str, str],
+) -> None:
+    """Joins the groups of each pair of images. Adds to `rejected`, image → reason, one image of each pair that cannot be."""
+    for a, b in pairs:
+        # The splits of packed images are final, so two packed images cannot be joined any more.
+        if any(image not in group_of or image in rejected for image in (a, b)) or (a in packed and b in packed):
+            continue
+        if not groups.join(group_of[a], group_of[b]):
+            # Reject the new image; of two new images, the one in train.
+            new = [image for image in (a, b) if image not in packed]
+            dropped = next((image for image in new if groups.fixed_split(group_of[image]) == "train"), new[0])
+            other = b if dropped == a else a
+            rejected[dropped] = f"shows the lesion of {other}, which is in {groups.fixed_split(group_of[other])}"
+    return rejected
 
 
 def refuse_empty(groups: dict[str, int], val: float, test: float) -> None:
-    """Raises UserError where one of the three would hold no image. groups: their number in each split."""
+    """Raises UserError if a split has no group.
+
+    Args:
+        groups: Number of groups in each split.
+        val: The setting data.val, for the message.
+        test: The setting data.test, for the message.
+    """
     for name in SPLITS:
         if not groups.get(name):
             raise UserError(
                 f"The {name} split would be empty: {sum(groups.values())} lesions are too few for data.val={val} and "
-                f"data.test={test}. Add images or raise the fraction."
+                f"data.test={test}. Add images or change these shares."
             )
 
 
 def class_counts(rows: Iterable[tuple[str, str]], classes: list[str]) -> dict[str, dict[str, int]]:
-    """Images of each class, by split, from (split, dx); "" counts the unlabelled."""
-    found = {name: Counter() for name in SPLITS}
+    """Counts the images of each class in each split.
+
+    Args:
+        rows: (split, dx) of each image.
+        classes: Class names; those without images count 0.
+
+    Returns:
+        Split → class → images. "" counts the unlabelled images, if there are any. Empty splits are missing.
+    """
+    counters = {name: Counter() for name in SPLITS}
     for split, dx in rows:
-        found[split][dx] += 1
-    return {name: {c: n.get(c, 0) for c in [*classes, ""] if c or n.get("")} for name, n in found.items() if n}
+        counters[split][dx] += 1
+    return {name: {c: n.get(c, 0) for c in [*classes, ""] if c or n.get("")} for name, n in counters.items() if n}
 
 
-def thin_classes(rows: Iterable[tuple[str, str, str]], classes: list[str], least: int = 5) -> list[str]:
-    """Warnings for classes with fewer than `least` held-out groups, from (split, dx, group): figures for them mean little."""
+def small_class_warnings(rows: Iterable[tuple[str, str, str]], classes: list[str], minimum: int = 5) -> list[str]:
+    """Returns a warning for each class with too few held-out groups to measure anything on.
+
+    Args:
+        rows: (split, dx, group) of each image.
+        classes: Class names.
+        minimum: Number of groups in val, and in test, that is enough.
+    """
     groups: dict[tuple[str, str], set[str]] = defaultdict(set)
     for split, dx, group in rows:
         groups[split, dx].add(group)
@@ -149,5 +218,5 @@ def thin_classes(rows: Iterable[tuple[str, str, str]], classes: list[str], least
         f"class '{label}' has only {len(groups[split, label])} groups (lesions, patients) in {split}"
         for split in ("val", "test")
         for label in classes
-        if len(groups[split, label]) < least
+        if len(groups[split, label]) < minimum
     ]

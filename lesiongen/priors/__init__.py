@@ -1,4 +1,4 @@
-"""Priors: autoregressive models of code grids. The registry below names each kind; a config chooses by `kind`."""
+"""Priors: autoregressive models of code grids. The registry maps each `kind` of a config to its class."""
 
 from lesiongen.priors.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
 from lesiongen.priors.gpt import GPT, GPTConfig
@@ -20,6 +20,6 @@ def make(config: PriorShape, **shape: object) -> Prior:
 
     Args:
         config: The model section of a prior's config; `config.kind` names the class.
-        **shape: What the data decide: grid, entries, facts and upper, as `Prior.__init__` takes them.
+        **shape: The arguments of `Prior.__init__` that follow from the data: grid, entries, facts and upper.
     """
     return PRIORS[config.kind](config, **shape)

@@ -1,4 +1,4 @@
-"""Load an exported prior. The format is that of tokenizers/export.py."""
+"""Loads exported priors. lesiongen/tokenizers/export.py writes them and describes the format."""
 
 from pathlib import Path
 
@@ -12,15 +12,27 @@ from lesiongen.priors.prior import Prior
 
 
 def load_prior(path: Path, device: torch.device) -> tuple[Prior, dict]:
-    """The exported prior, in evaluation mode, and what is written beside it."""
-    about = read_yaml(path / "export" / "config.yaml")
-    shape = about["shape"] | {"grid": tuple(about["shape"]["grid"])}
+    """Loads an exported prior.
+
+    Args:
+        path: Directory of the prior's stage, which holds export/.
+        device: Device for the weights.
+
+    Returns:
+        The prior in evaluation mode, and the content of the export's config.yaml.
+
+    Raises:
+        UserError: The weights do not fit the model as this version builds it.
+    """
+    description = read_yaml(path / "export" / "config.yaml")
+    shape = description["shape"] | {"grid": tuple(description["shape"]["grid"])}
     shape["upper"] = tuple((entries, tuple(grid)) for entries, grid in shape["upper"])
-    net = make(convert(PriorModel, about["model"], "model"), **shape)
+    net = make(convert(PriorModel, description["model"], "model"), **shape)
     try:
         net.load_state_dict(load_file(path / "export" / "model.safetensors"))
     except RuntimeError as error:
+        kind = description["model"]["kind"]
         raise UserError(
-            f"{path / 'export'} holds other weights than this version's {about['model']['kind']} has; train it anew. ({error})"
+            f"The weights in {path / 'export'} do not fit this version's {kind}; train this prior again. ({error})"
         ) from None
-    return net.to(device).eval(), about
+    return net.to(device).eval(), description

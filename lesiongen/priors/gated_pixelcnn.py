@@ -1,7 +1,7 @@
 """Gated PixelCNN prior (van den Oord et al. 2016, arXiv:1606.05328; reports 001 and 002): two stacks, no blind spot.
 
-The vertical stack sees all rows above, the horizontal one what is left in its own row and the vertical one's findings.
-What is known of each position (facts, coarser codes) enters every gate of both.
+The vertical stack sees all rows above. The horizontal stack sees the positions to the left in its own row and receives the
+vertical stack's features. The context of each position enters every gate of both stacks.
 
 Shapes as in prior.py and causal.py.
 """
@@ -19,6 +19,8 @@ from lesiongen.priors.prior import Prior, PriorShape
 
 @dataclass(frozen=True)
 class GatedPixelCNNConfig(PriorShape):
+    """Config of a Gated PixelCNN."""
+
     kind: Literal["gated_pixelcnn"] = "gated_pixelcnn"
     layers: int = 15
     width: int = 128
@@ -31,96 +33,167 @@ class GatedPixelCNNConfig(PriorShape):
 
 @dataclass
 class BlockCache:
-    """What a block keeps while sampling."""
+    """Cache of one block while sampling.
 
-    down: Window  # inputs of the vertical convolution
-    right: Window  # of the horizontal one
-    above: torch.Tensor  # [B, w, 2D]: what the vertical stack and the known say to the gates of this row
+    Attributes:
+        vertical: Latest inputs of the vertical convolution.
+        horizontal: Latest inputs of the horizontal convolution.
+        gate_inputs: What the vertical stack and the context add to the horizontal gates of the current row, [B, w, 2D].
+    """
+
+    vertical: Window
+    horizontal: Window
+    gate_inputs: torch.Tensor
+
+
+@dataclass
+class Cache:
+    """Cache of the whole prior while sampling.
+
+    Attributes:
+        vertical: Latest inputs of the first vertical convolution.
+        horizontal: Latest inputs of the first horizontal convolution.
+        row: Embedded tokens of the current row, [B, w, D].
+        blocks: One cache for each block.
+    """
+
+    vertical: Window
+    horizontal: Window
+    row: torch.Tensor
+    blocks: list[BlockCache]
 
 
 def gate(x: torch.Tensor) -> torch.Tensor:
+    """Multiplies tanh of the first half of the channels by sigmoid of the second half, [..., 2D] → [..., D]."""
     a, b = x.chunk(2, -1)
     return a.tanh() * b.sigmoid()
 
 
 class Block(nn.Module):
+    """One gated layer of both stacks. In sampling the prior calls run_vertical() once per row, run_horizontal() per token."""
+
     def __init__(self, config: GatedPixelCNNConfig):
         super().__init__()
         width = config.width
         self.vertical, self.horizontal = RowConv(width, 2 * width, 2, 3), CausalConv(width, 2 * width, 1, 3)
-        self.across, self.out = nn.Linear(2 * width, 2 * width), nn.Linear(width, width)
-        self.known = nn.Linear(width, 4 * width, bias=False)
+        self.across, self.out = nn.Linear(2 * width, 2 * width), nn.Linear(width, width)  # across: vertical → horizontal
+        self.known = nn.Linear(width, 4 * width, bias=False)  # projects the context, for the gates of both stacks
         self.dropout = config.dropout
-        # The vertical stack has no shortcuts, and a gate halves what is small: this keeps depth from silencing it.
+        # The vertical stack has no residual connections, and a gate halves small values. Larger initial weights make up for
+        # this; otherwise the signal would vanish with depth.
         nn.init.normal_(self.vertical.weight, std=2 / self.vertical.in_features**0.5)
 
-    def down(self, v: torch.Tensor, known: torch.Tensor, window: Window | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, h, w, D], or with a window the next row [B, w, D] → the same of the next block, and [..., 2D] for right()."""
-        own, other = self.known(known).chunk(2, -1)
-        x = self.vertical(v, window) + own
-        return gate(x), self.across(x) + other
+    def run_vertical(
+        self, v: torch.Tensor, context: torch.Tensor, window: Window | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the vertical stack's layer.
 
-    def right(self, x: torch.Tensor, above: torch.Tensor, window: Window | None = None, t: int = 0) -> torch.Tensor:
-        """[B, h, w, D], or with a window position t alone, [B, D]."""
-        y = gate(self.horizontal(x, window, t) + above)
+        Args:
+            v: Vertical features of the whole grid [B, h, w, D], or with a window those of the next row [B, w, D].
+            context: Context of the same positions.
+            window: Cache of the rows so far.
+
+        Returns:
+            Vertical features for the next block, in the shape of v, and the gate inputs [..., 2D] for run_horizontal().
+        """
+        vertical_context, horizontal_context = self.known(context).chunk(2, -1)
+        x = self.vertical(v, window) + vertical_context
+        return gate(x), self.across(x) + horizontal_context
+
+    def run_horizontal(
+        self, x: torch.Tensor, gate_inputs: torch.Tensor, window: Window | None = None, t: int = 0
+    ) -> torch.Tensor:
+        """Runs the horizontal stack's layer.
+
+        Args:
+            x: Horizontal features of the whole grid [B, h, w, D], or with a window those of position t [B, D].
+            gate_inputs: What run_vertical() returned for the same positions.
+            window: Cache of the positions so far.
+            t: The position; with a window only.
+
+        Returns:
+            Horizontal features for the next block, in the shape of x.
+        """
+        y = gate(self.horizontal(x, window, t) + gate_inputs)
         return x + self.out(F.dropout(y, self.dropout, self.training))
 
-    def forward(self, v_BhwD, x_BhwD, context_BhwD) -> tuple[torch.Tensor, torch.Tensor]:
-        v_BhwD, above = self.down(v_BhwD, context_BhwD)
-        return v_BhwD, self.right(x_BhwD, above)
+    def forward(
+        self, v_BhwD: torch.Tensor, x_BhwD: torch.Tensor, context_BhwD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs both layers over the whole grid.
+
+        Args:
+            v_BhwD: Vertical features.
+            x_BhwD: Horizontal features.
+            context_BhwD: Context.
+
+        Returns:
+            Vertical and horizontal features for the next block, [B, h, w, D] each.
+        """
+        v_BhwD, gate_inputs = self.run_vertical(v_BhwD, context_BhwD)
+        return v_BhwD, self.run_horizontal(x_BhwD, gate_inputs)
 
 
 class GatedPixelCNN(Prior):
-    def __init__(self, config: GatedPixelCNNConfig, grid, entries, facts, upper=()):
+    """A first convolution for each stack, gated blocks, and a last layer on the horizontal features."""
+
+    def __init__(
+        self,
+        config: GatedPixelCNNConfig,
+        grid: tuple[int, int],
+        entries: int,
+        facts: dict[str, int],
+        upper: tuple[tuple[int, tuple[int, int]], ...] = (),
+    ):
+        """Builds the layers. Arguments as for Prior."""
         super().__init__(config, grid, entries, facts, upper)
         width, kernel = config.width, config.kernel
-        self.down = RowConv(width, width, kernel // 2, kernel)
-        self.right = CausalConv(width, width, 1, kernel, itself=False)
+        self.down = RowConv(width, width, kernel // 2, kernel)  # first convolution of the vertical stack
+        self.right = CausalConv(width, width, 1, kernel, include_self=False)  # first convolution of the horizontal stack
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.last = nn.Linear(width, width)
 
     def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
         tokens_BhwD, context_BhwD = self.tokens(codes_BT).unflatten(1, self.grid), context_BTD.unflatten(1, self.grid)
-        # The vertical stack is a row late: then it may see rows whole.
+        # Shift the vertical stack's input down by one row. It then sees only rows above, although it sees them whole.
         v_BhwD, x_BhwD = self.down(F.pad(tokens_BhwD[:, :-1], (0, 0, 0, 0, 1, 0))), self.right(tokens_BhwD)
         for block in self.blocks:
             v_BhwD, x_BhwD = self.run_block(block, v_BhwD, x_BhwD, context_BhwD)
-        return self._out(x_BhwD).flatten(1, 2)
+        return self._output(x_BhwD).flatten(1, 2)
 
-    def _out(self, x: torch.Tensor) -> torch.Tensor:
+    def _output(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.last(F.relu(x)))
 
-    def new_cache(self, context_BTD: torch.Tensor) -> dict:
-        batch, columns = len(context_BTD), self.grid[1]
-        kept = [
+    def new_cache(self, context_BTD: torch.Tensor) -> Cache:
+        batch, columns, width = len(context_BTD), self.grid[1], self.config.width
+        blocks = [
             BlockCache(
                 block.vertical.new_cache(context_BTD, columns),
                 block.horizontal.new_cache(context_BTD, columns),
-                context_BTD.new_zeros(batch, columns, 2 * self.config.width),
+                context_BTD.new_zeros(batch, columns, 2 * width),
             )
             for block in self.blocks
         ]
-        first = self.down.new_cache(context_BTD, columns), self.right.new_cache(context_BTD, columns)
-        row_BwD = context_BTD.new_zeros(batch, columns, self.config.width)  # of embedded tokens
-        return {"first": first, "row": row_BwD, "blocks": kept}
+        vertical, horizontal = self.down.new_cache(context_BTD, columns), self.right.new_cache(context_BTD, columns)
+        return Cache(vertical, horizontal, context_BTD.new_zeros(batch, columns, width), blocks)
 
-    def step(self, previous_B, context_BTD, cache, t: int) -> torch.Tensor:
+    def step(self, previous_B: torch.Tensor | None, context_BTD: torch.Tensor, cache: Cache, t: int) -> torch.Tensor:
         columns = self.grid[1]
         column = t % columns
         x_BD = None
         if previous_B is not None:
             x_BD = self.tokens(previous_B)
-            cache["row"][:, (t - 1) % columns] = x_BD
+            cache.row[:, (t - 1) % columns] = x_BD
         if column == 0:
-            self._next_row(context_BTD[:, t : t + columns], cache)
-        x_BD = self.right(x_BD, cache["first"][1], t)
-        for block, kept in zip(self.blocks, cache["blocks"], strict=True):
-            x_BD = block.right(x_BD, kept.above[:, column], kept.right, t)
-        return self._out(x_BD)
+            self._start_row(context_BTD[:, t : t + columns], cache)
+        x_BD = self.right(x_BD, cache.horizontal, t)
+        for block, block_cache in zip(self.blocks, cache.blocks, strict=True):
+            x_BD = block.run_horizontal(x_BD, block_cache.gate_inputs[:, column], block_cache.horizontal, t)
+        return self._output(x_BD)
 
-    def _next_row(self, context_BwD: torch.Tensor, cache: dict) -> None:
-        """The vertical stack's part of a row, all at once, when the row above is whole."""
-        v_BwD = self.down(cache["row"], cache["first"][0])
-        for block, kept in zip(self.blocks, cache["blocks"], strict=True):
-            v_BwD, above = block.down(v_BwD, context_BwD, kept.down)
-            kept.above.copy_(above)
+    def _start_row(self, context_BwD: torch.Tensor, cache: Cache) -> None:
+        """Runs the vertical stack for a whole row. At its first position the row above, in cache.row, is complete."""
+        v_BwD = self.down(cache.row, cache.vertical)
+        for block, block_cache in zip(self.blocks, cache.blocks, strict=True):
+            v_BwD, gate_inputs = block.run_vertical(v_BwD, context_BwD, block_cache.vertical)
+            block_cache.gate_inputs.copy_(gate_inputs)

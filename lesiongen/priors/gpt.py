@@ -1,4 +1,4 @@
-"""GPT prior over a grid of codes: SwiGLU, 2-D rotary positions, facts at every position, static KV cache.
+"""GPT prior over a grid of codes: SwiGLU, 2-D rotary positions, context at every position, static key-value cache.
 
 Shapes as in prior.py, and H heads, E head dimension.
 """
@@ -15,6 +15,8 @@ from lesiongen.priors.prior import Prior, PriorShape
 
 @dataclass(frozen=True)
 class GPTConfig(PriorShape):
+    """Config of a GPT."""
+
     kind: Literal["gpt"] = "gpt"
     heads: int = 6
 
@@ -25,61 +27,111 @@ class GPTConfig(PriorShape):
 
 
 def rotary_table(grid: tuple[int, int], head_dim: int) -> torch.Tensor:
-    """cos and sin [T, E/2, 2]: the first half of the pairs turns with the row, the second with the column."""
+    """Computes the rotation of each pair of channels at each position.
+
+    The angles of the first half of the pairs grow with the row, those of the second half with the column.
+
+    Args:
+        grid: Height and width of the grid.
+        head_dim: Head dimension E, a multiple of 4.
+
+    Returns:
+        Cosine and sine, [T, E/2, 2].
+    """
     frequencies = 100.0 ** (-torch.arange(head_dim // 4).float() / (head_dim // 4))
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    angles = torch.cat([p.reshape(-1, 1) * frequencies for p in (rows, columns)], 1)
+    angles = torch.cat([index.reshape(-1, 1) * frequencies for index in (rows, columns)], 1)
     return torch.stack([angles.cos(), angles.sin()], -1)
 
 
 def apply_rotary(x_BTHE: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Neighbouring pairs turned by the angles of their position."""
+    """Rotates each pair of neighbouring channels by the angle of its position.
+
+    Args:
+        x_BTHE: Queries or keys.
+        table: Rows of rotary_table() for these positions, [T, E/2, 2].
+
+    Returns:
+        [B, T, H, E].
+    """
     pairs = x_BTHE.unflatten(-1, (-1, 2))
     table = table[:, None].to(pairs.dtype)
-    if pairs.dtype == torch.float32 and not torch.compiler.is_compiling():  # complex numbers take one pass over memory,
+    # Complex multiplication passes over the memory once. But there are no complex bf16 numbers, and torch.compile does not
+    # fuse complex operations.
+    if pairs.dtype == torch.float32 and not torch.compiler.is_compiling():
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table)).flatten(-2)
-    (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)  # but know no bf16, and no compiler fuses them
+    (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-class Gate(nn.Linear):
-    """SwiGLU's first half. Two products: the gradients of their results, the largest tensors, are never put together."""
+class SwiGLUGate(nn.Linear):
+    """First half of SwiGLU: two linear maps, one of which gates the other.
+
+    The maps are separate products. A single product would make autograd concatenate the gradients of both results, which are
+    the largest tensors of the model.
+    """
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Maps [B, T, D] to [B, T, out_features / 2]."""
         a, b = (F.linear(x_BTD, half) for half in self.weight.chunk(2))
         return F.silu(a) * b
 
 
 class Block(nn.Module):
+    """Pre-norm transformer block."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         width, hidden = config.width, -(-config.width * 8 // 3 // 32) * 32
         self.heads, self.dropout = config.heads, config.dropout
         self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.gate, self.down = Gate(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.gate, self.down = SwiGLUGate(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x_BTD, table, cache=None, at: int = 0):
-        """cache: [2, B, H, T, E] written in place at token `at`; None in training."""
+    def forward(
+        self, x_BTD: torch.Tensor, table: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0
+    ) -> torch.Tensor:
+        """Applies attention and the feed-forward layer.
+
+        Args:
+            x_BTD: Features of consecutive tokens: all of them in training, a single one in sampling.
+            table: Rotary table of these tokens, [T, E/2, 2].
+            cache: Keys and values of all tokens, [2, B, H, T, E]; those of x_BTD are written to it. None in training.
+            start: Index of the first token in x_BTD.
+
+        Returns:
+            Features for the next block, [B, T, D].
+        """
         batch, length, width = x_BTD.shape
         q, k, v = self.qkv(self.norm1(x_BTD)).view(batch, length, 3, self.heads, -1).unbind(2)
         q, k, v = (x.transpose(1, 2) for x in (apply_rotary(q, table), apply_rotary(k, table), v))
         if cache is not None:
-            cache[0][:, :, at : at + length], cache[1][:, :, at : at + length] = k, v
-            k, v = cache[0][:, :, : at + length], cache[1][:, :, : at + length]
-        drop = self.dropout if self.training else 0.0
-        # No dropout inside attention: it would leave the fused kernels (5 times slower on CPU).
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
-        x_BTD = x_BTD + F.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)), drop)
-        return x_BTD + F.dropout(self.down(self.gate(self.norm2(x_BTD))), drop)
+            cache[0][:, :, start : start + length], cache[1][:, :, start : start + length] = k, v
+            k, v = cache[0][:, :, : start + length], cache[1][:, :, : start + length]
+        dropout = self.dropout if self.training else 0.0
+        # No dropout inside attention: PyTorch would then leave its fused kernels, which is 5 times slower on a CPU.
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
+        x_BTD = x_BTD + F.dropout(self.out(attended.transpose(1, 2).reshape(batch, length, width)), dropout)
+        return x_BTD + F.dropout(self.down(self.gate(self.norm2(x_BTD))), dropout)
 
 
 class GPT(Prior):
-    def __init__(self, config: GPTConfig, grid, entries, facts, upper=()):
+    """Transformer blocks over the sequence of tokens in raster order."""
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        grid: tuple[int, int],
+        entries: int,
+        facts: dict[str, int],
+        upper: tuple[tuple[int, tuple[int, int]], ...] = (),
+    ):
+        """Builds the layers, initialised like those of GPT-2. Arguments as for Prior."""
         super().__init__(config, grid, entries, facts, upper)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
-        self.register_buffer("table", rotary_table(grid, config.width // config.heads))  # with the weights: they fit no other
+        # The rotary table. It is saved with the weights, because they work with no other table.
+        self.register_buffer("table", rotary_table(grid, config.width // config.heads))
         self.apply(self._init)
         for block in self.blocks:
             for layer in (block.out, block.down):
@@ -91,21 +143,23 @@ class GPT(Prior):
             nn.init.normal_(module.weight, std=0.02)
 
     def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
-        # Position t sees token t-1; position 0 sees what is known alone.
+        # The input at position t is token t - 1 and the context; at position 0 it is the context alone.
         x_BTD = F.pad(self.tokens(codes_BT[:, :-1]), (0, 0, 1, 0)) + context_BTD
         for block in self.blocks:
             x_BTD = self.run_block(block, x_BTD, self.table)
         return self.norm(x_BTD)
 
     def new_cache(self, context_BTD: torch.Tensor) -> list[torch.Tensor]:
-        """Keys and values of each block, [2, B, H, T, E]."""
+        """Allocates the keys and values of each block, [2, B, H, T, E]."""
         batch, heads = len(context_BTD), self.config.heads
         return [context_BTD.new_zeros(2, batch, heads, self.length, self.config.width // heads) for _ in self.blocks]
 
-    def step(self, previous_B, context_BTD, cache, t: int) -> torch.Tensor:
-        x = context_BTD[:, t : t + 1]
+    def step(
+        self, previous_B: torch.Tensor | None, context_BTD: torch.Tensor, cache: list[torch.Tensor], t: int
+    ) -> torch.Tensor:
+        x_B1D = context_BTD[:, t : t + 1]
         if previous_B is not None:
-            x = x + self.tokens(previous_B)[:, None]
-        for block, kv in zip(self.blocks, cache, strict=True):
-            x = block(x, self.table[t : t + 1], kv, t)
-        return self.norm(x)[:, 0]
+            x_B1D = x_B1D + self.tokens(previous_B)[:, None]
+        for block, block_cache in zip(self.blocks, cache, strict=True):
+            x_B1D = block(x_B1D, self.table[t : t + 1], block_cache, t)
+        return self.norm(x_B1D)[:, 0]

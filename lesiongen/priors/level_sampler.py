@@ -1,10 +1,10 @@
-"""Sample the codes of one level: a prior, how its tokens are chosen, and the random numbers of each sample."""
+"""Samples the codes of one level from its prior. The codes depend on the seed and the samples' indices, not on batches."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
-from lesiongen.priors.cuda_graphs import Recorded
+from lesiongen.priors.cuda_graphs import GraphedFunction
 from lesiongen.priors.prior import Prior
 from lesiongen.priors.sampling import Choice, uniforms
 
@@ -25,13 +25,13 @@ class LevelSampler:
         """
         self.prior, self.choice, self.guidance, self.seed = prior, choice, guidance, seed
         self.device = prior.head.weight.device
-        self._sample = Recorded(self._draw) if cuda_graphs and self.device.type == "cuda" else self._draw
+        self._sample = GraphedFunction(self._draw) if cuda_graphs and self.device.type == "cuda" else self._draw
 
-    def __call__(self, facts: Sequence, upper: list[torch.Tensor], members: range) -> torch.Tensor:
+    def __call__(self, facts: Sequence[Sequence[int]], upper: list[torch.Tensor], members: range) -> torch.Tensor:
         """Samples one batch.
 
         Args:
-            facts: What each sample is to show, as the prior numbers it, [B, F].
+            facts: Facts that each sample is to show, as indices of the prior's values, [B, F]; -1 for unknown.
             upper: Codes [B, h, w] of the coarser levels, coarse to fine.
             members: Global indices of the samples; they decide the random numbers.
 
@@ -43,4 +43,5 @@ class LevelSampler:
         return self._sample(facts_BF, numbers, *upper)
 
     def _draw(self, facts_BF: torch.Tensor, uniform_BT: torch.Tensor, *upper: torch.Tensor) -> torch.Tensor:
+        """Samples with tensor arguments only, as a CUDA graph needs."""
         return self.prior.sample(facts_BF, list(upper), uniform_BT, self.choice, self.guidance)

@@ -1,4 +1,4 @@
-"""What prior training minimises, and the shapes that a code store gives a prior."""
+"""What prior training minimises, and the arguments of a prior that follow from a code store."""
 
 import math
 
@@ -14,35 +14,57 @@ from lesiongen.priors.prior import Prior, PriorShape
 
 
 class Objective(nn.Module):
-    """Mean cross-entropy of a level's codes."""
+    """A prior and its training loss, the mean cross-entropy of a level's codes. The training engine calls forward()."""
 
     def __init__(self, net: Prior):
         super().__init__()
         self.net = net
 
     def forward(self, batch: dict) -> dict:
+        """Computes the loss of one micro-batch.
+
+        Args:
+            batch: "codes" [B, h, w]; "facts" [B, F], -1 for unknown; "upper", list of the coarser levels' codes [B, h, w].
+
+        Returns:
+            "loss", a scalar in nats per token; "metrics" {name: detached scalar}; "statistics", None.
+        """
         loss = self.net.loss(batch["codes"], batch["facts"], batch["upper"])
         bits = loss.detach() / math.log(2)
         return {"loss": loss, "metrics": {"bits_per_token": bits}, "statistics": None}
 
 
 def model_shape(store: CodeStore, level: str, names: tuple[str, ...]) -> dict:
-    """Arguments of a prior for one level of a store. Raises UserError for a level or facts that it lacks."""
+    """Returns the arguments of a prior that follow from the data: grid, entries, facts and upper.
+
+    Args:
+        store: The code store.
+        level: Name of the level that the prior models.
+        names: Names of the facts that the prior is given.
+
+    Raises:
+        UserError: The store lacks the level, or a fact has no values in it.
+    """
     levels = [entry["name"] for entry in store.levels]  # coarse to fine
     if level not in levels:
         raise UserError(f"The code store {store.folder} has the levels {', '.join(levels)}, not '{level}'.")
-    place = levels.index(level)
-    own, upper = store.levels[place], store.levels[:place]
+    level_index = levels.index(level)
+    entry, upper = store.levels[level_index], store.levels[:level_index]
     return {
-        "grid": tuple(own["grid"]),
-        "entries": own["K"],
+        "grid": tuple(entry["grid"]),
+        "entries": entry["K"],
         "facts": {name: len(values) for name, values in facts.vocabularies(store, names).items()},
         "upper": tuple((u["K"], tuple(u["grid"])) for u in upper),
     }
 
 
 def blank_batch(shape: dict, number: int) -> dict:
-    """A batch that only has the right shapes, on the default device."""
+    """Returns a batch of zeros on the default device, to measure a model with.
+
+    Args:
+        shape: As model_shape() returns it.
+        number: Samples in the batch.
+    """
     return {
         "codes": torch.zeros(number, *shape["grid"], dtype=torch.long),
         "facts": torch.zeros(number, len(shape["facts"]), dtype=torch.long),
@@ -51,7 +73,12 @@ def blank_batch(shape: dict, number: int) -> dict:
 
 
 def training_flops_per_sample(model: PriorShape, shape: dict) -> int:
-    """Of training on one sample."""
+    """Counts the floating-point operations of training on one sample, on the meta device.
+
+    Args:
+        model: The prior's config.
+        shape: As model_shape() returns it.
+    """
     with torch.device("meta"):
         net, batch = Objective(make(model, **shape)).eval(), blank_batch(shape, 1)
         return training_flops(lambda: net(batch))

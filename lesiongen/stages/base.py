@@ -1,4 +1,8 @@
-"""What a stage is: it reads finished directories, writes one finished directory, and can be killed and run again."""
+"""The description of a stage, and the one function that executes stages.
+
+A stage reads finished directories and writes one directory. Its stage.json records the settings and inputs that the result was
+made from. A stage that was killed can be run again and continues; a directory that was made from other settings is refused.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -21,14 +25,16 @@ class Stage:
     """One stage of a run.
 
     Attributes:
-        name: The stage's directory in the run.
-        needs: Names of the artefacts that it reads.
-        identity: Plain data that make its result another thing: the fingerprint, readable so that a difference is named.
-        run: run(config, topology, folder) → digest of the result. Every rank calls it.
-        target: Amount of work that makes the stage done, such as samples; a larger target continues.
-        trains: The stage is a training, whose progress is counted in samples.
-        parallel: Several ranks make the stage faster.
-        appends: The stage adds to a finished directory, whose record stays valid until the new digest is written.
+        name: Name of the stage, which is also its directory in the run.
+        needs: Names of the artefacts that the stage reads.
+        identity: The settings that the result depends on, as plain data. They are kept readable, so that a message can name
+            the setting that differs.
+        run: run(config, topology, folder) makes the result in `folder` and returns its digest. Every rank calls it.
+        target: Amount of work after which the stage is done, such as samples. A larger target continues a finished stage.
+        trains: Whether the stage is a training, whose progress is counted in samples.
+        parallel: Whether several ranks make the stage faster.
+        appends: Whether the stage adds to a finished directory. The directory's record stays valid until the new digest is
+            written.
     """
 
     name: str
@@ -42,33 +48,33 @@ class Stage:
 
 
 def artefact(config: Experiment, name: str) -> Path:
-    """Directory of a stage's result: in this run, or in the run that `inputs` names. For shards see `packed`."""
-    given = getattr(config.inputs, name, None)
-    if not given:
+    """Returns the directory of a stage's result: in this run, or in the run that `inputs` names. For shards see `packed`."""
+    other_run = getattr(config.inputs, name, None)
+    if not other_run:
         return config.directory / name
-    path = Path(given)
+    path = Path(other_run)
     return path / name if (path / name).is_dir() else path
 
 
 def packed_locations(config: Experiment) -> list[str | Path]:
-    """Where the shards lie: in this run, or in each of the runs, folders and URLs that `inputs.shards` names."""
+    """Returns the locations of the shards: in this run, or in the runs, folders and URLs that `inputs.shards` names."""
     if not config.inputs.shards:
         return [config.directory / "shards"]
     return [p if is_remote(p) or not (Path(p) / "shards").is_dir() else Path(p) / "shards" for p in config.inputs.shards]
 
 
 def packed(config: Experiment) -> Packed:
-    """The finished shards, as one set. Raises UserError for sets that are not finished or do not go together."""
+    """Opens the finished shards as one set. Raises UserError for sets that are unfinished or were packed differently."""
     return Packed(packed_locations(config), config.data.cache)
 
 
 def shards_identity(config: Experiment) -> dict:
-    """What this run's shards are packed from."""
+    """Returns the settings that this run's shards depend on."""
     return hpc_config.plain(config.data, volatile=False)
 
 
 def shards_are_current(config: Experiment) -> bool:
-    """Whether there are finished shards that fit the config."""
+    """Returns whether finished shards exist that were packed with the settings of the config."""
     if config.inputs.shards:
         return True
     shards = StageDir(config.directory / "shards", shards_identity(config), {})
@@ -76,13 +82,13 @@ def shards_are_current(config: Experiment) -> bool:
 
 
 def stage_dir_of(config: Experiment, stage: Stage) -> StageDir:
-    """The stage's directory in the run, with what it must have been made from, as far as its inputs exist."""
+    """Returns the stage's directory in the run, with the settings and inputs it must be made from. Missing inputs are None."""
     inputs = {name: digest_of(config, name) for name in stage.needs}
     return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target)
 
 
 def digest_of(config: Experiment, name: str) -> str | None:
-    """Digest of a finished artefact; None where it is not finished."""
+    """Returns the digest of an artefact, or None if it is not finished."""
     if name == "shards" and config.inputs.shards:
         return packed(config).digest()
     record = rundir.read_stage_record(artefact(config, name))
@@ -90,24 +96,26 @@ def digest_of(config: Experiment, name: str) -> str | None:
 
 
 def require(config: Experiment, name: str) -> Path:
-    """Directory of a finished artefact. Raises UserError that says which stage is missing."""
+    """Returns the directory of a finished artefact. Raises UserError if it is not finished."""
     path = artefact(config, name)
     if digest_of(config, name) is None:
-        raise UserError(f"{path} is not finished; run that stage first (`lesiongen run` takes them in order).")
+        raise UserError(f"{path} is not finished. Run that stage first; `lesiongen run` runs all stages in order.")
     return path
 
 
 def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: StageDir | None = None) -> None:
-    """Runs a stage unless it is done: locked, checked against what is there, recorded. Collective.
+    """Runs a stage unless it is done. Collective.
+
+    Rank 0 checks and locks the directory, records the settings before the work and the digest after it.
 
     Args:
         config: The run's config.
         stage: The stage to run.
         topology: This process among the ranks.
-        stage_dir: A directory of the stage's own, for a result outside the run. None for the stage's directory in the run.
+        stage_dir: Directory of a result outside the run. None for the stage's directory in the run.
 
     Raises:
-        UserError: An input is missing, or the directory was made from another config, or another process uses it.
+        UserError: An input is missing, or the directory was made from other settings, or another process uses it.
     """
     dist.init(topology, config.local.join_seconds)
     for name in stage.needs:
@@ -115,19 +123,20 @@ def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: Sta
             dist.run_on_leader(packed(config).refuse_leaks)
         else:
             dist.run_on_leader(require, config, name)
-    config_yaml = hpc_config.to_yaml(config) if stage_dir is None else None  # outside a run the config says too much
+    config_yaml = hpc_config.to_yaml(config) if stage_dir is None else None  # it describes a whole run
     stage_dir = stage_dir or stage_dir_of(config, stage)
     dist.run_on_leader(stage_dir.check)
     if not stage.appends and dist.run_on_leader(stage_dir.done):
         return
-    with contextlib.ExitStack() as held:
-        dist.run_on_leader(_open, held, stage_dir, stage, config_yaml)
+    with contextlib.ExitStack() as resources:
+        dist.run_on_leader(_open, resources, stage_dir, stage, config_yaml)
         digest = stage.run(config, topology, stage_dir.path)
         dist.run_on_leader(stage_dir.finish, digest)
 
 
-def _open(held: contextlib.ExitStack, stage_dir: StageDir, stage: Stage, config_yaml: str | None) -> None:
-    """Locks the directory for as long as `held` is open, and records what the stage is made from."""
-    held.enter_context(rundir.lock(stage_dir.path, wait_s=5))  # the ranks of a killed predecessor take a moment to end
+def _open(resources: contextlib.ExitStack, stage_dir: StageDir, stage: Stage, config_yaml: str | None) -> None:
+    """Locks the directory until `resources` is closed, and records what the stage is made from."""
+    # The ranks of a killed run may need a moment to end and release the lock.
+    resources.enter_context(rundir.lock(stage_dir.path, wait_s=5))
     if not stage.appends:
         stage_dir.begin(config_yaml)

@@ -1,6 +1,11 @@
-"""encode: shards + tokenizer → code store, one file per image shard and augmentation draw."""
+"""encode: shards + tokenizer → code store.
+
+The code store has one file for each image shard and augmentation draw, and a manifest that is written last; for the format see
+hpc/data/codestore.py. The store is complete: an image that cannot be read ends the stage. The prior stages read the store.
+"""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +22,7 @@ from hpc.run.progress import bar
 from lesiongen.data.augment import augment, centre
 from lesiongen.data.facts import columns_of
 from lesiongen.data.images import to_float
+from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
 from lesiongen.experiment import Experiment
 from lesiongen.stages.base import Stage, digest_of, packed, require
@@ -24,37 +30,59 @@ from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
+class _File(NamedTuple):
+    """One file of the code store, and the number of images in it."""
+
+    split: str
+    draw: int
+    shard: int
+    count: int
+
+
 def stage(config: Experiment) -> Stage:
+    """Returns the stage that encodes all images."""
     identity = {"encode": plain(config.encode, volatile=False), "seed": config.seed}
     return Stage("codes", ("shards", "tokenizer"), identity, run)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
-    """Files are divided among ranks; those that exist are kept. Rank 0 commits the manifest. Returns its digest."""
+    """Encodes all images and returns the digest of the manifest. Collective.
+
+    The files are divided among the ranks. A file that exists is kept, so a killed stage continues where it stopped.
+    """
     net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
     shards = packed(config)
     splits = {name: ImageShards(shards, name) for name in shards.splits}
-    vocabularies = shards.vocabularies
-    jobs = [
-        (split, draw, shard, entry["count"])
+    mine = _files(config, splits)[topology.rank :: topology.world]
+    entries: list[dict] = []
+    with bar(sum(file.count for file in mine), "encode", shown=topology.leader) as progress:
+        for split, draw, shard, count in mine:
+            path = folder / file_name(split, draw, shard)
+            if not path.exists():
+                arrays = _encode_shard(config, net, splits[split], draw, shard, shards.vocabularies)
+                write_codes(folder, split, draw, shard, arrays)
+            contents = {"split": split, "draw": draw, "shard": shard, "set": splits[split].sets[shard]}
+            entries.append(manifest.describe(path, **contents, count=count))
+            progress.update(count)
+    entries = sorted((entry for part in dist.gather(entries) for entry in part), key=lambda entry: entry["name"])
+    facts = _describe(config, net, shards, splits)
+    return dist.run_on_leader(manifest.write, folder, facts | {"shards": entries})
+
+
+def _files(config: Experiment, splits: dict[str, ImageShards]) -> list[_File]:
+    """Lists the files of the store. Only the training split has augmented draws."""
+    return [
+        _File(split, draw, shard, entry["count"])
         for split, data in splits.items()
         for draw in range(config.encode.draws if split == "train" else 1)
         for shard, entry in enumerate(data.entries)
     ]
-    entries: list[dict] = []
-    mine = jobs[topology.rank :: topology.world]
-    with bar(sum(j[-1] for j in mine), "encode", shown=topology.leader) as progress:
-        for split, draw, shard, count in mine:
-            if not (folder / file_name(split, draw, shard)).exists():
-                arrays = _encode_shard(config, net, splits[split], draw, shard, vocabularies)
-                write_codes(folder, split, draw, shard, arrays)
-            path = folder / file_name(split, draw, shard)
-            place = {"split": split, "draw": draw, "shard": shard, "set": splits[split].sets[shard]}
-            entries.append(manifest.describe(path, **place, count=count))
-            progress.update(count)
-    entries = sorted((e for part in dist.gather(entries) for e in part), key=lambda e: e["name"])
+
+
+def _describe(config: Experiment, net: Tokenizer, shards: Packed, splits: dict[str, ImageShards]) -> dict:
+    """Returns the manifest without its list of files."""
     grids = net.config.grids(shards.size)
-    facts = {
+    return {
         "schema": 1,
         "tokenizer": digest_of(config, "tokenizer"),
         "image_shards": digest_of(config, "shards"),
@@ -69,45 +97,44 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
             }
             for name in reversed(net.names)
         ],
-        "vocabularies": vocabularies,
+        "vocabularies": shards.vocabularies,
         "draws": config.encode.draws,
         "counts": {name: len(data) for name, data in splits.items()},
         **shards.about,
     }
-    return dist.run_on_leader(manifest.write, folder, facts | {"shards": entries})
 
 
 @torch.no_grad()
-def _encode_shard(config, net: Tokenizer, data: ImageShards, draw: int, shard: int, vocabularies) -> dict[str, np.ndarray]:
+def _encode_shard(
+    config: Experiment, net: Tokenizer, data: ImageShards, draw: int, shard: int, vocabularies: dict[str, list[str]]
+) -> dict[str, np.ndarray]:
+    """Encodes one shard at one draw. Returns the arrays of its file."""
     reader, device = data.reader(), next(net.parameters()).device
-    rows: dict[str, list] = {"index": []}
-    codes: dict[str, list] = {name: [] for name in net.names}
-    pending: list[torch.Tensor] = []
+    columns: dict[str, list[int]] = {}
+    codes: dict[str, list[np.ndarray]] = {name: [] for name in net.names}
+    count = data.counts[shard]
+    for first in range(0, count, config.encode.batch):
+        views = []
+        for ordinal in range(first, min(first + config.encode.batch, count)):
+            # A code store must hold every image of its shards, so a damaged image ends the stage.
+            try:
+                image, facts = data.image(reader.read(shard, ordinal))
+            except BadSample as error:
+                raise UserError(f"The shards in {data.packed.name} are damaged: {error}. See `lesiongen verify`.") from None
+            views.append(_view(config, image, data.size, draw, shard, ordinal))
+            for column, value in columns_of(facts, vocabularies).items():
+                columns.setdefault(column, []).append(value)
+        for name, codes_Bhw in net.encode(to_float(torch.stack(views).to(device))).items():
+            codes[name].append(codes_Bhw.cpu().numpy())
+    dtype = code_dtype(net.config.entries)
+    arrays = {f"codes.{name}": np.concatenate(parts).astype(dtype) for name, parts in codes.items()}
+    arrays["index"] = np.arange(count, dtype=np.int64)
+    return arrays | {column: np.array(values, dtype=np.int16) for column, values in columns.items()}
 
-    def flush() -> None:
-        for name, found in net.encode(to_float(torch.stack(pending).to(device))).items():
-            codes[name].append(found.cpu().numpy())
-        pending.clear()
 
-    for ordinal in range(data.counts[shard]):
-        try:  # an altered shard ends the stage: a store must be complete
-            image, facts = data.image(reader.read(shard, ordinal))
-        except BadSample as error:
-            raise UserError(f"The shards in {data.packed.name} are damaged: {error}. See `lesiongen verify`.") from None
-        if draw == 0:
-            view = centre(image, data.size)
-        else:
-            seed = sample_seed(config.seed, (draw * 1_000_003 + shard) * 1_000_003 + ordinal)
-            view = augment(image, data.size, config.encode.augment, torch.Generator().manual_seed(seed))
-        pending.append(view)
-        rows["index"].append(ordinal)
-        for column, value in columns_of(facts, vocabularies).items():
-            rows.setdefault(column, []).append(value)
-        if len(pending) == config.encode.batch:
-            flush()
-    if pending:
-        flush()
-    kind = code_dtype(net.config.entries)
-    arrays = {f"codes.{name}": np.concatenate(found).astype(kind) for name, found in codes.items()}
-    arrays["index"] = np.array(rows.pop("index"), dtype=np.int64)
-    return arrays | {column: np.array(values, dtype=np.int16) for column, values in rows.items()}
+def _view(config: Experiment, image_CHW: torch.Tensor, size: int, draw: int, shard: int, ordinal: int) -> torch.Tensor:
+    """Returns an image's view at a draw. Draw 0 is unaugmented; the other draws each have a seed for every image."""
+    if draw == 0:
+        return centre(image_CHW, size)
+    seed = sample_seed(config.seed, (draw * 1_000_003 + shard) * 1_000_003 + ordinal)
+    return augment(image_CHW, size, config.encode.augment, torch.Generator().manual_seed(seed))

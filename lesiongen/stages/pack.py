@@ -1,4 +1,4 @@
-"""pack: a folder of images with its metadata → shards/."""
+"""pack: a folder of images and their metadata → shards/. The work is done in lesiongen/ingest/packing.py."""
 
 from pathlib import Path
 
@@ -9,25 +9,25 @@ from lesiongen.stages.base import Stage, shards_identity
 
 
 def stage(config: Experiment) -> Stage:
-    """The stage that packs the images of `config.data`."""
+    """Returns the stage that packs the images of `config.data`."""
     return Stage("shards", (), shards_identity(config), run)
 
 
 def appending(config: Experiment, identity: dict) -> Stage:
-    """The stage that adds new images to a finished set.
+    """Returns the stage that adds new images to a finished set.
 
     Args:
-        config: Where the new images are.
-        identity: What the set was packed with, as its record says. It stays.
+        config: The config; its `data` names the new images.
+        identity: The settings in the record of the finished set, which stay as they are.
     """
     return Stage("shards", (), identity, run_append, appends=True)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
-    """Packs into `folder`. Returns the manifest's digest. Collective."""
+    """Packs the images into `folder` and returns the digest of the manifest. Collective."""
     return pack(config.data, folder, topology)
 
 
 def run_append(config: Experiment, topology: Topology, folder: Path) -> str:
-    """Adds to the set in `folder`. Returns the manifest's new digest. Collective."""
+    """Adds new images to the set in `folder` and returns the new digest of the manifest. Collective."""
     return pack(config.data, folder, topology, append=True)

@@ -1,7 +1,13 @@
-"""prior: code store → a trained prior per level, p(level | facts, coarser levels), exported at its best held-out bits."""
+"""prior: code store → a trained prior for each level.
+
+The prior of a level is p(codes of the level | facts, codes of the coarser levels). The stage exports the weights that had the
+fewest bits per token on the validation split. The sample stage reads the export.
+
+Rows of the code store are named by (draw, shard, ordinal); arrays of rows have the shape [N, 3].
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +27,7 @@ from hpc.train.loop import train
 from lesiongen.data import facts, images
 from lesiongen.data.balance import order_for
 from lesiongen.data.images import to_uint8
-from lesiongen.evaluation import report
+from lesiongen.evaluation import plots
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.codes import bigram_bits
 from lesiongen.experiment import Experiment, PriorConfig
@@ -32,42 +38,64 @@ from lesiongen.priors.sampling import Choice, uniforms
 from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
 
-GRID_SAMPLES = 32  # of the picture drawn at each evaluation
-BITS_BATCH = 64
+GRID_SAMPLES = 32  # samples in the picture that is drawn at each evaluation
+BITS_BATCH = 64  # images whose bits are measured at once
 
 
 def stage(config: Experiment, level: str) -> Stage:
-    own = config.prior(level)
-    identity = {"prior": plain(own, volatile=False), "level": level, "seed": config.seed}
+    """Returns the stage that trains the prior of a level."""
+    prior_config = config.prior(level)
+    identity = {"prior": plain(prior_config, volatile=False), "level": level, "seed": config.seed}
 
     def run_level(config: Experiment, topology: Topology, folder: Path) -> str:
         return run(config, topology, folder, level)
 
-    return Stage(f"prior-{level}", ("codes",), identity, run_level, target=own.train.samples, trains=True)
+    return Stage(f"prior-{level}", ("codes",), identity, run_level, target=prior_config.train.samples, trains=True)
 
 
 def run(config: Experiment, topology: Topology, folder: Path, level: str) -> str:
-    own = config.prior(level)
-    task = PriorTask(config, own, level, folder, topology)
-    train(task, own.train, folder, topology, config.seed, f"prior-{level}", ledger=config.data.ledger)
+    """Trains the prior of a level and returns the digest of the export. Collective."""
+    prior_config = config.prior(level)
+    task = PriorTask(config, prior_config, level, folder, topology)
+    train(task, prior_config.train, folder, topology, config.seed, f"prior-{level}", ledger=config.data.ledger)
     return export_digest(folder / "export")
 
 
 class PriorTask:
-    """What the training loop needs to know of a prior."""
+    """Model, data, evaluation and export of one level's prior, for the training loop; see hpc.train.task.Task.
+
+    Attributes:
+        shape: Arguments that build the model, which follow from the code store.
+        upper: Names of the coarser levels, coarse to fine.
+        tokens_per_sample: Codes of this level in an image, for the loop's speed metrics.
+    """
 
     metric = "bits_per_token"
 
-    def __init__(self, config: Experiment, own: PriorConfig, level: str, folder: Path, topology: Topology):
-        self.config, self.own, self.level, self.folder, self.device = config, own, level, folder, topology.device
+    def __init__(self, config: Experiment, prior_config: PriorConfig, level: str, folder: Path, topology: Topology):
+        """Opens the code store and loads codes onto the device, if they fit. Collective.
+
+        Args:
+            config: The run's config.
+            prior_config: The config of this level's prior.
+            level: Name of the level.
+            folder: The stage's directory; the export is written below it.
+            topology: This process among the ranks.
+
+        Raises:
+            UserError: The codes were made by another tokenizer or from other shards than the run's, or the store lacks the
+                level or a fact.
+        """
+        self.config, self.prior_config, self.level, self.folder = config, prior_config, level, folder
+        self.device = topology.device
         self.store = CodeStore(require(config, "codes"))
         dist.run_on_leader(check_codes, config, self.store)
-        self.shape = model_shape(self.store, level, own.facts)
+        self.shape = model_shape(self.store, level, prior_config.facts)
         self.shards = self.store.shards("train")
         self.upper = [entry["name"] for entry in self.store.levels][: len(self.shape["upper"])]
-        columns = [*own.facts, *(f"codes.{name}" for name in (level, *self.upper))]
-        fits = None if own.resident == "auto" else False
-        self.data = {name: CodeRows(self.store, name, columns, self.device, fits) for name in ("train", "val")}
+        columns = [*prior_config.facts, *(f"codes.{name}" for name in (level, *self.upper))]
+        resident = None if prior_config.resident == "auto" else False
+        self.data = {split: CodeRows(self.store, split, columns, self.device, resident) for split in ("train", "val")}
         self.size = self.data["train"].size
         self.tokens_per_sample = math.prod(self.shape["grid"])
         self.bigram: float | None = None
@@ -75,141 +103,194 @@ class PriorTask:
 
     @cached_property
     def flops_per_sample(self) -> int:
-        return training_flops_per_sample(self.own.model, self.shape)
+        """Floating-point operations of training on one sample, for the loop's speed metrics."""
+        return training_flops_per_sample(self.prior_config.model, self.shape)
 
     def build(self) -> nn.Module:
-        return Objective(make(self.own.model, **self.shape))
+        """Builds the prior and its loss, with random weights."""
+        return Objective(make(self.prior_config.model, **self.shape))
 
     def prepare(self, module: nn.Module) -> None:
-        """Nothing is set before training."""
+        """Does nothing: a prior is not initialised from data."""
 
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
-        """Batches of codes from the plan; the epoch's number picks the augmentation draw."""
-        sets = [s["set"] for s in self.shards]
-        plan = order_for(self.label_counts(), sets, self.own.train.batch, self.config.seed, self.own.stream, self.member)
+        """Yields this rank's micro-batches of codes, without end. Each epoch reads the next augmentation draw.
+
+        Args:
+            position: Global position of the first sample.
+            micro_batch: Samples in each micro-batch.
+
+        Returns:
+            Dicts as `batch` makes them, with "key", the names of the rows.
+        """
+        train_config = self.prior_config.train
+        sets = [entry["set"] for entry in self.shards]
+        order = order_for(
+            self.label_counts(), sets, train_config.batch, self.config.seed, self.prior_config.stream, self.member
+        )
         draws = self.store.draws("train")
-        for batch in training_batches(position, self.own.train.batch, micro_batch, dist.rank(), dist.world()):
-            where = []
-            for place, _ in batch:
-                shard, ordinal = plan.sample(place)
-                where.append((plan.epoch(place) % draws, self.shards[shard]["shard"], ordinal))
-            yield self.batch("train", where) | {"key": ["-".join(map(str, w)) for w in where]}
+        for positions in training_batches(position, train_config.batch, micro_batch, dist.rank(), dist.world()):
+            rows = []
+            for sample_position, _ in positions:
+                shard, ordinal = order.sample(sample_position)
+                rows.append((order.epoch(sample_position) % draws, self.shards[shard]["shard"], ordinal))
+            yield self.batch("train", rows) | {"key": ["-".join(map(str, row)) for row in rows]}
 
     @cached_property
     def labels(self) -> list[np.ndarray]:
-        """Of each training shard's images; no draw changes them."""
+        """Labels of the images of each training shard. They are the same at every draw."""
         return [self.store.arrays("train", 0, entry["shard"])["label"] for entry in self.shards]
 
     def label_counts(self) -> list[dict[int, int]]:
-        """Codes of each label, -1 for none, in each shard."""
-        found = [np.unique(labels, return_counts=True) for labels in self.labels]
-        return [dict(zip(labels.tolist(), counts.tolist(), strict=True)) for labels, counts in found]
+        """Counts the images of each label (-1: unlabelled) in each training shard."""
+        tallies = [np.unique(labels, return_counts=True) for labels in self.labels]
+        return [dict(zip(labels.tolist(), counts.tolist(), strict=True)) for labels, counts in tallies]
 
     def member(self, shard: int, label: int, number: int) -> int:
-        """Row of a label's member `number` in a shard."""
+        """Returns the ordinal in a training shard of a label's image `number`, counted from 0."""
         if (shard, label) not in self.members:
             self.members[shard, label] = np.flatnonzero(self.labels[shard] == label).astype(np.int32)
         return int(self.members[shard, label][number])
 
-    def batch(self, name: str, where) -> dict:
-        """codes [B, h, w], facts [B, F], upper: list of coarser codes; rows (draw, shard, ordinal) of a split."""
-        found = self.data[name].gather_rows(where)
-        codes = found[f"codes.{self.level}"]
-        known = [found[fact] for fact in self.own.facts]
+    def batch(self, split: str, rows: Sequence[Sequence[int]] | np.ndarray) -> dict:
+        """Gathers a batch from the code store.
+
+        Args:
+            split: Name of the split.
+            rows: The rows (draw, shard, ordinal), [B, 3].
+
+        Returns:
+            Dict with codes [B, h, w], facts [B, F], and upper, the codes [B, h, w] of each coarser level.
+        """
+        columns = self.data[split].gather_rows(rows)
+        codes = columns[f"codes.{self.level}"]
+        fact_columns = [columns[name] for name in self.prior_config.facts]
         return {
             "codes": codes,
-            "facts": torch.stack(known, 1) if known else codes.new_empty(len(codes), 0),
-            "upper": [found[f"codes.{u}"] for u in self.upper],
+            "facts": torch.stack(fact_columns, 1) if fact_columns else codes.new_empty(len(codes), 0),
+            "upper": [columns[f"codes.{name}"] for name in self.upper],
         }
 
-    def after_step(self, module: nn.Module, statistics) -> dict[str, float]:
+    def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, float]:
+        """Does nothing and returns no metrics: only the optimizer changes a prior."""
         return {}
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Bits per token held-out and on as many training codes, beside the bigram's; a grid of samples. Collective."""
+        """Measures bits per token on the validation split, on as many training images, and of a bigram. Collective.
+
+        Returns:
+            The metrics, and a picture of samples (name → PNG).
+        """
         held_out = self.data["val"].all()
         metrics = {"bits_per_token": self.bits(module.net, "val", held_out)}
         metrics["train_bits_per_token"] = self.bits(module.net, "train", self.data["train"].all()[: len(held_out)])
         if self.bigram is None:
             self.bigram = dist.run_on_leader(self._bigram)
         metrics["bigram_bits"] = self.bigram
-        return metrics, self._picture(module.net)
+        return metrics, self._sample_picture(module.net)
 
     def curves(self, rows: list[dict]) -> dict[str, bytes]:
-        """Training beside held-out bits, from the lines logged so far."""
-        picture = report.curves({f"prior-{self.level}": rows})
+        """Draws the learning curves from the metrics log. Returns name → PNG."""
+        picture = plots.curves({f"prior-{self.level}": rows})
         return {"bits": picture} if picture else {}
 
-    def bits(self, net: Prior, name: str, where_N3: np.ndarray) -> float:
-        """Mean over tokens; each rank takes its share."""
+    def bits(self, net: Prior, split: str, rows_N3: np.ndarray) -> float:
+        """Measures the mean bits per token. The rows are divided among the ranks. Collective.
+
+        Args:
+            net: The prior, in evaluation mode.
+            split: Name of the split.
+            rows_N3: The rows (draw, shard, ordinal).
+
+        Returns:
+            The mean over all tokens of all rows.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        mine = contiguous_share(len(where_N3), dist.rank(), dist.world())
+        mine = contiguous_share(len(rows_N3), dist.rank(), dist.world())
         for first in range(mine.start, mine.stop, BITS_BATCH):
-            batch = self.batch(name, where_N3[first : min(first + BITS_BATCH, mine.stop)])
+            batch = self.batch(split, rows_N3[first : min(first + BITS_BATCH, mine.stop)])
             total -= net.log_likelihood(batch["codes"], batch["facts"], batch["upper"]).double().sum()
-        return float(dist.all_reduce_sum(total)) / math.log(2) / (len(where_N3) * self.tokens_per_sample)
+        return float(dist.all_reduce_sum(total)) / math.log(2) / (len(rows_N3) * self.tokens_per_sample)
 
     def _bigram(self) -> float:
+        """Measures the bits per token of a bigram that is fitted on all draws of the training codes."""
         column = f"codes.{self.level}"
 
-        def files(name: str) -> Iterator[np.ndarray]:
-            for draw in range(self.store.draws(name)):
-                for entry in self.store.shards(name):
-                    yield self.store.arrays(name, draw, entry["shard"])[column]
+        def files(split: str) -> Iterator[np.ndarray]:
+            for draw in range(self.store.draws(split)):
+                for entry in self.store.shards(split):
+                    yield self.store.arrays(split, draw, entry["shard"])[column]
 
         return bigram_bits(files("train"), files("val"), self.shape["entries"])
 
-    def _picture(self, net: Prior) -> dict[str, bytes]:
-        """Samples of this level, one class after the other; the other levels and facts are real held-out ones. Every rank
-        draws its share, so that large grids stay short."""
+    def _sample_picture(self, net: Prior) -> dict[str, bytes]:
+        """Draws a grid of samples of this level, class after class. Collective.
+
+        The other levels and the other facts are those of held-out images. Every rank samples its share, so that large grids
+        do not take long.
+
+        Returns:
+            {"samples": PNG} on every rank.
+        """
         number, held_out = GRID_SAMPLES, self.data["val"].all()
         rows = held_out[np.arange(number) % len(held_out)]
         mine = contiguous_share(number, dist.rank(), dist.world())
         codes = None
-        if len(mine):  # there may be more ranks than samples
+        if len(mine):  # with more ranks than samples, some ranks have none
             batch = self.batch("val", rows[mine.start : mine.stop])
             if classes := self.shape["facts"].get("label"):
                 label = torch.tensor([i * classes // number for i in mine], device=self.device)
-                batch["facts"][:, self.own.facts.index("label")] = label
+                batch["facts"][:, self.prior_config.facts.index("label")] = label
             numbers = uniforms(self.config.seed, mine, self.shape["grid"])
             codes = net.sample(batch["facts"], batch["upper"], numbers.to(self.device), Choice())
-        parts = [p for p in dist.gather(None if codes is None else codes.cpu()) if p is not None]
-        return dist.run_on_leader(self._paint, torch.cat(parts), rows) or {}
+        parts = [part for part in dist.gather(None if codes is None else codes.cpu()) if part is not None]
+        return dist.run_on_leader(self._decode_picture, torch.cat(parts), rows) or {}
 
-    def _paint(self, codes: torch.Tensor, rows: np.ndarray) -> dict[str, bytes]:
+    def _decode_picture(self, codes_Bhw: torch.Tensor, rows_B3: np.ndarray) -> dict[str, bytes]:
+        """Decodes codes of this level, together with the stored codes of the other levels. Returns {"samples": PNG}."""
         net, _ = load_tokenizer(require(self.config, "tokenizer"), self.device)
         names = [entry["name"] for entry in self.store.levels]
-        found = self.store.gather_rows("val", rows, [f"codes.{n}" for n in names])
-        levels = {n: torch.from_numpy(found[f"codes.{n}"].astype("int64")).to(self.device) for n in names}
-        levels[self.level] = codes.to(self.device)
+        columns = self.store.gather_rows("val", rows_B3, [f"codes.{name}" for name in names])
+        levels = {name: torch.from_numpy(columns[f"codes.{name}"].astype("int64")).to(self.device) for name in names}
+        levels[self.level] = codes_Bhw.to(self.device)
         return {"samples": images.png(images.grid(to_uint8(net.decode_codes(levels)).cpu(), 8))}
 
     def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
-        values = facts.vocabularies(self.store, self.own.facts)
+        """Writes the weights, what sampling needs to know of the prior, and a model card.
+
+        Args:
+            module: The model, with full weights.
+            metrics: The held-out metrics of these weights.
+        """
+        values = facts.vocabularies(self.store, self.prior_config.facts)
         about = {
-            "model": plain(self.own.model),
+            "model": plain(self.prior_config.model),
             "shape": plain(self.shape),
             "level": self.level,
             "facts": values,
-            "training_facts": facts.count_combinations(self.store, self.own.facts),
+            "training_facts": facts.count_combinations(self.store, self.prior_config.facts),
             "tokenizer": self.store.manifest["tokenizer"],
             "data": {key: self.store.manifest[key] for key in ("licences", "attributions", "sources")},
             "held_out": metrics,
         }
-        said = {"level": self.level, "model": self.own.model.kind, "grid": "×".join(map(str, self.shape["grid"]))}
-        said |= {f"{name}s" if name == "label" else name: ", ".join(v) or "none" for name, v in values.items()}
-        said |= {"codes of tokenizer": about["tokenizer"]}
+        grid = "×".join(map(str, self.shape["grid"]))
+        card_facts = {"level": self.level, "model": self.prior_config.model.kind, "grid": grid}
+        card_facts |= {f"{name}s" if name == "label" else name: ", ".join(v) or "none" for name, v in values.items()}
+        card_facts |= {"codes of tokenizer": about["tokenizer"]}
         name = f"{self.config.name}: prior of level {self.level}"
-        write_export(self.folder / "export", module.net, about, card("prior", name, said, about["data"], metrics))
+        write_export(self.folder / "export", module.net, about, card("prior", name, card_facts, about["data"], metrics))
 
 
 def check_codes(config: Experiment, store: CodeStore) -> None:
-    """Codes mean something only to the tokenizer that wrote them, and only their own shards know which are held out."""
-    for name, made in (("tokenizer", store.manifest["tokenizer"]), ("shards", store.manifest["image_shards"])):
+    """Raises UserError if the codes were made by another tokenizer or from other shards than the run's.
+
+    Only the tokenizer that wrote the codes can decode them, and only their shards say which images are held out.
+    """
+    for name, made_from in (("tokenizer", store.manifest["tokenizer"]), ("shards", store.manifest["image_shards"])):
         present = digest_of(config, name)
-        if present not in (made, None):
+        if present not in (made_from, None):
             raise UserError(
-                f"The codes in {store.folder} were made from {name} {made}, this run's {name} are {present}. Encode again "
-                f"(--fresh codes), or set inputs.{name} to what they were made from."
+                f"The codes in {store.folder} were made from {name} {made_from}, but this run has {name} {present}. Encode "
+                f"again (--fresh codes), or set inputs.{name} to the {name} that the codes were made from."
             )

@@ -1,4 +1,8 @@
-"""reconstruct: any images through a trained tokenizer → pairs, maps of codes, codebook, and a table of PSNR and SSIM."""
+"""reconstruct: image files + tokenizer → their reconstructions, and how close these are.
+
+This is a command, not a stage of a run. It writes images/<name>.png, metrics.csv (PSNR and SSIM of each image), and three
+pictures: pairs.png, codes.png and codebook.png.
+"""
 
 import csv
 import io
@@ -21,58 +25,130 @@ from lesiongen.experiment import Experiment
 from lesiongen.ingest.sources import SUFFIXES
 from lesiongen.stages.base import require
 from lesiongen.tokenizers.export import load_tokenizer
+from lesiongen.tokenizers.tokenizer import Tokenizer
 
-SHEET = 64  # images in the sheet of pairs
+PAIRS = 64  # images in pairs.png
+MAPS = 8  # images in codes.png
 
 
 @torch.no_grad()
 def reconstruct(config: Experiment, paths: list[Path], out: Path, batch: int = 32) -> dict[str, float]:
-    """Writes out/{pairs,codes,codebook}.png, out/images/<name>.png and out/metrics.csv. Returns the means.
+    """Reconstructs images with the run's tokenizer. Files that cannot be read are listed and skipped.
 
-    Images that cannot be read are listed and left out; UserError if none can."""
+    Args:
+        config: The run's config.
+        paths: Image files, and folders that are searched for image files.
+        out: Directory of the results.
+        batch: Images that are reconstructed at once.
+
+    Returns:
+        The number of images, and the means of their PSNR (dB) and SSIM.
+
+    Raises:
+        UserError: None of the files can be read.
+    """
     net, facts = load_tokenizer(require(config, "tokenizer"), Topology().device)
-    device, prepare = next(net.parameters()).device, build(PreprocessConfig, facts["preprocess"])
-    larger = round(facts["size"] / prepare.centre)
-    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
-    files = [f for f in files if f.suffix.lower() in SUFFIXES or f in paths]
-    counts = {name: torch.zeros(net.entries, dtype=torch.long) for name in net.names}
-    rows, refused, shown, taken = [], [], [], Counter()
+    reader = _Reader(facts)
+    results = _Results(net, out)
+    files = _image_files(paths)
     with bar(len(files), "reconstruct") as progress:
         for first in range(0, len(files), batch):
-            named, stack = [], []
-            for file in files[first : first + batch]:
-                try:
-                    image = images.shrink(images.read(file, facts["channels"]), larger)
-                except (OSError, images.BadImage) as error:
-                    refused.append(f"{file}: {error}")
-                    continue
-                named.append(file)
-                stack.append(centre(preprocess(images.to_tensor(image), prepare), facts["size"]))
-            if stack:
-                x = to_float(torch.stack(stack).to(device))
-                y, levels = net(x)
-                values = zip(psnr(to_unit(y), to_unit(x)).tolist(), ssim(to_unit(y), to_unit(x)).tolist(), strict=True)
-                painted = to_uint8(y).cpu()
-                for file, image, (p, s) in zip(named, painted, values, strict=True):
-                    taken[file.stem] += 1  # folders may have images of one name
-                    name = f"images/{file.stem}{f'-{taken[file.stem]}' * (taken[file.stem] > 1)}.png"
-                    atomic_write(out / name, images.png(image))
-                    rows.append((str(file), name, p, s))
-                for name, q in levels.items():
-                    counts[name] += torch.bincount(q.codes.flatten().cpu(), minlength=net.entries)
-                if sum(len(s[0]) for s in shown) < SHEET:
-                    shown.append((torch.stack(stack), painted, {name: q.codes.cpu() for name, q in levels.items()}))
-            progress.update(len(files[first : first + batch]))
-    for line in refused:
-        print(f"left out: {line}")
-    if not rows:
-        raise UserError("None of these is an image that can be read; give image files or folders of them.")
-    originals, painted = (torch.cat([s[i] for s in shown])[:SHEET] for i in (0, 1))
-    atomic_write(out / "pairs.png", images.png(figures.pairs(originals, painted)))
-    maps = {name: torch.cat([s[2][name] for s in shown])[:8] for name in reversed(net.names)}
-    atomic_write(out / "codes.png", images.png(figures.with_maps(originals[:8], painted[:8], maps, net.entries)))
-    atomic_write(out / "codebook.png", figures.codebooks({n: (net.codebook(n).cpu(), counts[n]) for n in reversed(net.names)}))
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("file", "reconstruction", "psnr", "ssim"), *rows])
-    atomic_write(out / "metrics.csv", table.getvalue().encode())
-    return {"images": len(rows), "psnr": sum(r[2] for r in rows) / len(rows), "ssim": sum(r[3] for r in rows) / len(rows)}
+            part = files[first : first + batch]
+            readable, originals = reader.read(part)
+            if readable:
+                results.add(readable, torch.stack(originals))
+            progress.update(len(part))
+    for line in reader.refused:
+        print(f"skipped: {line}")
+    if not results.rows:
+        raise UserError("None of these files is an image that can be read. Give image files, or folders that contain some.")
+    results.write_pictures()
+    return results.write_table()
+
+
+def _image_files(paths: list[Path]) -> list[Path]:
+    """Lists the files among `paths`, and the image files in the folders among them and below."""
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return [file for file in files if file.suffix.lower() in SUFFIXES or file in paths]
+
+
+class _Reader:
+    """Reads image files as the tokenizer's training images were read; keeps a line for each that it cannot read."""
+
+    def __init__(self, facts: dict):
+        self.size, self.channels = facts["size"], facts["channels"]
+        self.preprocess = build(PreprocessConfig, facts["preprocess"])
+        self.refused: list[str] = []
+
+    def read(self, files: list[Path]) -> tuple[list[Path], list[torch.Tensor]]:
+        """Returns the readable files among `files`, and their images, uint8 [C, size, size]."""
+        readable, originals = [], []
+        for file in files:
+            try:
+                image = images.shrink(images.read(file, self.channels), round(self.size / self.preprocess.centre))
+            except (OSError, images.BadImage) as error:
+                self.refused.append(f"{file}: {error}")
+                continue
+            readable.append(file)
+            originals.append(centre(preprocess(images.to_tensor(image), self.preprocess), self.size))
+        return readable, originals
+
+
+class _Results:
+    """Reconstructs batches, writes each image at once, and collects what the table and the pictures show.
+
+    Attributes:
+        rows: For each image: file, name of the reconstruction, PSNR, SSIM.
+        counts: How often each code of each level was used, {level: [K]}.
+        shown: Batches for the pictures: originals, reconstructions, {level: codes [B, h, w]}.
+    """
+
+    def __init__(self, net: Tokenizer, out: Path):
+        self.net, self.out, self.device = net, out, next(net.parameters()).device
+        self.rows: list[tuple[str, str, float, float]] = []
+        self.counts = {name: torch.zeros(net.entries, dtype=torch.long) for name in net.names}
+        self.shown: list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] = []
+        self._stems: Counter[str] = Counter()
+
+    def add(self, files: list[Path], originals_BCHW: torch.Tensor) -> None:
+        """Reconstructs a batch and writes its images."""
+        x = to_float(originals_BCHW.to(self.device))
+        y, levels = self.net(x)
+        psnr_B, ssim_B = psnr(to_unit(y), to_unit(x)).tolist(), ssim(to_unit(y), to_unit(x)).tolist()
+        reconstructions = to_uint8(y).cpu()
+        for file, image, image_psnr, image_ssim in zip(files, reconstructions, psnr_B, ssim_B, strict=True):
+            name = self._name(file)
+            atomic_write(self.out / name, images.png(image))
+            self.rows.append((str(file), name, image_psnr, image_ssim))
+        codes = {name: quantized.codes.cpu() for name, quantized in levels.items()}
+        for name, codes_Bhw in codes.items():
+            self.counts[name] += torch.bincount(codes_Bhw.flatten(), minlength=self.net.entries)
+        if sum(len(batch[0]) for batch in self.shown) < PAIRS:
+            self.shown.append((originals_BCHW, reconstructions, codes))
+
+    def _name(self, file: Path) -> str:
+        """Returns the name of a reconstruction. Files of the same name in different folders get a number."""
+        self._stems[file.stem] += 1
+        number = self._stems[file.stem]
+        return f"images/{file.stem}{f'-{number}' * (number > 1)}.png"
+
+    def write_pictures(self) -> None:
+        """Writes pairs.png, codes.png and codebook.png."""
+        net, names = self.net, list(reversed(self.net.names))
+        originals, reconstructions = (torch.cat([batch[i] for batch in self.shown])[:PAIRS] for i in (0, 1))
+        atomic_write(self.out / "pairs.png", images.png(figures.pairs(originals, reconstructions)))
+        maps = {name: torch.cat([codes[name] for *_, codes in self.shown])[:MAPS] for name in names}
+        columns = figures.with_maps(originals[:MAPS], reconstructions[:MAPS], maps, net.entries)
+        atomic_write(self.out / "codes.png", images.png(columns))
+        codebooks = {name: (net.codebook(name).cpu(), self.counts[name]) for name in names}
+        atomic_write(self.out / "codebook.png", figures.codebooks(codebooks))
+
+    def write_table(self) -> dict[str, float]:
+        """Writes metrics.csv. Returns the number of images and the means of PSNR and SSIM."""
+        table = io.StringIO()
+        header = ("file", "reconstruction", "psnr", "ssim")
+        csv.writer(table, lineterminator="\n").writerows([header, *self.rows])
+        atomic_write(self.out / "metrics.csv", table.getvalue().encode())
+        number = len(self.rows)
+        means = {name: sum(row[i] for row in self.rows) / number for i, name in ((2, "psnr"), (3, "ssim"))}
+        return {"images": number, **means}

@@ -1,8 +1,11 @@
-"""sample: priors + tokenizer → PNGs that say where they come from, metadata.csv and a contact sheet.
+"""sample: priors + tokenizer → synthetic images.
 
-A fact that neither sample.labels nor sample.facts fixes is drawn for each sample, together with the others that are open,
-from the training images of its label: samples then vary over sites, sexes and ages as the data do. "Not known" would be no
-neutral choice: in training it is seen with the label gone too, or for images whose records are poor.
+The stage writes PNGs whose text chunks say how they were made, a metadata.csv with the same facts, a README.md and a contact
+sheet. The images do not depend on the number of ranks.
+
+The user may leave facts open, such as site, sex or age. They are drawn together from the training images of the sample's label,
+so that samples vary as the data do. Do not pass "unknown" for facts the user left open. In training, "unknown" mostly marks
+poor records, so it would bias the samples.
 """
 
 import csv
@@ -38,132 +41,199 @@ from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
+PER_CLASS = 8  # samples of a class in the contact sheet, and images in a row of it
+
 
 def stage(config: Experiment) -> Stage:
+    """Returns the stage that samples images."""
     needs = ("tokenizer", *(f"prior-{level}" for level in config.levels))
     return Stage("samples", needs, {"sample": plain(config.sample, volatile=False)}, run)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
-    """Draws the samples. Returns the digest of the table and the images. Collective.
+    """Samples the images and returns the digest of the table and the images. Collective.
 
-    Batches of a fixed size are divided among the ranks. Images that an earlier attempt wrote are kept.
+    Batches of a fixed size are divided among the ranks. A batch whose images an earlier run wrote is skipped.
     """
-    own = config.sample
-    net, about = load_tokenizer(require(config, "tokenizer"), topology.device)
+    sampling = config.sample
+    # Load the models.
+    net, tokenizer_facts = load_tokenizer(require(config, "tokenizer"), topology.device)
     priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
-    known = {level: PriorFacts(prior["facts"], prior["training_facts"]) for level, (_, prior) in priors.items()}
-    wanted = draw_facts(own, list(known.values()))
-    data = together(about["data"], *(prior["data"] for _, prior in priors.values()))
-    provenance = _provenance(config, {level: prior["tokenizer"] for level, (_, prior) in priors.items()})
+    samplers = {level: _sampler(sampling, level, i, prior) for i, (level, (prior, _)) in enumerate(priors.items())}
+
+    # Decide what each sample shows, and what its metadata says.
+    prior_facts = {level: PriorFacts(about["facts"], about["training_facts"]) for level, (_, about) in priors.items()}
+    facts = draw_facts(sampling, list(prior_facts.values()))
+    provenance = _provenance(config, {level: about["tokenizer"] for level, (_, about) in priors.items()})
+    data = together(tokenizer_facts["data"], *(about["data"] for _, about in priors.values()))
     provenance["licence_of_training_images"] = strictest(data["licences"])
-    samplers = {level: _sampler(own, level, i, prior) for i, (level, (prior, _)) in enumerate(priors.items())}
-    batches = range(0, own.number, own.batch)[topology.rank :: topology.world]
-    with bar(own.number, "sample", initial=0, shown=topology.leader) as progress:
+
+    # Sample this rank's batches.
+    batches = range(0, sampling.number, sampling.batch)[topology.rank :: topology.world]
+    with bar(sampling.number, "sample", initial=0, shown=topology.leader) as progress:
         for first in batches:
-            members = range(first, min(first + own.batch, own.number))
-            paths = [folder / "images" / file_name(i, wanted[i]["label"]) for i in members]
-            if not all(p.exists() for p in paths):
-                numbers = {level: [prior.numbers(wanted[i]) for i in members] for level, prior in known.items()}
+            members = range(first, min(first + sampling.batch, sampling.number))
+            paths = [folder / "images" / file_name(i, facts[i]["label"]) for i in members]
+            if not all(path.exists() for path in paths):
+                numbers = {level: [known.numbers(facts[i]) for i in members] for level, known in prior_facts.items()}
                 decoded = decode_samples(net, samplers, numbers, members)
                 for i, path, image in zip(members, paths, decoded, strict=True):
-                    atomic_write(path, png_with(image, provenance | wanted[i] | {"seed": str(own.seed), "index": str(i)}))
+                    text = provenance | facts[i] | {"seed": str(sampling.seed), "index": str(i)}
+                    atomic_write(path, png_with(image, text))
+            # Only rank 0 shows a bar. The other ranks are about as fast, so their batches are counted with its own.
             progress.update(len(members) * (topology.world if topology.leader else 1))
     dist.barrier()
-    return dist.run_on_leader(_finish, folder, own, wanted, provenance, card("samples", config.name, provenance, data, {}))
+    readme = card("samples", config.name, provenance, data, {})
+    return dist.run_on_leader(_finish, folder, sampling, facts, provenance, readme)
 
 
 def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str]:
-    """What made the samples, by digest. trained_on: for each level, the tokenizer whose codes its prior was trained on.
+    """Returns the digests of the models that make the samples.
 
-    Raises UserError for a prior that was trained on the codes of another tokenizer.
+    Args:
+        config: The run's config.
+        trained_on: For each level, the digest of the tokenizer whose codes its prior was trained on.
+
+    Raises:
+        UserError: A prior was trained on the codes of another tokenizer.
     """
     provenance = {"software": "lesiongen", "synthetic": "true", "tokenizer": digest_of(config, "tokenizer")}
     for level, tokenizer in trained_on.items():
         provenance[f"prior-{level}"] = digest_of(config, f"prior-{level}")
         if tokenizer != provenance["tokenizer"]:
             raise UserError(
-                f"prior-{level} was trained on codes of tokenizer {tokenizer}, this run's tokenizer is "
+                f"prior-{level} was trained on codes of tokenizer {tokenizer}, but this run's tokenizer is "
                 f"{provenance['tokenizer']}. Train the prior on this tokenizer's codes, or set inputs.tokenizer."
             )
     return provenance
 
 
-def _sampler(own: SampleConfig, level: str, index: int, prior: Prior) -> LevelSampler:
-    """The sampler of one level, with the level's settings. index: among the levels, from the coarsest."""
-    settings = own.at(level)
-    choice = Choice(settings.temperature, settings.top_k, settings.top_p)
-    strength = guidance(settings.guidance, settings.guidance_schedule, prior.length)
-    return LevelSampler(prior, choice, strength, own.seed * 1009 + index, own.cuda_graphs)
+def _sampler(sampling: SampleConfig, level: str, index: int, prior: Prior) -> LevelSampler:
+    """Returns the sampler of one level, with the level's settings. `index` counts the levels from the coarsest."""
+    level_sampling = sampling.at(level)
+    choice = Choice(level_sampling.temperature, level_sampling.top_k, level_sampling.top_p)
+    strength = guidance(level_sampling.guidance, level_sampling.guidance_schedule, prior.length)
+    return LevelSampler(prior, choice, strength, sampling.seed * 1009 + index, sampling.cuda_graphs)
 
 
-def draw_facts(own: SampleConfig, priors: list[PriorFacts]) -> list[dict[str, str]]:
-    """What each sample is to show, {"label": …, "sex": …}, "" for what is not known. Priors of finer levels may know more
-    facts than the first: these are drawn given the ones that it has."""
-    refuse_unknown(own.facts, priors)
-    labels = assign_labels(own, next((prior.values["label"] for prior in priors if "label" in prior.values), []))
-    ordered = sorted(priors, key=lambda prior: "label" not in prior.values)  # facts go with the label where one knows it
-    wanted = []
+def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[str, str]]:
+    """Decides the label and the facts that each sample shows.
+
+    Each prior in turn draws the facts it knows that are still open. A prior that knows the label comes first, so that facts
+    are drawn from images of that label.
+
+    Args:
+        sampling: The settings; `labels` and `facts` fix facts for all samples.
+        priors: The facts of each level's prior, coarse to fine. Levels may know different facts.
+
+    Returns:
+        For each sample {"label": …, "sex": …, …}; "" means unknown.
+
+    Raises:
+        UserError: No prior knows a label, a fact or a value in the settings.
+    """
+    refuse_unknown(sampling.facts, priors)
+    labels = assign_labels(sampling, next((prior.values["label"] for prior in priors if "label" in prior.values), []))
+    ordered = sorted(priors, key=lambda prior: "label" not in prior.values)
+    samples = []
     for i, label in enumerate(labels):
-        rng = torch.Generator().manual_seed(sample_seed(own.seed * 1009 + 1008, i))  # no level's stream: those count from 0
-        sample = {"label": label} | own.facts
+        # The samplers of the levels use the seeds seed * 1009 + 0, 1, …; 1008 is beyond the number of levels.
+        rng = torch.Generator().manual_seed(sample_seed(sampling.seed * 1009 + 1008, i))
+        sample = {"label": label} | sampling.facts
         for prior in ordered:
             sample |= prior.complete(sample, float(torch.rand((), generator=rng)))
-        wanted.append(sample)
-    return wanted
+        samples.append(sample)
+    return samples
 
 
-def assign_labels(own: SampleConfig, classes: list[str]) -> list[str]:
-    """The label of each sample: those asked for in turn, in blocks; every class where none is named."""
-    for label in own.labels:
+def assign_labels(sampling: SampleConfig, classes: list[str]) -> list[str]:
+    """Divides the samples among the labels in the settings, in blocks of equal size; among all classes if none is named.
+
+    Args:
+        sampling: The settings.
+        classes: The labels that the generator knows.
+
+    Returns:
+        The label of each sample; "" if the generator knows no labels.
+
+    Raises:
+        UserError: The generator does not know one of the labels.
+    """
+    for label in sampling.labels:
         if label not in classes:
             raise UserError(f"Unknown label '{label}'; this generator knows: {', '.join(classes)}.")
-    wanted = list(own.labels) or classes or [""]
-    return [wanted[i * len(wanted) // own.number] for i in range(own.number)]
+    labels = list(sampling.labels) or classes or [""]
+    return [labels[i * len(labels) // sampling.number] for i in range(sampling.number)]
 
 
 def file_name(index: int, label: str) -> str:
-    """Labels may hold what no file system takes; the number alone tells samples apart."""
+    """Returns the file name of a sample.
+
+    Characters of the label that a file system may refuse are replaced. Two labels may become the same; the index still tells
+    the samples apart.
+    """
     safe = re.sub(r"[^\w.-]+", "_", label)[:60]
     return f"{index:06d}-{safe or 'any'}.png"
 
 
 @torch.no_grad()
 def decode_samples(net: Tokenizer, samplers: dict[str, LevelSampler], facts: dict[str, list], members: range) -> torch.Tensor:
-    """uint8 [B, C, H, W] for global sample indices: level by level, coarse to fine, then decoded. facts: of each level's
-    prior, [B, F]."""
+    """Samples the codes of one batch, level by level from coarse to fine, and decodes them.
+
+    Args:
+        net: The tokenizer.
+        samplers: The sampler of each level, coarse to fine.
+        facts: The facts for each level's prior, as its numbers, [B, F].
+        members: Global indices of the samples.
+
+    Returns:
+        Images, uint8 [B, C, H, W], on the CPU.
+    """
     codes: dict[str, torch.Tensor] = {}
     for level, sampler in samplers.items():
         codes[level] = sampler(facts[level], list(codes.values()), members)
     return to_uint8(net.decode_codes(codes)).cpu()
 
 
-def png_with(image_CHW: torch.Tensor, about: dict[str, str]) -> bytes:
+def png_with(image_CHW: torch.Tensor, text: dict[str, str]) -> bytes:
+    """Encodes a uint8 image as PNG, with `text` in its text chunks."""
     info = PngInfo()
-    for key, value in about.items():
+    for key, value in text.items():
         info.add_text(key, value or "")
     buffer = io.BytesIO()
     images.to_image(image_CHW).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
-def _finish(folder: Path, own: SampleConfig, wanted: list[dict], provenance: dict[str, str], readme: str) -> str:
-    labels = [sample["label"] for sample in wanted]
-    names = [file_name(i, label) for i, label in enumerate(labels)]
-    settings = {f.name: getattr(own, f.name) for f in fields(LevelSampling)} | {"seed": own.seed}
-    for level, other in own.levels.items():
-        settings |= {f"{k}-{level}": v for k, v in plain(other).items() if v is not None}
+def _finish(folder: Path, sampling: SampleConfig, facts: list[dict[str, str]], provenance: dict[str, str], readme: str) -> str:
+    """Writes contact.png, README.md and metadata.csv. Returns the digest of the table and the images."""
+    names = [file_name(i, sample["label"]) for i, sample in enumerate(facts)]
+    table = _table(names, sampling, facts, provenance)
+    atomic_write(folder / "contact.png", _contact_sheet(folder, names, [sample["label"] for sample in facts]))
+    atomic_write(folder / "README.md", readme.encode())
+    atomic_write(folder / "metadata.csv", table.encode())
+    sums = "".join(hashlib.sha256((folder / "images" / name).read_bytes()).hexdigest() for name in names)
+    return hashlib.sha256((table + sums).encode()).hexdigest()[:16]
+
+
+def _table(names: list[str], sampling: SampleConfig, facts: list[dict[str, str]], provenance: dict[str, str]) -> str:
+    """Returns metadata.csv: a row for each sample, with its facts, the settings and the models."""
+    settings = {f.name: getattr(sampling, f.name) for f in fields(LevelSampling)} | {"seed": sampling.seed}
+    for level, level_sampling in sampling.levels.items():
+        settings |= {f"{k}-{level}": v for k, v in plain(level_sampling).items() if v is not None}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["file", *wanted[0], "index", *settings, *provenance])
-    for i, (name, sample) in enumerate(zip(names, wanted, strict=True)):
+    writer.writerow(["file", *facts[0], "index", *settings, *provenance])
+    for i, (name, sample) in enumerate(zip(names, facts, strict=True)):
         writer.writerow([f"images/{name}", *sample.values(), i, *settings.values(), *provenance.values()])
-    # As many of each class as fit a sheet of 8 a row.
-    shown = [n for label in dict.fromkeys(labels) for n in [m for m, x in zip(names, labels, strict=True) if x == label][:8]]
+    return table.getvalue()
+
+
+def _contact_sheet(folder: Path, names: list[str], labels: list[str]) -> bytes:
+    """Returns a PNG of the first samples of each class, in rows of PER_CLASS."""
+    shown = []
+    for label in dict.fromkeys(labels):
+        shown += [name for name, other in zip(names, labels, strict=True) if other == label][:PER_CLASS]
     tiles = [np.array(Image.open(folder / "images" / name)) for name in shown]
-    stacked = torch.from_numpy(np.stack([t[None] if t.ndim == 2 else t.transpose(2, 0, 1) for t in tiles]))
-    atomic_write(folder / "contact.png", images.png(images.grid(stacked, 8)))
-    atomic_write(folder / "README.md", readme.encode())
-    atomic_write(folder / "metadata.csv", table.getvalue().encode())
-    sums = "".join(hashlib.sha256((folder / "images" / n).read_bytes()).hexdigest() for n in names)
-    return hashlib.sha256((table.getvalue() + sums).encode()).hexdigest()[:16]
+    stacked = torch.from_numpy(np.stack([tile[None] if tile.ndim == 2 else tile.transpose(2, 0, 1) for tile in tiles]))
+    return images.png(images.grid(stacked, PER_CLASS))

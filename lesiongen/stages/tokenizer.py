@@ -1,4 +1,7 @@
-"""tokenizer: shards → a trained tokenizer, exported with the weights that were best on held-out images."""
+"""tokenizer: shards → a trained tokenizer.
+
+The stage exports the weights that were best on the validation split. The encode, sample and evaluate stages read the export.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +17,9 @@ from hpc.train.loop import train
 from lesiongen.data.images import to_float
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
-from lesiongen.evaluation import report
+from lesiongen.evaluation import plots
 from lesiongen.evaluation.card import card
-from lesiongen.evaluation.held_out import held_out_figures
+from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.experiment import Experiment
 from lesiongen.stages.base import Stage, packed
 from lesiongen.tokenizers import make
@@ -24,30 +27,37 @@ from lesiongen.tokenizers.export import export_digest, write_export
 from lesiongen.tokenizers.objective import Objective
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
-KMEANS_IMAGES = 256
+KMEANS_IMAGES = 256  # training images whose vectors are clustered to initialise the codebooks
 PERTURBED_IMAGES = 256  # of each rank, for the figure of wrong codes
 COLLAPSED = 0.02  # a level whose perplexity is below this share of its codes
 
 
 def stage(config: Experiment) -> Stage:
-    own = config.tokenizer
-    identity = {"tokenizer": plain(own, volatile=False), "seed": config.seed}
-    return Stage("tokenizer", ("shards",), identity, run, target=own.train.samples, trains=True)
+    """Returns the stage that trains the tokenizer."""
+    identity = {"tokenizer": plain(config.tokenizer, volatile=False), "seed": config.seed}
+    return Stage("tokenizer", ("shards",), identity, run, target=config.tokenizer.train.samples, trains=True)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
-    own = config.tokenizer
+    """Trains the tokenizer and returns the digest of the export. Collective."""
     task = TokenizerTask(config, packed(config), folder)
-    train(task, own.train, folder, topology, config.seed, "tokenizer", ledger=config.data.ledger)
+    train(task, config.tokenizer.train, folder, topology, config.seed, "tokenizer", ledger=config.data.ledger)
     return export_digest(folder / "export")
 
 
 class TokenizerTask:
-    """What the training loop needs to know of a tokenizer."""
+    """Model, data, evaluation and export of a tokenizer, for the training loop; see hpc.train.task.Task."""
 
     metric = "mse"
 
     def __init__(self, config: Experiment, shards: Packed, folder: Path):
+        """Prepares the task. Raises UserError if the images do not fit the model's strides.
+
+        Args:
+            config: The run's config.
+            shards: The images.
+            folder: The stage's directory; the export is written below it.
+        """
         self.config, self.folder, self.name = config, folder, f"{config.name}: tokenizer"
         self.data = ImageShards(shards, "train")
         self.held_out = ImageShards(shards, "val")
@@ -58,45 +68,64 @@ class TokenizerTask:
             raise UserError(f"tokenizer.model: {error}") from None
 
     def build(self) -> nn.Module:
-        own = self.config.tokenizer
-        net = make(own.model, self.data.channels, own.train.batch)
-        return Objective(net, own.loss, self.data.packed.moments["data_variance"])
+        """Builds the tokenizer and its loss, with random weights."""
+        config = self.config.tokenizer
+        net = make(config.model, self.data.channels, config.train.batch)
+        return Objective(net, config.loss, self.data.packed.moments["data_variance"])
 
     def prepare(self, module: nn.Module) -> None:
-        """Before the first step: codebooks on k-means centres of training images, the same on every rank."""
-        if self.config.tokenizer.model.kmeans:
-            own = self.config.tokenizer
+        """Initialises the codebooks by k-means on training images, if the config asks for it."""
+        config = self.config.tokenizer
+        if config.model.kmeans:
             number = min(KMEANS_IMAGES, self.size)
-            # Every rank reads the same first images of the sequence: nothing needs to be sent.
-            images_ = next(self.data.first(number, own.train.batch, own.augment, self.config.seed))["image"]
-            module.net.initialise(to_float(images_))
+            # Every rank reads the same first images, so that all ranks get the same codebooks without communication.
+            images = next(self.data.first(number, config.train.batch, config.augment, self.config.seed))["image"]
+            module.net.initialise(to_float(images))
 
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
-        own = self.config.tokenizer
+        """Yields this rank's micro-batches of augmented images, without end.
+
+        Args:
+            position: Global position of the first sample.
+            micro_batch: Images in each micro-batch.
+
+        Returns:
+            Dicts with image uint8 [B, C, H, W], slot and position [B], and the lists key and bad.
+        """
+        config = self.config.tokenizer
         seed, workers = self.config.seed, self.config.data.workers
-        batches = self.data.train(position, own.train.batch, micro_batch, own.augment, seed, workers, own.stream)
+        batches = self.data.train(position, config.train.batch, micro_batch, config.augment, seed, workers, config.stream)
         return ({k: batch[k] for k in ("image", "slot", "position", "key", "bad")} for batch in batches)
 
     def after_step(self, module: nn.Module, statistics: torch.Tensor) -> dict[str, float]:
+        """Updates the codebooks from the statistics of the global batch. Returns the metrics of each level's codebook."""
         return module.net.update(statistics)
 
     def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]:
+        """Measures the tokenizer on the validation split; rank 0 warns of collapsing levels. Collective."""
         check_codebooks(module.net)
-        metrics, pictures = held_out_figures(module.net, self.held_out, self.config.evaluate.batch)
+        metrics, pictures = evaluate_tokenizer(module.net, self.held_out, self.config.evaluate.batch)
         for name in module.net.names:
             if metrics[f"collapsed/{name}"] and dist.rank() == 0:
                 print(
-                    f"warning: level '{name}' is collapsing: {metrics[f'usage/{name}']:.1%} of {module.net.entries} codes are "
-                    f"used on held-out images, perplexity {metrics[f'perplexity/{name}']:.1f}. Samples from it will be alike. "
-                    "Try quantizer ema with a higher revive_below, kmeans: true, or fewer entries."
+                    f"warning: level '{name}' is collapsing. Held-out images use {metrics[f'usage/{name}']:.1%} of its "
+                    f"{module.net.entries} codes, with a perplexity of {metrics[f'perplexity/{name}']:.1f}. Samples from this "
+                    "level will look alike. Try quantizer ema with a higher revive_below, kmeans: true, or fewer entries."
                 )
         return metrics, pictures
 
     def curves(self, rows: list[dict]) -> dict[str, bytes]:
-        picture = report.curves({"tokenizer": rows})
+        """Draws the learning curves from the metrics log. Returns name → PNG."""
+        picture = plots.curves({"tokenizer": rows})
         return {"curves": picture} if picture else {}
 
     def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
+        """Writes the weights, what is needed to build the model again, and a model card.
+
+        Args:
+            module: The model, with full weights.
+            metrics: The held-out metrics of these weights.
+        """
         facts = {"model": plain(self.config.tokenizer.model), "channels": self.data.channels, "size": self.data.size}
         facts |= {"preprocess": self.data.packed.preprocess, "data": self.data.packed.about, "held_out": metrics}
         about = {"levels": " + ".join(f"{g}² {n}" for n, g in self.grids.items()), "image size": f"{self.data.size} px"}
@@ -104,7 +133,7 @@ class TokenizerTask:
 
 
 def check_codebooks(net: Tokenizer) -> None:
-    """Every rank must hold the same codebooks. Collective."""
-    own = [float(b.detach().double().sum()) for q in net.quantizers for b in [*q.buffers(), *q.parameters()]]
-    if any(theirs != own for theirs in dist.gather(own)):
-        raise RuntimeError("codebooks differ between ranks")
+    """Raises RuntimeError if the codebooks of any two ranks differ. Collective."""
+    sums = [float(b.detach().double().sum()) for q in net.quantizers for b in [*q.buffers(), *q.parameters()]]
+    if any(other != sums for other in dist.gather(sums)):
+        raise RuntimeError("The codebooks differ between ranks, so the ranks no longer train the same tokenizer.")

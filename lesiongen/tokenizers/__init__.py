@@ -1,4 +1,4 @@
-"""Tokenizers: images ⇄ grids of integer codes. The registry below names each kind; a config chooses by `kind`."""
+"""Tokenizers: images ⇄ grids of integer codes. The registry maps each `kind` of a config to its class."""
 
 from lesiongen.tokenizers.tokenizer import Tokenizer
 from lesiongen.tokenizers.vqvae import VQVAE, VQVAEConfig
@@ -14,6 +14,6 @@ def make(config: TokenizerModel, channels: int, batch: int) -> Tokenizer:
     Args:
         config: The model section of a tokenizer's config; `config.kind` names the class.
         channels: Colour channels of the images, 1 or 3.
-        batch: Global batch size. The quantizers size their revival candidates by it.
+        batch: Global batch size. It decides how many revival candidates each sample gives to the quantizers.
     """
     return TOKENIZERS[config.kind](config, channels, batch)

@@ -1,4 +1,8 @@
-"""Reconstruction losses: a weighted sum of the terms that a config names. Images x, y: [B, C, H, W] in [-1, 1]."""
+"""Reconstruction losses: a weighted sum of the terms that a config names. Images x, y: [B, C, H, W] in [-1, 1].
+
+The tokenizers' Objective owns a Reconstruction. All terms are computed in fp32, except LPIPS, which runs under the caller's
+autocast.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,36 +18,52 @@ from lesiongen.data.similarity import ms_ssim, ssim
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms; 0 leaves one out."""
+    """Weights of the loss's terms. A term of weight 0 is not computed."""
 
     mse: float = 1.0
-    nmse: float = 0.0  # MSE over the data's variance (report 000)
+    nmse: float = 0.0  # MSE over the variance of the training pixels (report 000)
     l1: float = 0.0
     ssim: float = 0.0  # 1 - SSIM: keeps fine texture that MSE smooths away (Zhao et al. 2017, arXiv:1511.08861)
     ms_ssim: float = 0.0  # 1 - MS-SSIM
     lpips: float = 0.0
-    lpips_weights: str | None = None  # safetensors file, see LPIPS
+    lpips_weights: str | None = None  # safetensors file with the weights of VGG-16 and of LPIPS's linear layers
 
     def __post_init__(self):
         weights = (self.mse, self.nmse, self.l1, self.ssim, self.ms_ssim, self.lpips)
         if min(weights) < 0 or not any(weights):
-            raise ValueError("weights of the loss are at least 0, and one of mse, nmse, l1, ssim, ms_ssim, lpips is above 0")
+            raise ValueError("mse, nmse, l1, ssim, ms_ssim and lpips must be at least 0, and at least one of them above 0")
         if self.lpips and not self.lpips_weights:
             raise ValueError(
-                "lpips needs lpips_weights, a safetensors file with the weights of VGG-16 and of its linear layers"
+                "lpips needs lpips_weights, a safetensors file with the weights of VGG-16 and of LPIPS's linear layers"
             )
 
 
 class Reconstruction(nn.Module):
-    """Forward: (y, x) → (loss, {term: value}), all fp32. variance: of the data in [0, 1]."""
+    """The weighted sum of the terms that a LossConfig names."""
 
     def __init__(self, config: LossConfig, variance: float):
+        """Prepares the terms.
+
+        Args:
+            config: Weights of the terms.
+            variance: Variance of the training pixels in [0, 1]; nmse divides by it.
+        """
         super().__init__()
-        self.config, self.variance = config, variance * 4  # on [-1, 1]
-        # In a tuple, so that it is no part of the module: an engine would shard its frozen weights, and checkpoints hold them.
+        self.config, self.variance = config, variance * 4  # pixels in [-1, 1] have four times the variance
+        # In a tuple, so that LPIPS is not registered as a submodule. Otherwise an engine would shard its frozen weights, and
+        # checkpoints would hold them.
         self.lpips = (LPIPS(Path(config.lpips_weights)),) if config.lpips else ()
 
     def forward(self, y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compares reconstructions with images.
+
+        Args:
+            y_BCHW: Reconstructions in about [-1, 1].
+            x_BCHW: Images in [-1, 1].
+
+        Returns:
+            The loss, a scalar; and {term: value without its weight}, detached. "mse" is always among the terms.
+        """
         with torch.autocast(x_BCHW.device.type, enabled=False):
             y, x, config = y_BCHW.float(), x_BCHW.float(), self.config
             terms = {"mse": F.mse_loss(y, x)}
@@ -62,43 +82,50 @@ class Reconstruction(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924) on VGG-16: [B] for images in [-1, 1].
+    """Learned perceptual distance (Zhang et al. 2018, arXiv:1801.03924) on the features of VGG-16. Its weights never train."""
 
-    The file holds `features.<i>.weight|bias` as in torchvision's vgg16, and `lin<k>.weight` [1, C, 1, 1] for k in 0 … 4.
-    Weights never train. Raises UserError for a file that lacks them."""
-
-    TAPS = (3, 8, 15, 22, 29)  # ReLUs 1_2, 2_2, 3_3, 4_3, 5_3
+    RELU_INDICES = (3, 8, 15, 22, 29)  # ReLUs 1_2, 2_2, 3_3, 4_3, 5_3 among vgg16's `features`
 
     def __init__(self, path: Path):
+        """Reads the weights.
+
+        Args:
+            path: Safetensors file with `features.<i>.weight` and `features.<i>.bias`, named as in torchvision's vgg16, and
+                `lin<k>.weight` [1, C, 1, 1] for k in 0 … 4.
+
+        Raises:
+            UserError: The file cannot be read or lacks weights.
+        """
         super().__init__()
         from torchvision.models import vgg16
 
-        features = vgg16(weights=None).features[: self.TAPS[-1] + 1]
+        features = vgg16(weights=None).features[: self.RELU_INDICES[-1] + 1]
         try:
-            held = load_file(path)
-            features.load_state_dict({k.removeprefix("features."): v for k, v in held.items() if k.startswith("features.")})
-            lins = [held[f"lin{i}.weight"].flatten() for i in range(len(self.TAPS))]
+            tensors = load_file(path)
+            features.load_state_dict({k.removeprefix("features."): v for k, v in tensors.items() if k.startswith("features.")})
+            channel_weights = [tensors[f"lin{i}.weight"].flatten() for i in range(len(self.RELU_INDICES))]
         except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"loss.lpips_weights: {path} does not hold LPIPS's weights ({error}).") from None
         self.features = features.requires_grad_(False).eval()
         for layer in self.features:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False
-        # Buffers, and not saved: they are no part of what is trained.
-        for i, lin in enumerate(lins):
-            self.register_buffer(f"lin{i}", lin, persistent=False)
+        # Buffers move with the module to its device. They are not persistent, because nothing here is trained.
+        for i, weights_C in enumerate(channel_weights):
+            self.register_buffer(f"lin{i}", weights_C, persistent=False)
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
 
     def forward(self, y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Returns the distance between each pair of images in [-1, 1] with 1 or 3 channels, [B]."""
         h = torch.cat([y_BCHW, x_BCHW])
         h = (h.expand(-1, 3, -1, -1) - self.mean) / self.std
         distance = 0.0
         for i, layer in enumerate(self.features):
             h = layer(h)
-            if i in self.TAPS:
+            if i in self.RELU_INDICES:
                 unit = F.normalize(h.float(), dim=1, eps=1e-10)
                 a, b = unit.chunk(2)
-                weight = getattr(self, f"lin{self.TAPS.index(i)}")[:, None, None]
+                weight = getattr(self, f"lin{self.RELU_INDICES.index(i)}")[:, None, None]
                 distance = distance + ((a - b).square() * weight).sum(1).mean((1, 2))
         return distance

@@ -1,4 +1,4 @@
-"""What tokenizer training minimises: reconstruction plus the quantizers' losses."""
+"""What tokenizer training minimises: the reconstruction loss plus the quantizers' losses."""
 
 import torch
 from torch import nn
@@ -10,18 +10,35 @@ from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
 class Objective(nn.Module):
-    """Reconstruction loss, and what the quantizers ask for (arXiv:1711.00937, equation 3)."""
+    """A tokenizer and its training loss (arXiv:1711.00937, equation 3). The training engine wraps it and calls forward()."""
 
     def __init__(self, net: Tokenizer, loss: LossConfig, variance: float):
+        """Prepares the loss.
+
+        Args:
+            net: The tokenizer to train.
+            loss: Weights of the reconstruction loss's terms.
+            variance: Variance of the training pixels in [0, 1].
+        """
         super().__init__()
         self.net, self.reconstruction = net, Reconstruction(loss, variance)
 
     def forward(self, batch: dict) -> dict:
+        """Computes the loss of one micro-batch.
+
+        Args:
+            batch: "image" uint8 [B, C, H, W]; "slot" and "position" [B]: index of each sample in the global batch and in the
+                training sequence.
+
+        Returns:
+            "loss", a scalar; "metrics" {name: detached scalar}; "statistics" of all levels, fine to coarse, as one vector for
+            Tokenizer.update().
+        """
         x = to_float(batch["image"])
         y, levels = self.net(x, batch["slot"], batch["position"])
         loss, terms = self.reconstruction(y, x)
         quantization = sum(q.loss for q in levels.values())
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # variances vanish in bf16
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for SSIM's variances
             metrics = {"reconstruction": loss.detach(), **terms, "quantization": quantization.detach()}
             metrics |= {f"quantization/{name}": q.loss.detach() for name, q in levels.items()}
             metrics |= {"psnr": psnr(to_unit(y), to_unit(x)).mean(), "ssim": ssim(to_unit(y[:4]), to_unit(x[:4])).mean()}

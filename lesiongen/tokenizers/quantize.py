@@ -1,8 +1,11 @@
-"""Vector quantizers: codebooks by averages, on the sphere, by gradient, and none at all. Interface and shapes: quantizer.py.
+"""The kinds of vector quantizers; interface and shapes are in quantizer.py.
 
-vector-quantize-pytorch has all four kinds and is not wrapped: its forward moves the codebook itself, once per micro-batch
-and before the step is known to be good, and revives codes from the process's own random numbers. Its FSQ keeps the
-contract, but six packages for 30 lines are a bad trade; tests compare the numbers where it is installed.
+The codebook is learned by moving averages (ema), by moving averages on the unit sphere (cosine) or by the optimizer
+(gradient). Finite scalar quantization (fsq) has no codebook.
+
+vector-quantize-pytorch has all four kinds, but is not used. Its forward() moves the codebook itself, once per micro-batch and
+before the step is known to be accepted, and it revives codes from each process's own random numbers. Its FSQ would fit the
+interface, but six packages for 30 lines are not worth it. The tests compare the numbers where the library is installed.
 """
 
 import torch
@@ -10,85 +13,115 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesiongen.tokenizers.kmeans import nearest
-from lesiongen.tokenizers.quantizer import Quantizer, QuantizerConfig, Replace, random_codebook, usage_metrics
+from lesiongen.tokenizers.quantizer import Quantizer, QuantizerConfig, StraightThrough, random_codebook, usage_metrics
 
 
 class EMAQuantizer(Quantizer):
-    """Codebook learned by exponential moving averages (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1), with
-    dead codes revived from the current batch (Dhariwal et al. 2020, Jukebox, arXiv:2005.00341).
+    """Codebook learned by exponential moving averages (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1).
 
-    The codebook and its averages are fp32 buffers, never parameters: an engine with fp32 master copies would overwrite
-    every update with stale values. All entries start dead, so the first accepted step places them on real vectors.
+    Dead codes are revived from the current batch (Dhariwal et al. 2020, Jukebox, arXiv:2005.00341). All codes start dead, so
+    the first accepted step sets them to real vectors.
+
+    Statistics: counts of each code [K], sum of each code's vectors [K, D], revival candidates.
+
+    The codebook and its averages are fp32 buffers, not parameters. Otherwise an engine with fp32 master copies would
+    overwrite every update with stale values.
+
+    Attributes:
+        codebook: [K, D].
+        count: Moving average of the number of vectors of each code, [K].
+        total: Moving average of the sum of each code's vectors, [K, D].
+        updates: Number of updates so far, a scalar.
     """
 
     def __init__(self, config: QuantizerConfig, batch: int):
         super().__init__(config, batch)
         self.decay, self.revive_below = config.decay, config.revive_below
-        self.register_buffer("codebook", self.embed(random_codebook(config)))
+        self.register_buffer("codebook", self.to_code_space(random_codebook(config)))
         self.register_buffer("count", torch.zeros(self.entries))
         self.register_buffer("total", torch.zeros(self.entries, self.dim))
         self.register_buffer("updates", torch.zeros(()))
 
     @property
     def statistics_size(self) -> int:
-        return self.entries + (self.entries + self.candidates) * self.dim
+        """Length of the statistics vector."""
+        return self.entries + (self.entries + self.candidate_count) * self.dim
 
-    def statistics(self, flat_ND, codes_N, slot_B, position_B) -> torch.Tensor:
-        counts = super().statistics(flat_ND, codes_N, slot_B, position_B)
-        sums = torch.zeros_like(self.codebook).index_add_(0, codes_N, flat_ND)
-        return torch.cat([counts, sums.flatten(), self.revival_candidates(flat_ND, slot_B, position_B)])
+    def statistics(
+        self, z_ND: torch.Tensor, codes_N: torch.Tensor, slot_B: torch.Tensor, position_B: torch.Tensor
+    ) -> torch.Tensor:
+        counts = super().statistics(z_ND, codes_N, slot_B, position_B)
+        sums = torch.zeros_like(self.codebook).index_add_(0, codes_N, z_ND)
+        return torch.cat([counts, sums.flatten(), self.revival_candidates(z_ND, slot_B, position_B)])
 
     @torch.no_grad()
     def update(self, statistics: torch.Tensor) -> dict[str, float]:
-        sizes = [self.entries, self.entries * self.dim, self.candidates * self.dim]
-        counts, sums, offered = statistics.split(sizes)
-        average = counts.sum() / self.entries
-        # Short averages at first: vectors still move by more than their spread, and a code left behind must be seen as dead.
+        sizes = [self.entries, self.entries * self.dim, self.candidate_count * self.dim]
+        counts, sums, candidates = statistics.split(sizes)
+        mean_count = counts.sum() / self.entries
+        # Move the averages. The decay is small at first: the encoder's vectors then move by more than their spread within a
+        # few steps, and with a long average the codes they leave behind would not count as dead.
         decay = min(self.decay, (1 + float(self.updates)) / (10 + float(self.updates)))
         self.updates += 1
         self.count.lerp_(counts, 1 - decay)
         self.total.lerp_(sums.view_as(self.total), 1 - decay)
-        mean = self.embed(self.total / self.count.clamp(min=1e-30)[:, None])
+        mean = self.to_code_space(self.total / self.count.clamp(min=1e-30)[:, None])
         self.codebook.copy_(torch.where(self.count[:, None] > 1e-30, mean, self.codebook))
-        dead = self.count < self.revive_below * average
+        # Revive dead codes.
+        dead = self.count < self.revive_below * mean_count
         number = int(dead.sum())
         if number:
-            fresh = self.pick_revival_vectors(number, counts, offered)
-            # Just at the threshold: a revived code that wins nothing is moved again at the next step.
-            self.codebook[dead] = fresh
-            self.count[dead] = self.revive_below * average
-            self.total[dead] = fresh * self.revive_below * average
+            vectors = self.pick_revival_vectors(number, counts, candidates)
+            # Start the average exactly at the threshold, so that a revived code without any vector is revived again at the
+            # next step.
+            self.codebook[dead] = vectors
+            self.count[dead] = self.revive_below * mean_count
+            self.total[dead] = vectors * self.revive_below * mean_count
         return usage_metrics(counts, number)
 
-    def initialise_codebook(self, centres_KD: torch.Tensor, won: float) -> None:
-        super().initialise_codebook(centres_KD, won)
-        self.count.fill_(won)  # none is dead at the first update
-        self.total.copy_(self.codebook * won)
+    def initialise_codebook(self, centres_KD: torch.Tensor, vectors_per_centre: float) -> None:
+        super().initialise_codebook(centres_KD, vectors_per_centre)
+        self.count.fill_(vectors_per_centre)  # so that no code counts as dead at the first update
+        self.total.copy_(self.codebook * vectors_per_centre)
 
 
 class CosineQuantizer(EMAQuantizer):
-    """EMA on the unit sphere: vectors and codes have length 1, so codes differ in direction alone (Yu et al. 2021,
-    ViT-VQGAN, arXiv:2110.04627). The nearest on the sphere is the nearest in space."""
+    """Moving averages on the unit sphere (Yu et al. 2021, ViT-VQGAN, arXiv:2110.04627).
 
-    def embed(self, z_ND: torch.Tensor) -> torch.Tensor:
+    Vectors and codes have length 1, so only their directions matter. On the sphere, the entry with the largest cosine
+    similarity is also the nearest by Euclidean distance.
+    """
+
+    def to_code_space(self, z_ND: torch.Tensor) -> torch.Tensor:
         return F.normalize(z_ND, dim=-1)
 
 
 class GradientQuantizer(Quantizer):
-    """Codebook trained by the optimizer (van den Oord et al. 2017, arXiv:1711.00937, equation 3): the codebook loss has
-    weight 1, the commitment loss its own.
+    """Codebook trained by the optimizer (van den Oord et al. 2017, arXiv:1711.00937, equation 3).
 
-    As published few codes survive: Adam moves a code by its learning rate a step at most, and the encoder runs away from
-    nearly all of them. So codes are kept as multiples of GAIN, which makes their rate as much higher, and those that are
-    not used are pulled to vectors of the batch that update() set for them (after Zheng and Vedaldi 2023, arXiv:2307.15139,
-    who write them there; here only the optimizer writes a parameter)."""
+    The codebook loss has weight 1, the commitment loss its own weight.
 
-    PURSUIT = 20  # steps
+    As published, few codes stay in use: Adam moves a code by at most about the learning rate per step, and the encoder's
+    vectors move away from nearly all codes faster than that. This class does two things about it. It scales the codebook's
+    learning rate up, see ScaledCodebook. And it adds a loss that pulls idle codes to vectors of the batch, their targets
+    (after Zheng and Vedaldi 2023, arXiv:2307.15139, who overwrite the codes; here only the optimizer writes a parameter).
+
+    Statistics: counts of each code [K], revival candidates.
+
+    Attributes:
+        book: The codebook's parameter.
+        count: Moving average of the counts of each code, [K].
+        updates: Number of updates so far, a scalar.
+        idle: Which codes are used too rarely (below `revive_below` of the mean) and are pulled to their targets, bool [K].
+        target: Vectors to which idle codes are pulled, [K, D].
+    """
+
+    TARGET_STEPS = 20  # steps for which an idle code keeps its target
 
     def __init__(self, config: QuantizerConfig, batch: int):
         super().__init__(config, batch)
         self.decay, self.revive_below = config.decay, config.revive_below
-        self.book = Book(self.entries, self.dim, _weight=random_codebook(config) / Book.GAIN)
+        self.book = ScaledCodebook(self.entries, self.dim, _weight=random_codebook(config) / ScaledCodebook.SCALE)
         self.register_buffer("count", torch.zeros(self.entries))
         self.register_buffer("updates", torch.zeros(()))
         self.register_buffer("idle", torch.zeros(self.entries, dtype=torch.bool))
@@ -96,58 +129,81 @@ class GradientQuantizer(Quantizer):
 
     @property
     def codebook(self) -> torch.Tensor:
-        return self.book.weight * Book.GAIN
+        """The vectors of the codes, [K, D]."""
+        return self.book.weight * ScaledCodebook.SCALE
 
     @property
     def statistics_size(self) -> int:
-        return self.entries + self.candidates * self.dim
+        """Length of the statistics vector."""
+        return self.entries + self.candidate_count * self.dim
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        codes_N, q_ND, pull = self.book(z_ND.detach(), self.target, self.idle)
-        x_ND, loss = self.pass_through(z_ND, q_ND.detach())
-        return x_ND, codes_N, loss + F.mse_loss(q_ND, z_ND.detach()) + pull
+        codes_N, q_ND, idle_loss = self.book(z_ND.detach(), self.target, self.idle)
+        x_ND, loss = self.apply_estimator(z_ND, q_ND.detach())
+        return x_ND, codes_N, loss + F.mse_loss(q_ND, z_ND.detach()) + idle_loss
 
-    def statistics(self, flat_ND, codes_N, slot_B, position_B) -> torch.Tensor:
-        counts = super().statistics(flat_ND, codes_N, slot_B, position_B)
-        return torch.cat([counts, self.revival_candidates(flat_ND, slot_B, position_B)])
+    def statistics(
+        self, z_ND: torch.Tensor, codes_N: torch.Tensor, slot_B: torch.Tensor, position_B: torch.Tensor
+    ) -> torch.Tensor:
+        counts = super().statistics(z_ND, codes_N, slot_B, position_B)
+        return torch.cat([counts, self.revival_candidates(z_ND, slot_B, position_B)])
 
     @torch.no_grad()
     def update(self, statistics: torch.Tensor) -> dict[str, float]:
-        counts, offered = statistics.split([self.entries, self.candidates * self.dim])
+        counts, candidates = statistics.split([self.entries, self.candidate_count * self.dim])
         self.count.lerp_(counts, 1 - self.decay)
         idle = self.count < self.revive_below * self.count.mean()
-        # Each keeps its target for a while, to come near; then the encoder will have left that place.
-        turn = (torch.arange(self.entries, device=idle.device) + self.updates.long()) % self.PURSUIT == 0
-        fresh = idle & (turn | ~self.idle)
+        # A code that has just become idle gets a target. Other idle codes get a new one every TARGET_STEPS steps, not all at
+        # the same step: long enough to come near the target, short enough that the encoder still produces such vectors.
+        renewed = (torch.arange(self.entries, device=idle.device) + self.updates.long()) % self.TARGET_STEPS == 0
+        retargeted = idle & (renewed | ~self.idle)
         self.updates += 1
-        if number := int(fresh.sum()):
-            self.target[fresh] = self.pick_revival_vectors(number, counts, offered)
+        if number := int(retargeted.sum()):
+            self.target[retargeted] = self.pick_revival_vectors(number, counts, candidates)
         self.idle.copy_(idle)
         return usage_metrics(counts, number)
 
-    def initialise_codebook(self, centres_KD: torch.Tensor, won: float) -> None:
-        self.book.weight.copy_(centres_KD / Book.GAIN)
-        self.count.fill_(1.0)  # soon outweighed
+    def initialise_codebook(self, centres_KD: torch.Tensor, vectors_per_centre: float) -> None:
+        self.book.weight.copy_(centres_KD / ScaledCodebook.SCALE)
+        self.count.fill_(1.0)  # equal for all codes, so that none is idle; real counts soon replace it
 
 
-class Book(nn.Embedding):
-    """A module of its own, because ZeRO 3 gathers parameters around modules that return plain tensors; an embedding,
-    because those are not decayed."""
+class ScaledCodebook(nn.Embedding):
+    """The codebook of GradientQuantizer, stored as weight = codebook / SCALE. So the codebook moves SCALE times as fast.
 
-    GAIN = 30.0
+    It is a module of its own because ZeRO 3 gathers parameters only around modules that return plain tensors, and Quantizer
+    returns a dataclass. It is an nn.Embedding because the optimizer applies no weight decay to embeddings.
+    """
 
-    def forward(self, z_ND, target_KD, idle_K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(codes [N], their vectors [N, D], the loss that pulls idle codes to their targets)."""
-        # Its value is weight · GAIN, its gradient that of the codes: the rate is GAIN times as high under Adam and SGD alike.
-        book_KD = Replace.apply(self.weight, self.weight.detach() * self.GAIN)
+    SCALE = 30.0
+
+    def forward(
+        self, z_ND: torch.Tensor, target_KD: torch.Tensor, idle_K: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Looks up the nearest codes.
+
+        Args:
+            z_ND: The encoder's vectors, without gradient.
+            target_KD: Vectors to which idle codes are pulled.
+            idle_K: Which codes are idle.
+
+        Returns:
+            Codes [N], their vectors [N, D], and the loss that pulls idle codes to their targets.
+        """
+        # The value is weight · SCALE, but the codebook's gradient reaches the weight unscaled. So the codebook's learning rate
+        # is SCALE times that of other parameters, under SGD as under Adam.
+        book_KD = StraightThrough.apply(self.weight, self.weight.detach() * self.SCALE)
         codes_N = nearest(z_ND, book_KD.detach())
-        pull = ((book_KD - target_KD).square() * idle_K[:, None]).mean()
-        return codes_N, F.embedding(codes_N, book_KD), pull
+        idle_loss = ((book_KD - target_KD).square() * idle_K[:, None]).mean()
+        return codes_N, F.embedding(codes_N, book_KD), idle_loss
 
 
 class FSQuantizer(Quantizer):
-    """Finite scalar quantization (Mentzer et al. 2023, arXiv:2309.15505): a few bounded dimensions, each rounded to one
-    of its levels; a code is their mixed radix number, the first dimension fastest. No codebook, no loss, none to revive."""
+    """Finite scalar quantization (Mentzer et al. 2023, arXiv:2309.15505).
+
+    A vector is projected to a few bounded dimensions, each rounded to one of its L levels. The code is the mixed radix number
+    of the rounded values; the first dimension is the least significant digit. There is no codebook, no loss and no revival.
+    """
 
     def __init__(self, config: QuantizerConfig, batch: int):
         super().__init__(config, batch)
@@ -156,33 +212,40 @@ class FSQuantizer(Quantizer):
         self.register_buffer("radix", levels.cumprod(0) // levels, persistent=False)
         self.down, self.up = nn.Linear(self.dim, len(levels)), nn.Linear(len(levels), self.dim)
 
-    def embed(self, z_ND: torch.Tensor) -> torch.Tensor:
-        """[N, D] → [N, len(levels)], to be rounded: between -⌊L/2⌋ and ⌈L/2⌉ - 1."""
-        half = (self.levels - 1) * 1.001 / 2  # a little over, so that the outer levels can be reached
+    def to_code_space(self, z_ND: torch.Tensor) -> torch.Tensor:
+        """Projects [N, D] to [N, len(levels)], bounded so that rounding gives integers from -⌊L/2⌋ to ⌈L/2⌉ - 1."""
+        half = (self.levels - 1) * 1.001 / 2  # slightly larger, so that the outer levels can be reached
         offset = (self.levels + 1) % 2 / 2
         return torch.tanh(self.down(z_ND) + torch.atanh(offset / half)) * half - offset
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q_ND = z_ND.detach().round()
         codes_N = ((q_ND.long() + self.levels // 2) * self.radix).sum(1)
-        # A NaN has no code, but it must come as far as the loss, which leaves the step out.
+        # A NaN gives an arbitrary code. Keep it in range, so that counting codes does not fail. The NaN itself reaches the loss
+        # through the quantized vectors, and the training loop then skips the step.
         codes_N = codes_N.clamp(0, self.entries - 1)
-        return self.expand(Replace.apply(z_ND, q_ND)), codes_N, z_ND.new_zeros(())
+        return self.from_code_space(StraightThrough.apply(z_ND, q_ND)), codes_N, z_ND.new_zeros(())
 
-    def expand(self, q_ND: torch.Tensor) -> torch.Tensor:
+    def from_code_space(self, q_ND: torch.Tensor) -> torch.Tensor:
+        """Projects rounded values [..., len(levels)] to vectors [..., D]."""
         return self.up(q_ND / (self.levels // 2))
 
     def lookup(self, codes_BHW: torch.Tensor) -> torch.Tensor:
         digits = codes_BHW[..., None] // self.radix % self.levels
-        return self.expand((digits - self.levels // 2).float()).movedim(-1, 1)
+        return self.from_code_space((digits - self.levels // 2).float()).movedim(-1, 1)
 
     def initialise(self, z_BDHW: torch.Tensor) -> None:
-        """There is no codebook to place."""
+        """Does nothing: there is no codebook."""
 
 
 QUANTIZERS = {"ema": EMAQuantizer, "cosine": CosineQuantizer, "gradient": GradientQuantizer, "fsq": FSQuantizer}
 
 
 def build(config: QuantizerConfig, batch: int) -> Quantizer:
-    """batch: global batch."""
+    """Builds the quantizer that a config names.
+
+    Args:
+        config: Config; `config.quantizer` names the kind.
+        batch: Global batch size.
+    """
     return QUANTIZERS[config.quantizer](config, batch)

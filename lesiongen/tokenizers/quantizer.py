@@ -1,7 +1,8 @@
-"""What every vector quantizer offers. Shapes: B batch, D code dimension, H W grid, N = B·H·W vectors, K entries.
+"""Interface of the vector quantizers. Shapes: B batch, D code dimension, H W grid, N = B·H·W vectors, K entries.
 
-Forward writes no buffer: it returns fp32 statistics, which the training loop sums over micro-batches and ranks and hands
-to update() after each accepted step. So accumulation, checkpointing, a skipped step and compilation change nothing.
+forward() writes no buffer. It returns fp32 statistics. The training loop sums them over micro-batches and ranks, and passes
+the sum to update() after each accepted step. So gradient accumulation, activation checkpointing, skipped steps and
+compilation do not change how codebooks are trained. quantize.py holds the kinds of quantizers.
 """
 
 import math
@@ -11,29 +12,31 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from lesiongen.tokenizers.kmeans import kmeans, nearest
 
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """What a tokenizer's config says of its codes; model configs inherit from it."""
+    """Config of a tokenizer's quantizers. The tokenizers' configs inherit these fields."""
 
-    dim: int = 64  # of a code vector
+    dim: int = 64  # dimension of a code's vector
     entries: int = 512  # codes per level
     quantizer: Literal["ema", "cosine", "gradient", "fsq"] = "ema"
-    estimator: Literal["straight-through", "rotation"] = "straight-through"  # of the encoder's gradient; fsq needs none
-    commitment: float = 0.25  # weight of the pull of vectors to their codes; fsq has no such loss
-    decay: float = 0.99  # of the averages of ema and cosine, and of gradient's counts
-    revive_below: float = 0.1  # a code used less than this share of the average is revived; fsq has none
-    fsq_levels: tuple[int, ...] = (8, 8, 8)  # values of each of fsq's dimensions; their product is `entries`
-    kmeans: bool = False  # start from k-means centres of the untrained encoder's vectors
+    # How gradients pass from quantized vectors to the encoder; fsq always uses straight-through.
+    estimator: Literal["straight-through", "rotation"] = "straight-through"
+    commitment: float = 0.25  # weight of the loss that pulls the encoder's vectors to their codes; fsq has no such loss
+    decay: float = 0.99  # per step, of the moving averages of ema and cosine, and of gradient's counts
+    revive_below: float = 0.1  # revive a code that is used less than this fraction of the average code; not for fsq
+    fsq_levels: tuple[int, ...] = (8, 8, 8)  # number of values in each of fsq's dimensions; their product is `entries`
+    kmeans: bool = False  # initialise the codebook with k-means centres of the untrained encoder's vectors
 
     def __post_init__(self):
         if self.dim < 1 or self.entries < 2:
             raise ValueError("dim must be positive and entries at least 2")
         if not 0 < self.decay < 1 or not 0 <= self.revive_below < 1 or self.commitment < 0:
-            raise ValueError("decay lies between 0 and 1, revive_below below 1, commitment at least 0")
+            raise ValueError("decay must be between 0 and 1, revive_below at least 0 and below 1, commitment at least 0")
         if self.quantizer == "fsq":
             product = math.prod(self.fsq_levels)
             if not self.fsq_levels or min(self.fsq_levels) < 3:
@@ -42,13 +45,19 @@ class QuantizerConfig:
                 levels = "×".join(map(str, self.fsq_levels))
                 raise ValueError(f"fsq_levels {levels} make {product} codes: set entries to {product}, not {self.entries}")
             if self.kmeans or self.estimator == "rotation":
-                raise ValueError("fsq has no codebook: leave kmeans and estimator as they are")
+                raise ValueError("fsq has no codebook: set kmeans to false and estimator to straight-through")
 
 
 @dataclass
 class Quantized:
-    """x: quantized vectors [B, D, H, W], equal to lookup(codes), with a gradient for the encoder; codes [B, H, W]; loss:
-    what the objective adds, weights included; statistics: flat fp32, in training only."""
+    """Result of a quantizer's forward pass.
+
+    Attributes:
+        x: Quantized vectors [B, D, H, W], equal to lookup(codes), with a gradient for the encoder.
+        codes: Index of each vector's entry, [B, H, W].
+        loss: What the quantizer adds to the training loss, a scalar that includes its weights.
+        statistics: What update() needs, flat fp32 [statistics_size]; None outside training.
+    """
 
     x: torch.Tensor
     codes: torch.Tensor
@@ -57,114 +66,210 @@ class Quantized:
 
 
 class Quantizer(nn.Module):
-    """The interface, and what all kinds with a `codebook` [K, D] share. Statistics are how often each code was used."""
+    """Base class: the interface, and what all kinds with a `codebook` [K, D] share.
+
+    Its statistics are the counts of each code, [K]. Subclasses append more.
+    """
 
     def __init__(self, config: QuantizerConfig, batch: int):
-        """batch: global batch."""
+        """Sets the sizes and options.
+
+        Args:
+            config: The quantizer's config.
+            batch: Global batch size.
+        """
         super().__init__()
         self.entries, self.dim = config.entries, config.dim
         self.commitment, self.rotate = config.commitment, config.estimator == "rotation"
-        self.per_sample = -(-self.entries // batch)  # vectors that each sample offers to codes that are not used
-        self.candidates = self.per_sample * batch
+        # Each sample of the global batch gives equally many revival candidates, so that there are at least K in all.
+        self.candidates_per_sample = -(-self.entries // batch)
+        self.candidate_count = self.candidates_per_sample * batch
 
     @property
     def statistics_size(self) -> int:
+        """Length of the statistics vector."""
         return self.entries
 
-    def forward(self, z_BDHW: torch.Tensor, slot_B=None, position_B=None) -> Quantized:
-        """slot, position: of each sample in the global batch and the training sequence; given in training only."""
+    def forward(
+        self, z_BDHW: torch.Tensor, slot_B: torch.Tensor | None = None, position_B: torch.Tensor | None = None
+    ) -> Quantized:
+        """Quantizes the encoder's vectors, in fp32 also under autocast.
+
+        Args:
+            z_BDHW: The encoder's vectors.
+            slot_B: Index of each sample in the global batch; in training only.
+            position_B: Index of each sample in the training sequence; in training only.
+
+        Returns:
+            The quantized vectors, codes and loss; with slot_B also the statistics.
+        """
         with torch.autocast(z_BDHW.device.type, enabled=False):
             z_BHWD = z_BDHW.float().movedim(1, -1)
-            flat_ND = self.embed(z_BHWD.reshape(-1, self.dim))
-            x_ND, codes_N, loss = self.quantize(flat_ND)
+            z_ND = self.to_code_space(z_BHWD.reshape(-1, self.dim))
+            x_ND, codes_N, loss = self.quantize(z_ND)
             statistics = None
             if slot_B is not None:
-                statistics = self.statistics(flat_ND.detach(), codes_N, slot_B, position_B)
+                statistics = self.statistics(z_ND.detach(), codes_N, slot_B, position_B)
             return Quantized(x_ND.view_as(z_BHWD).movedim(-1, 1), codes_N.view(z_BHWD.shape[:-1]), loss, statistics)
 
-    def embed(self, z_ND: torch.Tensor) -> torch.Tensor:
-        """The encoder's vectors as they are compared with codes."""
+    def to_code_space(self, z_ND: torch.Tensor) -> torch.Tensor:
+        """Maps the encoder's vectors to the space in which they are compared with codes. Here it changes nothing."""
         return z_ND
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(x [N, D], codes [N], loss)."""
+        """Quantizes vectors of the code space, [N, D].
+
+        Returns:
+            Quantized vectors [N, D] with a gradient for z_ND, codes [N], and the loss.
+        """
         codes_N = self.nearest(z_ND.detach())
-        x_ND, loss = self.pass_through(z_ND, F.embedding(codes_N, self.codebook))
+        x_ND, loss = self.apply_estimator(z_ND, F.embedding(codes_N, self.codebook))
         return x_ND, codes_N, loss
 
-    def pass_through(self, z_ND: torch.Tensor, q_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the chosen entries q with a gradient for z, commitment loss)."""
+    def apply_estimator(self, z_ND: torch.Tensor, q_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Connects quantized vectors with the encoder's, so that gradients reach the encoder.
+
+        Args:
+            z_ND: The encoder's vectors, in code space.
+            q_ND: The entries that were chosen for them.
+
+        Returns:
+            The values of q_ND with a gradient for z_ND, and the weighted commitment loss.
+        """
         carrier_ND = rotate_onto(z_ND, q_ND) if self.rotate else z_ND
-        return Replace.apply(carrier_ND, q_ND), self.commitment * F.mse_loss(z_ND, q_ND)
+        return StraightThrough.apply(carrier_ND, q_ND), self.commitment * F.mse_loss(z_ND, q_ND)
 
     def nearest(self, z_ND: torch.Tensor) -> torch.Tensor:
-        """Index of the nearest entry for each row."""
+        """Returns the index of the nearest entry for each vector, [N]."""
         return nearest(z_ND, self.codebook.detach())
 
     def lookup(self, codes_BHW: torch.Tensor) -> torch.Tensor:
-        """[B, H, W] → [B, D, H, W]."""
+        """Returns the vectors that codes stand for, [B, D, H, W]."""
         return F.embedding(codes_BHW, self.codebook).movedim(-1, 1)
 
-    def statistics(self, flat_ND, codes_N, slot_B, position_B) -> torch.Tensor:
-        """[statistics_size]; those of parts of a batch sum to those of the whole."""
+    def statistics(
+        self, z_ND: torch.Tensor, codes_N: torch.Tensor, slot_B: torch.Tensor, position_B: torch.Tensor
+    ) -> torch.Tensor:
+        """Computes the statistics of a part of the global batch.
+
+        The sum over the parts of a batch equals the statistics of the whole batch.
+
+        Args:
+            z_ND: Vectors of the code space, without gradient.
+            codes_N: Their codes.
+            slot_B: Index of each sample in the global batch.
+            position_B: Index of each sample in the training sequence.
+
+        Returns:
+            [statistics_size].
+        """
         return torch.bincount(codes_N, minlength=self.entries).float()
 
-    def revival_candidates(self, flat_ND: torch.Tensor, slot_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
-        """[candidates · D]: vectors of the batch, each sample's in its own rows, so that the sum over ranks is the same
-        gather for any topology."""
-        samples = slot_B.numel()
-        cells = flat_ND.shape[0] // samples
-        step = torch.arange(self.per_sample, device=flat_ND.device)
-        cell = (position_B[:, None] * 2654435761 + step * 40503 + position_B[:, None] // 7) % cells
-        rows = cell + torch.arange(samples, device=flat_ND.device)[:, None] * cells
-        offered = flat_ND.new_zeros(self.candidates, self.dim)
-        offered[(slot_B[:, None] * self.per_sample + step).flatten()] = flat_ND[rows.flatten()]
-        return offered.flatten()
+    def revival_candidates(self, z_ND: torch.Tensor, slot_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
+        """Selects vectors of the batch from which unused codes can be revived, some from each sample.
 
-    def pick_revival_vectors(self, number: int, counts: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
-        """[number, D] of the vectors offered; a stride coprime to most sizes spreads them over samples."""
-        order = torch.arange(number, device=counts.device)
+        Each sample fills its own rows and leaves the others 0. So the sum over micro-batches and ranks gathers the candidates
+        of the whole batch, and is the same for any division of the batch. A hash of the sample's position in the training
+        sequence selects the grid cells, so that no random state is needed.
+
+        Args:
+            z_ND: Vectors of the code space.
+            slot_B: Index of each sample in the global batch; decides its rows.
+            position_B: Index of each sample in the training sequence; decides the grid cells.
+
+        Returns:
+            [candidate_count · D].
+        """
+        samples = slot_B.numel()
+        cells = z_ND.shape[0] // samples  # grid cells of each sample
+        number_M = torch.arange(self.candidates_per_sample, device=z_ND.device)  # M candidates of each sample
+        cell_BM = (position_B[:, None] * 2654435761 + number_M * 40503 + position_B[:, None] // 7) % cells
+        source_BM = cell_BM + torch.arange(samples, device=z_ND.device)[:, None] * cells
+        candidates = z_ND.new_zeros(self.candidate_count, self.dim)
+        candidates[(slot_B[:, None] * self.candidates_per_sample + number_M).flatten()] = z_ND[source_BM.flatten()]
+        return candidates.flatten()
+
+    def pick_revival_vectors(self, number: int, counts_K: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """Picks the vectors to which codes are revived, the same ones on every rank.
+
+        Args:
+            number: How many vectors to pick, at most K.
+            counts_K: Counts of each code in the global batch. The most used code decides which candidate comes first.
+            candidates: Sum of revival_candidates() over the global batch.
+
+        Returns:
+            [number, D].
+        """
+        row = torch.arange(number, device=counts_K.device)
         if number < self.entries:
-            order = (order * 97 + int(counts.argmax())) % self.candidates
-        return offered.view(-1, self.dim)[order]
+            # Neighbouring rows belong to one sample. A stride that is coprime to most sizes spreads the picks over samples.
+            row = (row * 97 + int(counts_K.argmax())) % self.candidate_count
+        return candidates.view(-1, self.dim)[row]
 
     @torch.no_grad()
     def update(self, statistics: torch.Tensor) -> dict[str, float]:
-        """Applies the statistics of one global batch; the same on every rank. Returns usage, perplexity, revived."""
+        """Updates the buffers after an accepted step, in the same way on every rank.
+
+        Args:
+            statistics: Sum of the statistics over the global batch.
+
+        Returns:
+            The metrics "usage", "perplexity" and "revived", see usage_metrics().
+        """
         return usage_metrics(statistics[: self.entries])
 
     @torch.no_grad()
     def initialise(self, z_BDHW: torch.Tensor) -> None:
-        """Places the codebook on k-means centres of the encoder's vectors, before an engine is built."""
-        z_ND = self.embed(z_BDHW.float().movedim(1, -1).reshape(-1, self.dim))
-        self.initialise_codebook(self.embed(kmeans(z_ND, self.entries)), len(z_ND) / self.entries)
+        """Sets the codebook to k-means centres of the encoder's vectors. Call this before the engine is built."""
+        z_ND = self.to_code_space(z_BDHW.float().movedim(1, -1).reshape(-1, self.dim))
+        self.initialise_codebook(self.to_code_space(kmeans(z_ND, self.entries)), len(z_ND) / self.entries)
 
-    def initialise_codebook(self, centres_KD: torch.Tensor, won: float) -> None:
-        """Puts the codebook there, with every code alive. won: vectors of each centre, on average."""
+    def initialise_codebook(self, centres_KD: torch.Tensor, vectors_per_centre: float) -> None:
+        """Sets the codebook to k-means centres. Subclasses that count the use of codes also mark every code as used.
+
+        Args:
+            centres_KD: The centres, in code space.
+            vectors_per_centre: Mean number of vectors per centre.
+        """
         self.codebook.copy_(centres_KD)
 
 
-class Replace(torch.autograd.Function):
-    """q in the place of z, with q's gradient handed to z: straight-through. No arithmetic, so the result is exactly q and
-    images decode from codes as they did in training."""
+class StraightThrough(torch.autograd.Function):
+    """Straight-through estimator: returns q, and passes q's gradient to z unchanged.
+
+    The usual z + (q - z).detach() rounds. This does no arithmetic, so the result is exactly q, and codes decode to the same
+    images as in training.
+    """
 
     @staticmethod
-    def forward(ctx, z_ND: torch.Tensor, q_ND: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, z_ND: torch.Tensor, q_ND: torch.Tensor) -> torch.Tensor:
+        """Returns q, [N, D]."""
         return q_ND.view_as(q_ND)
 
     @staticmethod
-    def backward(ctx, gradient_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: FunctionCtx, gradient_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Returns the gradients for z, [N, D], and for q, which gets none."""
         return gradient_ND, None
 
 
 def random_codebook(config: QuantizerConfig) -> torch.Tensor:
+    """Returns a normal random codebook [K, D] with entries of about length 1; the same for the same number of entries."""
     generator = torch.Generator().manual_seed(config.entries)
     return torch.randn(config.entries, config.dim, generator=generator) * config.dim**-0.5
 
 
 def rotate_onto(z_ND: torch.Tensor, q_ND: torch.Tensor) -> torch.Tensor:
-    """z rotated and rescaled onto q, with the rotation held constant (Fifty et al. 2024, arXiv:2410.06424, section 4.2):
-    the gradient keeps its angle to the vector on its way from q back to z."""
+    """Rotates and rescales z onto q, with rotation and scale constant (Fifty et al. 2024, arXiv:2410.06424, section 4.2).
+
+    The value is q, up to rounding. The gradient is rotated back and rescaled, so that its angle to z equals its angle to q.
+
+    Args:
+        z_ND: The encoder's vectors.
+        q_ND: The entries that were chosen for them.
+
+    Returns:
+        [N, D], with a gradient for z_ND alone.
+    """
     with torch.no_grad():
         scale = q_ND.norm(dim=1, keepdim=True) / z_ND.norm(dim=1, keepdim=True).clamp(min=1e-6)
         from_ND, to_ND = F.normalize(z_ND, dim=1), F.normalize(q_ND, dim=1)
@@ -174,7 +279,15 @@ def rotate_onto(z_ND: torch.Tensor, q_ND: torch.Tensor) -> torch.Tensor:
 
 
 def usage_metrics(counts_K: torch.Tensor, revived: float = 0.0) -> dict[str, float]:
-    """Share of codes used, exp(entropy) of their use, and codes revived, of one global batch."""
+    """Summarises how codes were used in one global batch.
+
+    Args:
+        counts_K: Counts of each code.
+        revived: Number of codes that were revived.
+
+    Returns:
+        "usage", the fraction of codes used at all; "perplexity", exp(entropy) of the distribution of codes; "revived".
+    """
     p = counts_K / counts_K.sum()
     perplexity = torch.exp(-(p * torch.log(p + 1e-10)).sum())
     return {"usage": float((counts_K > 0).float().mean()), "perplexity": float(perplexity), "revived": float(revived)}

@@ -1,8 +1,8 @@
-"""VQ-VAE-2 (Razavi, van den Oord, Vinyals 2019, arXiv:1906.00446) with any number of levels; report 002's tokenizer.
+"""VQ-VAE-2 (Razavi, van den Oord, Vinyals 2019, arXiv:1906.00446) with any number of levels; the tokenizer of report 002.
 
-Images are [-1, 1], [B, C, H, W]. Levels are named from fine to coarse, ("codes",), ("bottom", "top"), ("bottom",
-"middle", "top"), ("bottom", "middle1", "middle2", "top") …: level i sees the image at 1/∏strides[:i+1], and is encoded
-given all coarser ones.
+Images are [B, C, H, W] in [-1, 1]. Levels are ordered from fine to coarse: ("codes",), ("bottom", "top"), ("bottom",
+"middle", "top"), ("bottom", "middle1", "middle2", "top") and so on. The grid of level i is the image's size divided by
+∏strides[:i+1]. Each level is encoded given all coarser levels.
 """
 
 import math
@@ -13,33 +13,39 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lesiongen.tokenizers.blocks import Shape, decoder, encoder
+from lesiongen.tokenizers.blocks import ConvConfig, build_decoder, build_encoder
 from lesiongen.tokenizers.quantize import build
 from lesiongen.tokenizers.quantizer import Quantized, QuantizerConfig
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class VQVAE2Config(QuantizerConfig, Shape):
+class VQVAE2Config(QuantizerConfig, ConvConfig):
+    """Config of a VQ-VAE-2."""
+
     kind: Literal["vqvae2"] = "vqvae2"
-    strides: tuple[int, ...] = (4, 2)  # of each level over the one below; powers of two
+    strides: tuple[int, ...] = (4, 2)  # of each level over the next finer one (the first: over the image); powers of two
 
     def __post_init__(self):
         QuantizerConfig.__post_init__(self)
-        Shape.__post_init__(self)
+        ConvConfig.__post_init__(self)
         if not self.strides or any(s < 2 or s & (s - 1) for s in self.strides):
             raise ValueError(f"strides must be powers of two above 1, one for each level, not {self.strides}")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Levels, fine to coarse."""
-        between = len(self.strides) - 2
-        if between < 0:
+        """Names of the levels, fine to coarse."""
+        middle_levels = len(self.strides) - 2
+        if middle_levels < 0:
             return ("codes",)
-        return ("bottom", *(f"middle{i + 1 if between > 1 else ''}" for i in range(between)), "top")
+        return ("bottom", *(f"middle{i + 1 if middle_levels > 1 else ''}" for i in range(middle_levels)), "top")
 
     def grids(self, size: int) -> dict[str, int]:
-        """Side of each level's grid for square images. Raises ValueError where the size does not divide."""
+        """Returns {level: side of its grid} for square images of `size` pixels.
+
+        Raises:
+            ValueError: The size is no multiple of the product of the strides.
+        """
         factors = [math.prod(self.strides[: i + 1]) for i in range(len(self.strides))]
         if size % factors[-1]:
             raise ValueError(
@@ -49,47 +55,71 @@ class VQVAE2Config(QuantizerConfig, Shape):
 
 
 class VQVAE2(Tokenizer):
+    """A chain of encoders, a quantizer for each level, and one decoder for all levels.
+
+    Modules in a list belong to levels 0, 1, …, fine to coarse.
+    """
+
     def __init__(self, config: VQVAE2Config, channels: int, batch: int):
+        """Builds the networks.
+
+        Args:
+            config: Sizes and kinds of the parts.
+            channels: Colour channels of the images.
+            batch: Global batch size.
+        """
         super().__init__()
         self.config, self.names = config, config.names
         levels = range(len(config.strides))
         dim, top = config.dim, levels[-1]
-        self.encoders = nn.ModuleList(encoder(channels if i == 0 else config.hidden, config.strides[i], config) for i in levels)
-        # Level i is encoded from its own features and what the coarser levels decode to on its grid.
-        self.down = nn.ModuleList(decoder((top - i) * dim, dim, config.strides[i + 1], config) for i in levels[:-1])
+        # encoders[i] maps the features of level i - 1 (the image for i = 0) to those of level i.
+        self.encoders = nn.ModuleList(
+            build_encoder(channels if i == 0 else config.hidden, config.strides[i], config) for i in levels
+        )
+        # down[i] decodes all levels coarser than i to the grid of level i; project[i] joins the result with level i's features.
+        self.down = nn.ModuleList(build_decoder((top - i) * dim, dim, config.strides[i + 1], config) for i in levels[:-1])
         self.project = nn.ModuleList(nn.Conv2d(config.hidden + (dim if i < top else 0), dim, 1) for i in levels)
         self.quantizers = nn.ModuleList(build(config, batch) for _ in levels)
+        # up[i] upsamples quantized vectors from the grid of level i + 1 to that of level i.
         self.up = nn.ModuleList(nn.ConvTranspose2d(dim, dim, s, s) for s in config.strides[1:])
-        self.decoder = decoder(len(config.strides) * dim, channels, config.strides[0], config)
+        self.decoder = build_decoder(len(config.strides) * dim, channels, config.strides[0], config)
 
-    def quantized(self, x_BCHW: torch.Tensor, slot=None, position=None) -> dict[str, Quantized]:
-        out: dict[str, Quantized] = {}
-        for i, z in self._vectors(x_BCHW, out):
-            out[self.names[i]] = self.quantizers[i](z, slot, position)
-        return out
+    def quantized(
+        self, x_BCHW: torch.Tensor, slot_B: torch.Tensor | None = None, position_B: torch.Tensor | None = None
+    ) -> dict[str, Quantized]:
+        results: dict[str, Quantized] = {}
+        for i, z_BDhw in self._level_vectors(x_BCHW, results):
+            results[self.names[i]] = self.quantizers[i](z_BDhw, slot_B, position_B)
+        return results
 
-    def _vectors(self, x_BCHW: torch.Tensor, done: dict[str, Quantized]) -> Iterator[tuple[int, torch.Tensor]]:
-        """(level, vectors to quantize), coarse to fine; the caller puts each result into `done` before the next."""
+    def _level_vectors(self, x_BCHW: torch.Tensor, results: dict[str, Quantized]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields (level, vectors [B, D, h, w] to quantize), coarse to fine.
+
+        Each level needs the quantized vectors of the coarser ones. So the caller must store each level's result in `results`
+        before it asks for the next level.
+        """
         features, h = [], x_BCHW
-        for encode in self.encoders:
-            features.append(h := self._run(encode, h))
-        coarser: list[torch.Tensor] = []  # quantized vectors of coarser levels, on the grid of the last one
+        for encoder in self.encoders:
+            features.append(h := self._run_part(encoder, h))
+        coarser: list[torch.Tensor] = []  # quantized vectors of all coarser levels, on the grid of level i + 1
         for i in reversed(range(len(features))):
-            stack = [features[i], self._run(self.down[i], torch.cat(coarser, 1))] if coarser else [features[i]]
-            yield i, self.project[i](torch.cat(stack, 1))
-            coarser = [*(self.up[i](q) for q in coarser), done[self.names[i]].x]
+            inputs = [features[i], self._run_part(self.down[i], torch.cat(coarser, 1))] if coarser else [features[i]]
+            yield i, self.project[i](torch.cat(inputs, 1))
+            coarser = [*(self.up[i](q) for q in coarser), results[self.names[i]].x]
 
     def decode(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
-        stack: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
         for i in reversed(range(len(self.names))):
-            stack = [*(self.up[i](q) for q in stack), vectors[self.names[i]]]
-        return self._run(self.decoder, torch.cat(stack, 1))
+            inputs = [*(self.up[i](q) for q in inputs), vectors[self.names[i]]]
+        return self._run_part(self.decoder, torch.cat(inputs, 1))
 
     @torch.no_grad()
     def initialise(self, x_BCHW: torch.Tensor) -> None:
-        """Places each level's codebook on k-means centres of these images' vectors, coarse to fine; before the engine is
-        built."""
-        out: dict[str, Quantized] = {}
-        for i, z in self._vectors(x_BCHW, out):
-            self.quantizers[i].initialise(z)
-            out[self.names[i]] = self.quantizers[i](z)
+        """Sets each level's codebook to k-means centres of the vectors of these images, coarse to fine.
+
+        Call this before the engine is built.
+        """
+        results: dict[str, Quantized] = {}
+        for i, z_BDhw in self._level_vectors(x_BCHW, results):
+            self.quantizers[i].initialise(z_BDhw)
+            results[self.names[i]] = self.quantizers[i](z_BDhw)

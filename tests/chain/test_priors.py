@@ -58,7 +58,7 @@ def test_levels_of_other_kinds_and_facts_give_samples(given, tmp_path, capsys):
             assert text[fact] == row[fact]
     capsys.readouterr()
     assert main(["sample", *given(), *more, "sample.facts.sex=other", "-n", "2", "--out", str(tmp_path / "x")]) == 2
-    assert "no 'other' among the values of sex: female, male" in capsys.readouterr().err
+    assert "'other' is not a known value of sex; choose among female, male" in capsys.readouterr().err
 
 
 def test_a_hierarchy_of_pixelsnails_is_sampled_and_a_killed_sampling_goes_on(given, tmp_path):
@@ -142,4 +142,4 @@ def test_a_fact_that_no_image_has_is_named_before_training(given, phantoms, tmp_
         assert main([*verb, *given(), *own]) == 0
     capsys.readouterr()
     assert main(["train", "prior", *given(), *own, "--level", "top"]) == 2
-    assert "has a 'sex', so a prior cannot learn from it; facts here: label, site, age_band" in capsys.readouterr().err
+    assert "has a 'sex', so a prior cannot learn from it. Available facts: label, site, age_band" in capsys.readouterr().err

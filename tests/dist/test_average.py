@@ -37,7 +37,7 @@ def test_the_loop_exports_the_average(pools, phantoms, tmp_path):
     overrides = tiny(phantoms, tmp_path, **more, **{"local.ranks": 2, "tokenizer.train.optim.lr": 0.01})
     pools(2).run(cases.run_stages, overrides, DEMO, ["shards", "tokenizer"])
     folder = tmp_path / "tiny" / "tokenizer"
-    last = checkpoint.found(folder / "checkpoints")[-1]
+    last = checkpoint.committed(folder / "checkpoints")[-1]
     exported, average = load_file(folder / "export" / "model.safetensors"), load_file(last / "average.safetensors")
     weights = torch.load(last / "engine" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
     for name, value in average.items():

@@ -159,7 +159,7 @@ def test_after_some_attempts_the_error_names_what_differed(server, tmp_path, fau
 
 
 def test_a_file_that_is_not_there_is_asked_for_once(server, tmp_path):
-    with pytest.raises(StorageError, match="not there"):
+    with pytest.raises(StorageError, match="does not exist"):
         store_of(server.url + "/shards", tmp_path).open(entry("9.tar", b"x"))
     with pytest.raises(FileNotFoundError):
         store_of(server.url + "/shards", tmp_path).read_small("9.json")

@@ -78,7 +78,7 @@ def test_cluster_files_of_the_project_fit_its_stages(path, phantoms, tmp_path):
     ("own", "said"),
     [
         ({"partion": "gpu"}, "did you mean 'partition'"),
-        ({"stages": {"prio": {}}}, "stages.prio is no stage"),
+        ({"stages": {"prio": {}}}, "stages.prio is not a stage"),
         ({"stages": {"prior": {"node": 2}}}, "did you mean 'nodes'"),
         ({"stages": {"tokenizer": {"nodes": 3}}}, "does not divide among 3 ranks"),
         ({"default": {"minutes": 0}}, "must be above 0"),
@@ -131,9 +131,9 @@ def job(tmp_path, monkeypatch, command):
 def test_a_stop_is_requeued_however_often(job, codes):
     if codes[0] < 128:
         for code in codes:
-            requeue.note_ending(job, code)
+            requeue.record_exit_code(job, code)
     for _ in range(2 * requeue.MAX_FAILURES):
-        assert requeue.main(job, max(codes)) is None
+        assert requeue.requeue_unless_final(job, max(codes)) is None
     assert not (job / requeue.FAILURES).exists()
 
 
@@ -141,34 +141,34 @@ def test_a_stop_is_requeued_however_often(job, codes):
 def test_failures_are_limited_unless_a_checkpoint_lies_between(job, code, monkeypatch, capsys):
     for start in range(requeue.MAX_FAILURES - 1):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
-        assert requeue.main(job, code) is None
+        assert requeue.requeue_unless_final(job, code) is None
     manifest = job.parent.parent / "tokenizer" / "checkpoints" / "step-000005" / "MANIFEST.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text("{}")
     for _ in range(requeue.MAX_FAILURES - 1):
-        assert requeue.main(job, code) is None
-    assert requeue.main(job, code) == code
+        assert requeue.requeue_unless_final(job, code) is None
+    assert requeue.requeue_unless_final(job, code) == code
     assert "3 times without a new checkpoint" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted again by a person
-    assert requeue.main(job, code) is None
+    assert requeue.requeue_unless_final(job, code) is None
 
 
-@pytest.mark.parametrize("code", requeue.FINAL)
+@pytest.mark.parametrize("code", requeue.FINAL_CODES)
 def test_what_would_end_the_same_is_not_started_again(job, code):
     for own in (errors.FAILED, code, errors.RESUMABLE):
-        requeue.note_ending(job, own)
-    assert requeue.main(job, 137) == code
+        requeue.record_exit_code(job, own)
+    assert requeue.requeue_unless_final(job, 137) == code
 
 
 def test_a_job_that_slurm_is_ending_is_not_revived(job, capsys):
     (job.parent.parent / "state").write_text("JobState=COMPLETING")
-    assert requeue.main(job, errors.RESUMABLE) == errors.RESUMABLE
+    assert requeue.requeue_unless_final(job, errors.RESUMABLE) == errors.RESUMABLE
     assert "Slurm is ending it" in capsys.readouterr().err
 
 
 def test_a_refusal_is_told(job, capsys):
     (job.parent.parent / "refusal").write_text("Requested operation is presently disabled")
-    assert requeue.main(job, errors.RESUMABLE) == errors.RESUMABLE
+    assert requeue.requeue_unless_final(job, errors.RESUMABLE) == errors.RESUMABLE
     assert "not requeued (Requested operation is presently disabled)" in capsys.readouterr().err
 
 

@@ -227,10 +227,10 @@ def test_the_reports_augmentations_can_be_written(lesion, name):
         ({"crop": 1.0, "aspect": 1.3}, "needs a crop"),
         ({"hue": 0.6}, "hue"),
         ({"rotate": 200}, "180"),
-        ({"hflip": 1.2}, "shares"),
+        ({"hflip": 1.2}, "probabilities"),
         ({"one_of": ("hflip",)}, "two"),
         ({"one_of": ("hflip", "hflip")}, "once"),
-        ({"one_of": ("hflip", "blur")}, "'blur'; it chooses among crop"),
+        ({"one_of": ("hflip", "blur")}, "unknown operation 'blur'; choose among crop"),
         ({"one_of": ("hflip", "rotate")}, "'rotate', which is switched off"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc.data.storage import Cache, CacheConfig, StorageError, Store, is_remote, shown
+from hpc.data.storage import Cache, CacheConfig, StorageError, Store, is_remote, without_secrets
 from hpc.errors import UserError
 
 
@@ -69,7 +69,7 @@ def test_an_unset_variable_is_named(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("where", ["/data", "https://host/data"])
 def test_names_in_manifests_are_plain(where, name):
-    with pytest.raises(StorageError, match="no plain file name"):
+    with pytest.raises(StorageError, match="not a plain file name"):
         Store(where, CacheConfig("/nowhere")).open({"name": name, "bytes": 1, "crc32": 0})
 
 
@@ -85,7 +85,7 @@ def test_addresses_that_run_or_chain_are_refused(where):
 def test_a_signature_goes_behind_the_name_and_is_not_shown():
     address = Store("https://me:word@host/shards/?sig=a/b", CacheConfig("/nowhere")).address("a.tar")
     assert address == "https://me:word@host/shards/a.tar?sig=a/b"
-    assert shown(f"GET '{address}' failed") == "GET 'https://host/shards/a.tar' failed"
+    assert without_secrets(f"GET '{address}' failed") == "GET 'https://host/shards/a.tar' failed"
 
 
 def test_least_recently_used_go_first_and_strangers_stay(tmp_path):

@@ -31,7 +31,7 @@ def rescan(image: Image.Image, scale: float = 0.9, shift: int = 5, angle: float 
 
 def find(pictures: list[Image.Image], **more) -> list[Pair]:
     thumbnails = np.stack([duplicates.thumbnail(picture) for picture in pictures])
-    return duplicates.find([f"{i:03d}" for i in range(len(pictures))], thumbnails, progress=False, **more)
+    return duplicates.find_pairs([f"{i:03d}" for i in range(len(pictures))], thumbnails, progress=False, **more)
 
 
 def names(pairs: list[Pair]) -> set[tuple[str, str]]:
@@ -80,14 +80,14 @@ def test_wrong_input_is_refused():
     thumbnails = np.zeros((2, 64, 64), np.uint8)
     for ids, array in ((["a"], thumbnails), (["a", "a"], thumbnails), (["a", "b"], thumbnails.astype(float))):
         with pytest.raises(ValueError, match="ids"):
-            duplicates.find(ids, array, progress=False)
+            duplicates.find_pairs(ids, array, progress=False)
 
 
 def test_sheet_shows_pairs(drawings):
     pairs = [Pair("000", "001", 0.9)] * 6
-    sheet = duplicates.sheet(pairs, lambda name: drawings[int(name)], limit=5, side=40)
+    sheet = duplicates.draw_pairs(pairs, lambda name: drawings[int(name)], limit=5, side=40)
     assert sheet.dtype == torch.uint8 and sheet.shape == (3, 2 * 56 + 2, 4 * 82 + 2)
-    assert duplicates.sheet([], lambda name: drawings[0]).shape[0] == 3
+    assert duplicates.draw_pairs([], lambda name: drawings[0]).shape[0] == 3
 
 
 def test_rescanned_photographs_are_found(real_images):
@@ -101,6 +101,6 @@ def test_rescanned_photographs_are_found(real_images):
     if not any(old(path.stem) for path in paths):
         pytest.skip("the ISIC images are not on this machine")
     thumbnails = np.stack([duplicates.thumbnail(images.decode(path.read_bytes())) for path in paths])
-    pairs = duplicates.find([path.stem for path in paths], thumbnails, progress=False)
+    pairs = duplicates.find_pairs([path.stem for path in paths], thumbnails, progress=False)
     across = [pair for pair in pairs if old(pair.a) and not old(pair.b)]
     assert len(across) >= 40 and len(pairs) - len(across) <= 3, pairs

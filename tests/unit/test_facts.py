@@ -32,7 +32,7 @@ def known(*names: str) -> PriorFacts:
 
 def test_a_fact_that_no_image_has_is_refused_by_name():
     assert vocabularies(STORE, ["label", "sex"]) == {"label": ["mel", "nv"], "sex": ["female", "male"]}
-    with pytest.raises(UserError, match=r"No image behind codes has a 'site'.*here: label, sex, age_band"):
+    with pytest.raises(UserError, match=r"code store codes has a 'site'.*Available facts: label, sex, age_band"):
         vocabularies(STORE, ["site"])
     without = SimpleNamespace(folder="codes", manifest={"vocabularies": {"label": []}})
     assert vocabularies(without, ["label"]) == {"label": []}
@@ -40,7 +40,10 @@ def test_a_fact_that_no_image_has_is_refused_by_name():
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"facts": ["dx"]}, "no 'dx'; choose among label, site, sex, age_band"), ({"facts": ["sex", "sex"]}, "named once")],
+    [
+        ({"facts": ["dx"]}, "unknown fact 'dx'; choose among label, site, sex, age_band"),
+        ({"facts": ["sex", "sex"]}, "name a fact twice"),
+    ],
 )
 def test_a_priors_facts_are_checked(given, message):
     with pytest.raises(UserError, match=message):
@@ -51,7 +54,7 @@ def test_a_priors_facts_are_checked(given, message):
     ("given", "message"),
     [
         ({"facts": {"label": "mel"}}, "sample.labels"),
-        ({"levels": {"top": {"temperature": 0}}}, "temperature > 0"),
+        ({"levels": {"top": {"temperature": 0}}}, "temperature above 0"),
         ({"levels": {"top": {"number": 3}}}, "Unknown key 'levels.top.number'"),
         ({"guidance_schedule": "rising"}, "choose one of constant, linear, cosine"),
     ],
@@ -104,7 +107,10 @@ def test_facts_go_with_the_label_though_the_first_level_does_not_know_it():
 
 @pytest.mark.parametrize(
     ("facts", "message"),
-    [({"site": "back"}, "not trained with 'site'; they know sex"), ({"sex": "f"}, "no 'f' among .* sex: female, male")],
+    [
+        ({"site": "back"}, "not trained with 'site'. Facts that they know: sex"),
+        ({"sex": "f"}, "'f' is not a known value of sex; choose among female, male"),
+    ],
 )
 def test_unknown_facts_of_samples_are_named(facts, message):
     with pytest.raises(UserError, match=message):

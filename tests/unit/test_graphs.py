@@ -1,4 +1,4 @@
-"""Recorded: a stand-in for the GPU's graphs notes each operator while a call is recorded, and runs them again to play it."""
+"""GraphedFunction, with a stand-in for CUDA graphs: it notes each operator while a call is recorded, and replays them."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lesiongen.priors.cuda_graphs import Recorded
+from lesiongen.priors.cuda_graphs import GraphedFunction
 from lesiongen.priors.sampling import Choice, uniforms
 from tests.unit.test_priors import PRIORS, prior
 
@@ -72,7 +72,7 @@ def test_batches_are_those_of_the_plain_call(name, graphs):
     def work(facts, numbers, upper):
         return net.sample(facts, [upper], numbers, *how)
 
-    recorded = Recorded(work)
+    recorded = GraphedFunction(work)
     for size, first in ((3, 0), (3, 3), (3, 6), (2, 9), (3, 11)):  # the fourth is a last, smaller one
         torch.manual_seed(first)
         facts, upper = torch.randint(-1, 2, (size, 2)), torch.randint(7, (size, 2, 2))
@@ -82,7 +82,7 @@ def test_batches_are_those_of_the_plain_call(name, graphs):
 
 
 def test_a_result_is_the_callers_own(graphs):
-    recorded = Recorded(lambda x: x * 2)
+    recorded = GraphedFunction(lambda x: x * 2)
     results = [recorded(torch.full((2,), float(i))) for i in range(4)]
     assert [r.tolist() for r in results] == [[0, 0], [2, 2], [4, 4], [6, 6]]
 
@@ -91,7 +91,7 @@ def test_a_result_is_the_callers_own(graphs):
 @pytest.mark.parametrize("name", PRIORS)
 def test_on_a_gpu(name):
     net = prior(name).eval().cuda()
-    recorded = Recorded(lambda facts, numbers: net.sample(facts, [], numbers, Choice()))
+    recorded = GraphedFunction(lambda facts, numbers: net.sample(facts, [], numbers, Choice()))
     for first in (0, 3, 6):
         facts, numbers = torch.tensor([[0, 1], [4, -1], [-1, 0]]).cuda(), uniforms(0, range(first, first + 3), net.grid).cuda()
-        assert torch.equal(recorded(facts, numbers), recorded.work(facts, numbers))
+        assert torch.equal(recorded(facts, numbers), recorded.function(facts, numbers))

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lesiongen.data.similarity import psnr, ssim
-from lesiongen.evaluation import classifier, copies, report
+from lesiongen.evaluation import classifier, copies
 from lesiongen.evaluation.codes import bigram_bits, usage_and_perplexity
+from lesiongen.evaluation.verdict import verdict
 from lesiongen.ingest.licences import strictest
 
 
@@ -162,8 +163,8 @@ def test_verdict_does_not_praise_what_was_not_shown():
         "copies": {**copies.copy_rate(torch.ones(8), 0.5), **far, "threshold": 0.5, "held_out": far},
         "priors": {"top": {"bits_per_token": 4.0, "train_bits_per_token": 3.9, "bigram_bits": 5.0}},
     }
-    assert [mark for mark, _ in report.verdict(metrics)] == ["good", "good", "fair"]  # eight samples prove no absence
+    assert [mark for mark, _ in verdict(metrics)] == ["good", "good", "fair"]  # eight samples prove no absence
     metrics["fidelity"]["samples"] = 0.25
     metrics["priors"]["top"] = {"bits_per_token": 6.0, "train_bits_per_token": 1.0, "bigram_bits": 5.0}
     metrics["copies"]["least_distance"] = 0.001
-    assert [mark for mark, _ in report.verdict(metrics)] == ["poor", "none", "poor", "poor"]
+    assert [mark for mark, _ in verdict(metrics)] == ["poor", "none", "poor", "poor"]

@@ -73,8 +73,8 @@ def test_patterns_count_streams(streams, table, position):
     table = np.array(table) % streams
     pattern, sequence = TableLayout(table, streams), [int(table[i % len(table)]) for i in range(position)]
     for stream in range(streams):
-        assert pattern.of(position, stream) == sequence.count(stream)
-        assert pattern.before(position, stream) == sum(s < stream for s in sequence)
+        assert pattern.positions_before(position, stream) == sequence.count(stream)
+        assert pattern.positions_of_earlier_streams(position, stream) == sum(s < stream for s in sequence)
 
 
 @settings(max_examples=40, deadline=None)

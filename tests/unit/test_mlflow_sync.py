@@ -185,14 +185,14 @@ def test_follower_says_once_that_it_fails_and_once_that_it_is_back(tmp_path, mon
     assert follower.failures == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
-    assert said[0].startswith("away. Training goes on")
-    assert said[1] == "MLflow at http://server is back."
+    assert said[0].startswith("away. Training continues")
+    assert said[1] == "MLflow at http://server is reachable again."
 
 
 def test_follower_gives_up_when_another_process_stays_busy(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mlflow_sync, "sync", lambda *_: mlflow_sync.SyncResult(busy=True))
     assert not Follower(tmp_path, "http://server", interval=60).close(deadline=0.2)
-    assert "did not take the last lines" in capsys.readouterr().err
+    assert "did not receive the last metrics" in capsys.readouterr().err
 
 
 def test_serve_refuses_with_the_reason(tmp_path):

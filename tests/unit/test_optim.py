@@ -8,7 +8,7 @@ from torch import nn
 
 from hpc.config import build
 from hpc.errors import UserError
-from hpc.train.optim import RAMP, OptimConfig, average_decay, learning_rate, optimizer
+from hpc.train.optim import RAMPUP_RATIO, OptimConfig, average_decay, learning_rate, optimizer
 
 NAMES = ("adamw", "adam", "sgd")
 
@@ -110,7 +110,7 @@ def test_after_its_half_life_a_weight_counts_half_whatever_the_batch(batch):
 
 def test_an_average_is_short_at_first():
     assert average_decay(6_400, 0, 64) == 0, "the weights of the start would stay in it"
-    assert average_decay(6_400, 1_280, 64) == pytest.approx(0.5 ** (64 / (RAMP * 1_280)))
+    assert average_decay(6_400, 1_280, 64) == pytest.approx(0.5 ** (64 / (RAMPUP_RATIO * 1_280)))
     assert average_decay(0, 1_000_000, 64) == 0
     decays = [average_decay(6_400, seen, 64) for seen in range(0, 200_000, 640)]
     assert decays == sorted(decays) and decays[-1] == pytest.approx(0.5 ** (64 / 6_400))

@@ -139,7 +139,7 @@ class TestPrior:
         codes = torch.randint(0, 11, (3, 4, 3))
         net = prior(name, upper).train()
         loss, expected = gradients(net, codes, facts, above)
-        monkeypatch.setattr(module, "CHUNK", 5 * 11)  # 36 tokens by fives
+        monkeypatch.setattr(module, "MAX_LOGITS", 5 * 11)  # 36 tokens by fives
         chunked, found = gradients(net, codes, facts, above)
         assert chunked == pytest.approx(loss, rel=1e-6)
         for n, g in expected.items():

@@ -118,9 +118,9 @@ class TestEvery:
 @pytest.mark.parametrize("name", BOOKS)
 class TestCodebook:
     def test_nearest_is_the_nearest(self, name, monkeypatch):
-        monkeypatch.setattr("lesiongen.tokenizers.kmeans.CHUNK", {"cpu": 7 * K})
+        monkeypatch.setattr("lesiongen.tokenizers.kmeans.MAX_DISTANCES", {"cpu": 7 * K})
         quantizer = make(name)
-        z = quantizer.embed(torch.randn(50, D))
+        z = quantizer.to_code_space(torch.randn(50, D))
         assert torch.equal(quantizer.nearest(z), torch.cdist(z, quantizer.codebook).argmin(1))
 
     def test_finds_the_clusters_and_uses_every_code(self, name):

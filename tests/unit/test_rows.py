@@ -46,7 +46,7 @@ def test_a_store_lies_in_memory_only_where_it_fits(store, monkeypatch):
     store, _ = store
     cpu = torch.device("cpu")
     assert CodeRows(store, "train", ["codes.top"], cpu).resident
-    size = CodeRows(store, "train", ["codes.top"], cpu).bytes()
+    size = CodeRows(store, "train", ["codes.top"], cpu).size_in_bytes()
     assert size == 26 * 6 * store.arrays("train", 0, 0)["codes.top"].itemsize
     monkeypatch.setattr(rows, "free_memory", lambda device: 2 * size - 1)
     assert not CodeRows(store, "train", ["codes.top"], cpu).resident

@@ -114,7 +114,7 @@ def test_a_folder_of_tables_is_read_whole(folder):
     (folder / "tables" / "other.csv").write_text("a,b\n1,2\n")
     found = catalog.read_catalog(folder / "images", folder / "tables")
     assert found.records[0].lesion == "BCN_1"
-    assert any("left aside" in line for line in found.recognised)
+    assert any("ignored" in line for line in found.recognised)
 
 
 def test_two_diagnoses_are_none(folder):
@@ -138,13 +138,13 @@ def test_licences_filter_and_renaming(folder):
     found = catalog.read_catalog(folder / "images", folder / "m.csv", allowed=["cc0"], rename={"nevus": "nv"})
     assert [(r.image, r.dx) for r in found.records] == [(ISIC_A, "nv")]
     assert [entry["image"] for entry in found.left_out] == [ISIC_B]
-    with pytest.raises(UserError, match="those here: CC-0, CC-BY"):
+    with pytest.raises(UserError, match="licences of the images: CC-0, CC-BY"):
         catalog.read_catalog(folder / "images", folder / "m.csv", allowed=["CC-BY-SA"])
 
 
 def test_licences_compare():
     order = ["CC-0", "CC-BY 4.0", "cc by-sa", "CC-BY-NC", "CC BY-NC-SA 3.0", "CC-BY-NC-ND", "mine alone", ""]
-    assert sorted(order, key=licences.conditions) == order
+    assert sorted(order, key=licences.strictness) == order
     assert licences.strictest(["CC-0", "CC-BY-NC", "CC-BY"]) == "CC-BY-NC"
     assert "not be passed on" in licences.strictest(["CC-0", ""])
     assert {licences.canonical(n) for n in ("CC0", "cc-0", "Public Domain", "CC0 1.0")} == {"CC-0"}

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hpc.errors import UserError
 from lesiongen.ingest.catalog import Record
-from lesiongen.ingest.splits import Groups, assign, split_of, thin_classes
+from lesiongen.ingest.splits import Groups, assign, small_class_warnings, split_of
 
 names = st.sampled_from([f"i{n}" for n in range(30)])
 
@@ -80,8 +80,8 @@ def test_joined_groups_take_the_smaller_id():
     groups = Groups({"c": "test"})
     assert groups.join("b", "a") and groups.join("c", "b")
     assert {groups.find(g) for g in "abc"} == {"a"}
-    assert groups.split("b") == "test"
-    groups.bound["z"] = "train"
+    assert groups.fixed_split("b") == "test"
+    groups.fixed_splits["z"] = "train"
     assert not groups.join("z", "a")
 
 
@@ -93,4 +93,4 @@ def test_shares_of_the_splits():
 
 def test_few_groups_are_warned_of():
     rows = [("val", "a", "g1"), ("val", "a", "g1")] + [("test", "a", f"g{n}") for n in range(5)]
-    assert thin_classes(rows, ["a"]) == ["class 'a' has only 1 groups (lesions, patients) in val"]
+    assert small_class_warnings(rows, ["a"]) == ["class 'a' has only 1 groups (lesions, patients) in val"]
