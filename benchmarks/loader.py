@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 from lesiongen.data import images
 from lesiongen.data.augment import AugmentConfig, augment
 from lesiongen.data.packed import Packed
-from lesiongen.data.stream import ImageShards, batch_of
+from lesiongen.data.stream import ImageShards, collate
 from lesiongen.experiment import DataConfig
 from lesiongen.ingest.packing import pack
 
@@ -42,7 +42,7 @@ CONFIG = AugmentConfig()  # random resized crop and one of 8 symmetries
 
 def decode_view(content: bytes, size: int) -> torch.Tensor:
     """Decodes a JPEG and returns an augmented view of size × size pixels."""
-    return augment(images.pixels(content), size, CONFIG, torch.Generator().manual_seed(0))
+    return augment(images.decode_tensor(content), size, CONFIG, torch.Generator().manual_seed(0))
 
 
 def decode_sample(raw: dict, size: int) -> dict:
@@ -54,10 +54,10 @@ def decode_sample(raw: dict, size: int) -> dict:
     return {"key": raw.get("__key__", ""), "image": decode_view(raw["jpg"], size), "label": 0, "facts": facts}
 
 
-def collate(samples: list[dict]) -> dict:
+def collate_other(samples: list[dict]) -> dict:
     """Makes a batch like this project's from samples of other loaders, which lack position, slot, shard and ordinal."""
     numbers = dict.fromkeys(("position", "slot", "shard", "ordinal"), 0)
-    return batch_of([s | numbers | {"bad": []} for s in samples])
+    return collate([s | numbers | {"bad": []} for s in samples])
 
 
 class BareLoop(IterableDataset):
@@ -81,7 +81,7 @@ def stock_webdataset(shards: Path, size: int, workers: int) -> Iterator[dict]:
     """Returns the stream of webdataset's own pipeline, with this project's decoding and augmentation."""
     urls = [str(p) for p in sorted(shards.glob("train-*.tar"))]
     data = wds.WebDataset(urls, shardshuffle=len(urls), nodesplitter=wds.split_by_node).repeat().shuffle(1000)
-    data = data.map(partial(decode_sample, size=size)).batched(BATCH, collation_fn=collate)
+    data = data.map(partial(decode_sample, size=size)).batched(BATCH, collation_fn=collate_other)
     extra = {"prefetch_factor": 4} if workers else {}
     return iter(wds.WebLoader(data, batch_size=None, num_workers=workers, **extra))
 
@@ -104,7 +104,7 @@ def mosaicml_streaming(root: Path, size: int, workers: int) -> Iterator[dict]:
     clean_stale_shared_memory()
     data = _Decoded(StreamingDataset(local=str(root), shuffle=True, batch_size=BATCH), size)
     extra = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
-    batches = DataLoader(data, BATCH, num_workers=workers, collate_fn=collate, drop_last=True, **extra)
+    batches = DataLoader(data, BATCH, num_workers=workers, collate_fn=collate_other, drop_last=True, **extra)
     return (batch for _ in cycle([0]) for batch in batches)
 
 
@@ -217,7 +217,7 @@ def compare(args: argparse.Namespace, work: Path) -> None:
     size, shards, has_mosaic = args.size, work / "shards", (work / "mds").exists()
     # (name, workers) → function that starts the stream
     contenders: dict[tuple[str, int], Callable[[], Iterator[dict]]] = {}
-    contenders["bare JPEG decode", 0] = partial(iter, BareLoop(contents, images.pixels))
+    contenders["bare JPEG decode", 0] = partial(iter, BareLoop(contents, images.decode_tensor))
     contenders["bare decode + augment", 0] = partial(iter, BareLoop(contents, partial(decode_view, size=size)))
     for workers in args.workers:
         contenders["this project", workers] = partial(ours, shards, workers)

@@ -32,7 +32,7 @@ from hpc import dist
 from hpc.dist import Topology
 from hpc.train.engine import Engine, EngineConfig
 from hpc.train.flops import peak_flops, training_flops
-from hpc.train.optim import OptimConfig, optimizer
+from hpc.train.optim import OptimConfig, build_optimizer
 from lesiongen.priors import make
 from lesiongen.priors.gpt import GPTConfig
 from lesiongen.priors.objective import Objective
@@ -123,7 +123,7 @@ def ours(case: Case, compiled: bool = False) -> Callable[[dict], None]:
     torch.manual_seed(0)
     net = our_net(case).to(DEVICE)
     forward = torch.compile(net) if compiled else net
-    return plain_step(forward, lambda net, batch: net(batch)["loss"], optimizer(net, OPTIM))
+    return plain_step(forward, lambda net, batch: net(batch)["loss"], build_optimizer(net, OPTIM))
 
 
 def engine(case: Case, compiled: bool = False) -> Callable[[dict], object]:
@@ -131,7 +131,7 @@ def engine(case: Case, compiled: bool = False) -> Callable[[dict], object]:
     torch.manual_seed(0)
     dist.init(Topology())
     net = our_net(case)
-    made = Engine(net, optimizer(net, OPTIM), EngineConfig(compile=compiled, precision=PRECISION), case.batch)
+    made = Engine(net, build_optimizer(net, OPTIM), EngineConfig(compile=compiled, precision=PRECISION), case.batch)
     return lambda batch: made.step([batch], OPTIM.lr, {"stop": 0})
 
 

@@ -36,8 +36,8 @@ from lesiongen.priors.gated_pixelcnn import GatedPixelCNNConfig
 from lesiongen.priors.gpt import GPTConfig
 from lesiongen.priors.pixelcnn import PixelCNNConfig
 from lesiongen.priors.pixelsnail import PixelSNAILConfig
-from lesiongen.priors.prior import Prior, PriorShape
-from lesiongen.priors.sampling import Choice, uniforms
+from lesiongen.priors.prior import BasePriorConfig, Prior
+from lesiongen.priors.sampling import TokenChooser, uniform_numbers
 
 ENTRIES, CHANNELS = 512, 128
 Timer = Callable[[], float]  # seconds of one batch
@@ -61,10 +61,10 @@ def reckoned(work: Callable[[int], object], points: list[int], last: int, times:
 
 def blank(net: Prior, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns facts [B, 1] and uniform random numbers [B, T] for a batch."""
-    return torch.zeros(batch, 1, dtype=torch.long, device=DEVICE), uniforms(0, range(batch), net.grid).to(DEVICE)
+    return torch.zeros(batch, 1, dtype=torch.long, device=DEVICE), uniform_numbers(0, range(batch), net.grid).to(DEVICE)
 
 
-def our_net(config: PriorShape, grid: tuple[int, int]) -> Prior:
+def our_net(config: BasePriorConfig, grid: tuple[int, int]) -> Prior:
     """Builds one of our priors with random weights."""
     torch.manual_seed(0)
     return make(config, grid=grid, entries=ENTRIES, facts={"label": 7}).to(DEVICE).eval()
@@ -75,7 +75,7 @@ def ours(name: str, net: Prior, batch: int) -> dict[str, Timer]:
     facts, numbers = blank(net, batch)
 
     def sample(facts: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        return net.sample(facts, [], numbers, Choice())
+        return net.sample(facts, [], numbers, TokenChooser())
 
     timers = {name: lambda: timed(lambda: sample(facts, numbers))}
     if DEVICE.type == "cuda":
@@ -89,7 +89,7 @@ def ours(name: str, net: Prior, batch: int) -> dict[str, Timer]:
 def whole_grid(net: Prior, batch: int) -> Timer:
     """Returns a timer of the usual sampler on our own net. It times one token, because each token costs the same."""
     facts, numbers = blank(net, batch)
-    codes, choose = torch.zeros(batch, net.length, dtype=torch.long, device=DEVICE), Choice()
+    codes, choose = torch.zeros(batch, net.length, dtype=torch.long, device=DEVICE), TokenChooser()
 
     @torch.no_grad()
     def token(t: int) -> None:

@@ -55,7 +55,7 @@ class Apart:
 def _serve(pipe, make: Callable, keep: bool) -> None:
     """Runs in the contender's process: answers each (kind, number) with the seconds measured."""
     if keep:
-        allocator.keep_pages(DEVICE)
+        allocator.keep_freed_memory(DEVICE)
     work = make()
     with contextlib.suppress(EOFError):  # raised when the benchmark has ended
         while True:

@@ -32,7 +32,7 @@ from hpc import dist
 from hpc.dist import Topology
 from hpc.train import allocator
 from hpc.train.engine import Engine, EngineConfig
-from hpc.train.optim import OptimConfig, optimizer
+from hpc.train.optim import OptimConfig, build_optimizer
 from lesiongen.data.augment import AugmentConfig
 from lesiongen.data.images import to_float, to_unit
 from lesiongen.data.packed import Packed
@@ -53,7 +53,7 @@ class Ours:
         dist.init(Topology())
         self.module = Objective(make(VQVAE2Config(), 3, batch), LossConfig(), variance=0.05)
         settings = EngineConfig(compile=compiled)
-        self.engine = Engine(self.module, optimizer(self.module, OptimConfig(lr=lr)), settings, batch)
+        self.engine = Engine(self.module, build_optimizer(self.module, OptimConfig(lr=lr)), settings, batch)
         self.lr = lr
 
     def step(self, batch: dict) -> None:
@@ -207,7 +207,7 @@ def peak(args: argparse.Namespace, who: str) -> float:
 def measure_peak(args: argparse.Namespace) -> None:
     """Prints what peak() reads; runs in the new process."""
     if args.who == "ours":
-        allocator.keep_pages(DEVICE)
+        allocator.keep_freed_memory(DEVICE)
     net = Ours(args.batch) if args.who == "ours" else Theirs(args.peer)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = resident("VmRSS")

@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> dict:
     return data or {}
 
 
-def override(data: dict, assignments: list[str]) -> dict:
+def apply_overrides(data: dict, assignments: list[str]) -> dict:
     """Returns a copy of `data` with overrides applied. Missing sections are created.
 
     Args:
@@ -104,7 +104,7 @@ def override(data: dict, assignments: list[str]) -> dict:
     return data
 
 
-def build(cls: type[T], data: Any, key_path: str = "") -> T:
+def from_plain(cls: type[T], data: Any, key_path: str = "") -> T:
     """Makes a config dataclass from plain data. Each field is converted to its annotation.
 
     Args:
@@ -170,7 +170,7 @@ def convert(annotation: Any, value: Any, key_path: str) -> Any:
             raise _wrong_type(annotation, value, key_path)
         return {str(k): convert(arguments[1], v, _join(key_path, k)) for k, v in value.items()}
     if dataclasses.is_dataclass(annotation):
-        return build(annotation, {} if value is None else value, key_path)
+        return from_plain(annotation, {} if value is None else value, key_path)
     return _convert_scalar(annotation, value, key_path)
 
 
@@ -219,7 +219,7 @@ def _wrong_type(annotation: Any, value: Any, key_path: str) -> UserError:
     return UserError(f"'{key_path}' is {value!r}, which is not {expected}.")
 
 
-def plain(config: Any, volatile: bool = True) -> Any:
+def to_plain(config: Any, volatile: bool = True) -> Any:
     """Converts a config to plain data for YAML and JSON. Tuples become lists.
 
     Args:
@@ -228,17 +228,17 @@ def plain(config: Any, volatile: bool = True) -> Any:
     """
     if dataclasses.is_dataclass(config):
         fields = [f for f in dataclasses.fields(config) if volatile or not f.metadata.get("volatile")]
-        return {f.name: plain(getattr(config, f.name), volatile) for f in fields}
+        return {f.name: to_plain(getattr(config, f.name), volatile) for f in fields}
     if isinstance(config, (list, tuple)):
-        return [plain(v, volatile) for v in config]
+        return [to_plain(v, volatile) for v in config]
     if isinstance(config, dict):
-        return {k: plain(v, volatile) for k, v in config.items()}
+        return {k: to_plain(v, volatile) for k, v in config.items()}
     return config
 
 
 def to_yaml(config: Any) -> str:
     """Writes a config as YAML, with every field in the order of its definition."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
 
 
 def digest(data: Any) -> str:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from hpc.errors import UserError
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(hours=12)
 
 _store: dist.Store | None = None  # key-value store of this process's group; leave() counts ranks in it
 
@@ -123,23 +124,24 @@ def init(topology: Topology, timeout_s: float = 300.0) -> None:
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
     backend = "nccl" if topology.device.type == "cuda" else "gloo"
-    _store = dist.HashStore() if topology.world == 1 else _join(topology, timedelta(seconds=timeout_s))
+    _store = dist.HashStore() if topology.world_size == 1 else _join(topology, timedelta(seconds=timeout_s))
     os.environ |= {
         "RANK": str(topology.rank),
-        "WORLD_SIZE": str(topology.world),
+        "WORLD_SIZE": str(topology.world_size),
         # DeepSpeed uses LOCAL_RANK as the GPU's index, which differs from the local rank where a task sees only its own GPU.
         "LOCAL_RANK": str(topology.device.index or 0 if topology.device.type == "cuda" else topology.local_rank),
         "MASTER_ADDR": topology.address,
         "MASTER_PORT": str(topology.port or 29500),
     }
-    # A long timeout: in run_on_leader() all ranks wait in a collective while rank 0 works alone, such as evaluates a model.
-    dist.init_process_group(backend, store=_store, rank=topology.rank, world_size=topology.world, timeout=timedelta(hours=12))
+    # A long timeout: in run_on_leader() all ranks wait in a collective while rank 0 works alone, for example packs a manifest.
+    dist.init_process_group(backend, store=_store, rank=topology.rank, world_size=topology.world_size, timeout=LONGEST_WAIT)
 
 
 def _join(topology: Topology, timeout: timedelta) -> dist.Store:
     """Connects to the store of rank 0 and waits until every rank has connected."""
     try:
-        store = dist.TCPStore(topology.address, topology.port, topology.world, topology.leader, timeout, wait_for_workers=False)
+        address = topology.address, topology.port
+        store = dist.TCPStore(*address, topology.world_size, topology.leader, timeout, wait_for_workers=False)
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
         raise TimeoutError(
             f"rank {topology.rank} on {socket.gethostname()} cannot reach rank 0 at {topology.address}:{topology.port} "
@@ -148,10 +150,10 @@ def _join(topology: Topology, timeout: timedelta) -> dist.Store:
         ) from None
     store.set(f"joined/{topology.rank}", socket.gethostname())
     deadline = time.monotonic() + timeout.total_seconds()
-    while missing := [r for r in range(topology.world) if not store.check([f"joined/{r}"])]:
+    while missing := [r for r in range(topology.world_size) if not store.check([f"joined/{r}"])]:
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"after {timeout.total_seconds():.0f} s these ranks of {topology.world} have not joined: "
+                f"after {timeout.total_seconds():.0f} s these ranks of {topology.world_size} have not joined: "
                 f"{', '.join(map(str, missing))}. Look at their logs: a node may be down, or a task failed to start."
             )
         time.sleep(0.05)
@@ -167,13 +169,13 @@ def leave(timeout_s: float = 60.0) -> None:
     Args:
         timeout_s: Seconds after which the process stops waiting.
     """
-    if world() == 1:
+    if world_size() == 1:
         return
     deadline = time.monotonic() + timeout_s
     # Rank 0 serves the store. An error means that rank 0 has seen every rank in the count and has exited: stop waiting.
     with contextlib.suppress(dist.DistError, RuntimeError):
         _store.add("left", 1)
-        while _store.add("left", 0) < world() and time.monotonic() < deadline:
+        while _store.add("left", 0) < world_size() and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
@@ -248,6 +250,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """Returns the number of ranks; 1 before init()."""
     return dist.get_world_size() if dist.is_initialized() else 1

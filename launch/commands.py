@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc import errors
-from hpc.config import digest, override
+from hpc.config import apply_overrides, digest
 from hpc.errors import UserError
 from launch import executors, pipeline, status
 from lesiongen import experiment
@@ -92,7 +92,7 @@ def _pack_directory(options: argparse.Namespace) -> int:
     data |= {"near_duplicates": True} if options.near_duplicates else {}
     # A config needs a name and a directory of runs: treat `out` as the shards directory of a run.
     base = {"name": out.parent.name or "shards", "runs": str(out.parent.parent), "data": data}
-    config = experiment.make(override(base, options.overrides))
+    config = experiment.make(apply_overrides(base, options.overrides))
     pipeline.pack_into(config, out, options.fresh, options.append)
     return errors.DONE
 
@@ -191,7 +191,7 @@ def submit(options: argparse.Namespace) -> int:
     if not options.dry:
         pipeline.clear_stages(config, tuple(options.fresh))
         pipeline.write_config(config)
-    submitted = executors.EXECUTORS["slurm"](config, todo, cluster, options.dry)
+    submitted = executors.submit_slurm(config, todo, cluster, options.dry)
     if not options.dry:
         for name, job in submitted.items():
             print(f"{name:<14} job {job}")
@@ -228,9 +228,9 @@ def cancel(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Checks every checksum under a path and prints the problems. Returns 1 if there is any."""
-    from launch.verify import walk
+    from launch.verify import verify_path
 
-    checked, problems = walk(Path(options.path))
+    checked, problems = verify_path(Path(options.path))
     for line in problems:
         print(line)
     print(f"{checked} files checked, {len(problems)} problems")

@@ -21,10 +21,10 @@ from hpc.train.memory import peak_activations
 from lesiongen import priors, tokenizers
 from lesiongen.experiment import Experiment
 from lesiongen.priors import objective as prior_objective
-from lesiongen.priors.prior import PriorShape
+from lesiongen.priors.prior import BasePriorConfig
 from lesiongen.tokenizers import TokenizerModel
 from lesiongen.tokenizers import objective as tokenizer_objective
-from lesiongen.tokenizers.losses import LossConfig, Reconstruction
+from lesiongen.tokenizers.losses import LossConfig, ReconstructionLoss
 
 GIB = 2**30
 ASSUMED_VALUES = {"label": 7, "site": 12, "sex": 2, "age_band": 5}  # distinct values of each fact, before data are packed
@@ -62,7 +62,7 @@ def tokenizer_parameters(config: TokenizerModel, channels: int) -> dict[str, int
     return parameters_by_part(net) | {"buffers": sum(b.numel() for b in net.buffers())}
 
 
-def prior_parameters(config: PriorShape, shape: dict) -> dict[str, int]:
+def prior_parameters(config: BasePriorConfig, shape: dict) -> dict[str, int]:
     """Counts the parameters of a prior.
 
     Args:
@@ -85,7 +85,7 @@ def tokenizer_activations(config: Experiment, micro: int) -> int:
     """
     tokenizer, size, channels = config.tokenizer, config.data.size, config.data.channels
     # The loss is made outside make_step, which runs on fake tensors: LPIPS reads its weights from a file.
-    loss = Reconstruction(tokenizer.loss, 1.0)
+    loss = ReconstructionLoss(tokenizer.loss, 1.0)
 
     def make_step() -> tuple[nn.Module, dict]:
         net = tokenizers.make(tokenizer.model, channels, tokenizer.train.batch)
@@ -97,7 +97,7 @@ def tokenizer_activations(config: Experiment, micro: int) -> int:
     return peak_activations(make_step, tokenizer.train.engine.precision == "bf16")
 
 
-def prior_activations(config: PriorShape, shape: dict, micro: int, bf16: bool = False) -> int:
+def prior_activations(config: BasePriorConfig, shape: dict, micro: int, bf16: bool = False) -> int:
     """Returns the peak bytes of a prior's training step, without weights and gradients.
 
     Args:

@@ -36,7 +36,7 @@ def run_demo(options: argparse.Namespace) -> int:
         folder = Path(options.out) / "demo-images"
         settings["data"] |= {"images": str(folder / "images"), "metadata": str(folder / "metadata.csv")}
         phantom.write(folder, lesions_per_class=100, size=96)
-    config = experiment.make(hpc_config.override(settings, options.overrides))
+    config = experiment.make(hpc_config.apply_overrides(settings, options.overrides))
     code = pipeline.run_stages(config, pipeline.stages_to_do(config))
     if code == errors.DONE:
         print(pipeline.result_locations(config))

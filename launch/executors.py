@@ -97,7 +97,7 @@ class ClusterConfig:
         A stage that several ranks do not make faster gets one task, and one GPU at most.
         """
         changes = self.stages.get(stage.name) or self.stages.get(stage.name.partition("-")[0]) or {}
-        resources = hpc_config.build(Resources, hpc_config.plain(self.default) | changes, f"stages.{stage.name}")
+        resources = hpc_config.from_plain(Resources, hpc_config.to_plain(self.default) | changes, f"stages.{stage.name}")
         if stage.parallel:
             return resources
         return Resources(1, 1, resources.gpus_per_node and 1, resources.cpus_per_task, resources.mem_gb, resources.minutes)
@@ -105,7 +105,7 @@ class ClusterConfig:
 
 def load_cluster(path: str) -> ClusterConfig:
     """Reads a cluster file. Raises UserError that names the key for a mistake in it."""
-    cluster = hpc_config.build(ClusterConfig, hpc_config.read_yaml(Path(path)))
+    cluster = hpc_config.from_plain(ClusterConfig, hpc_config.read_yaml(Path(path)))
     for name in cluster.stages:
         if name.partition("-")[0] not in STAGE_KINDS:
             raise UserError(f"{path}: stages.{name} is not a stage. The stages are {', '.join(STAGE_KINDS)}.")
@@ -226,6 +226,3 @@ def check_before_queue(config: Experiment, todo: list[Stage], cluster: ClusterCo
         elif stage.trains:
             level = stage.name.removeprefix("prior-")
             check_ranks(config.prior(level).train, ranks, f"priors.{level}.train")
-
-
-EXECUTORS = {"inline": run_inline, "local": run_local, "slurm": submit_slurm}

@@ -59,7 +59,7 @@ class StageJob:
         from lesiongen.experiment import Experiment
 
         try:
-            config = hpc_config.build(Experiment, hpc_config.parse_yaml(self.config_yaml, "the job's config"))
+            config = hpc_config.from_plain(Experiment, hpc_config.parse_yaml(self.config_yaml, "the job's config"))
         except UserError as error:  # the code has changed since the job was submitted and rejects the config now
             print_error(error)
             return exit_code_of(error)

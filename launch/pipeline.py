@@ -67,7 +67,7 @@ def _status_of(config: Experiment, stage: Stage, unfinished: set[str], fresh: bo
     # While an input is unfinished its digest is unknown, so the stage cannot be compared with its inputs yet.
     if missing := unfinished & set(stage.needs):
         return StageStatus(stage, "waiting", "for " + ", ".join(sorted(missing)), progress)
-    if changed := stage_dir.stale():
+    if changed := stage_dir.differences():
         return StageStatus(stage, "stale", "; ".join(changed[:3]), progress)
     if done:
         return StageStatus(stage, "done", "", progress)
@@ -116,7 +116,7 @@ def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = (
     clear_stages(config, fresh)
     write_config(config)
     for stage in todo:
-        if code := executors.EXECUTORS["local"](config, stage):
+        if code := executors.run_local(config, stage):
             return code
     return errors.DONE
 
@@ -129,7 +129,7 @@ def clear_stages(config: Experiment, fresh: tuple[str, ...]) -> None:
         fresh: Names of the stages.
     """
     for name in fresh:
-        stage_dir_of(config, stages(config)[name]).clear()
+        stage_dir_of(config, stages(config)[name]).delete()
 
 
 def write_config(config: Experiment) -> None:
@@ -158,7 +158,7 @@ def sample_into(config: Experiment, folder: Path, fresh: bool = False) -> None:
     stage = sample.stage(config)
     stage_dir = replace(stage_dir_of(config, stage), path=folder)
     if fresh:
-        stage_dir.clear()
+        stage_dir.delete()
     run_stage(config, stage, Topology(), stage_dir)
 
 
@@ -182,7 +182,7 @@ def pack_into(config: Experiment, out: Path, fresh: list[str], append: bool = Fa
     stage = pack.stage(config)
     stage_dir = replace(stage_dir_of(config, stage), path=out)
     if fresh:
-        stage_dir.clear()
+        stage_dir.delete()
     stage_dir.check()
     if stage_dir.done():
         print(f"{out} is packed already. Use --append to add new images.")
@@ -212,7 +212,7 @@ def append_to(config: Experiment, out: Path) -> None:
     identity = packed_settings(out)
     before, now = (
         {key: value for key, value in settings.items() if key not in APPEND_MAY_CHANGE}
-        for settings in (identity, hpc_config.plain(config.data, False))
+        for settings in (identity, hpc_config.to_plain(config.data, False))
     )
     if changed := hpc_config.differences(before, now):
         raise UserError(f"{out} was packed with other settings: {'; '.join(changed)}. Append with the same settings.")

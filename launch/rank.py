@@ -30,7 +30,7 @@ def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: S
     Raises:
         Exception: Whatever the stage raises.
     """
-    allocator.keep_pages(topology.device)
+    allocator.keep_freed_memory(topology.device)
     uri = mlflow_sync.default_uri(config.directory)
     # MLflow's default store is a SQLite file, and SQLite breaks on the parallel file systems of clusters. A Slurm job
     # therefore sends to an MLflow server only; without a server, `lesiongen ui` reads metrics.jsonl instead.

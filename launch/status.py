@@ -49,7 +49,7 @@ def format_status(config: Experiment) -> str:
         if status.state == "started" and (age := seconds_since_last_metrics(config.directory / name)) is not None:
             line += f"  (last metrics {age:.0f} s ago)"
         lines.append(line)
-    link = mlflow_sync.link(config.directory, mlflow_sync.default_uri(config.directory))
+    link = mlflow_sync.run_link(config.directory, mlflow_sync.default_uri(config.directory))
     lines.append(f"  MLflow: {link or f'nothing sent yet; to see the run: lesiongen ui --runs {config.directory.parent}'}")
     return "\n".join(lines)
 
@@ -70,7 +70,7 @@ def held_out_metrics(config: Experiment, stage: str) -> str:
 
 def seconds_since_last_metrics(folder: Path) -> float | None:
     """Returns the age of the last line in a stage's metrics log, None without a log."""
-    path = folder / metrics_log.METRICS
+    path = folder / metrics_log.METRICS_FILE
     return time.time() - path.stat().st_mtime if path.exists() else None
 
 

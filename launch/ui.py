@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from hpc.errors import UserError
-from hpc.run.mlflow_sync import ENVIRONMENT, SyncError, say, sync
+from hpc.run.mlflow_sync import MLFLOW_ENVIRONMENT, SyncError, print_stderr, sync
 
 SYNC_S = 5.0  # between two syncs of all runs
 
@@ -64,7 +64,7 @@ def _start_server(runs: Path, uri: str, host: str, port: int, log: Path) -> subp
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", str(runs / "mlartifacts")]
     with open(log, "wb") as output:
-        environment = ENVIRONMENT | os.environ
+        environment = MLFLOW_ENVIRONMENT | os.environ
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
 
 
@@ -76,7 +76,7 @@ def _sync_all(runs: Path, uri: str, reported: set[str]) -> None:
         except SyncError as error:
             if str(error) not in reported:
                 reported.add(str(error))
-                say(f"{config.parent.name}: {error}")
+                print_stderr(f"{config.parent.name}: {error}")
 
 
 def _stop_server(server: subprocess.Popen) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from hpc.data import manifest
 from hpc.data.shards import BadSample, ShardReader, index_path
 from hpc.errors import UserError
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from hpc.train import checkpoint
 
 
-def walk(path: Path) -> tuple[int, list[str]]:
+def verify_path(path: Path) -> tuple[int, list[str]]:
     """Checks the results in a directory, or in its subdirectories if it is not a result itself.
 
     Args:
@@ -47,7 +47,7 @@ def _check_manifest(folder: Path) -> tuple[int, list[str]]:
     """Checks shards or a code store: each file against the manifest, each member of a tar against the shard's index."""
     content = manifest.read(folder)
     shards, problems = content["shards"], manifest.verify(folder, content.get("catalogs", []))
-    with bar(sum(shard["bytes"] for shard in shards), str(folder), unit="B") as progress:
+    with progress_bar(sum(shard["bytes"] for shard in shards), str(folder), unit="B") as progress:
         for shard in shards:
             problems += manifest.verify(folder, [shard])
             if shard["name"].endswith(".tar"):
@@ -70,7 +70,7 @@ def _check_members(folder: Path, shard: dict) -> list[str]:
 
 
 def _check_checkpoint(folder: Path) -> tuple[int, list[str]]:
-    return len(checkpoint.read(folder)["files"]), checkpoint.problems(folder)
+    return len(checkpoint.read_manifest(folder)["files"]), checkpoint.verify(folder)
 
 
 def _check_export(folder: Path) -> tuple[int, list[str]]:

@@ -227,7 +227,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         UserError: The file cannot be read, or a key or value is wrong.
     """
-    data = hpc_config.override(hpc_config.read_yaml(Path(path)), list(overrides))
+    data = hpc_config.apply_overrides(hpc_config.read_yaml(Path(path)), list(overrides))
     data.setdefault("name", Path(path).stem)
     return make(data)
 
@@ -238,7 +238,7 @@ def make(data: dict) -> Experiment:
     Raises:
         UserError: A key or value is wrong; the message names it.
     """
-    return hpc_config.build(Experiment, data)
+    return hpc_config.from_plain(Experiment, data)
 
 
 def check_ranks(train: TrainConfig, ranks: int, section: str) -> None:

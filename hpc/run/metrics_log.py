@@ -15,7 +15,7 @@ from pathlib import Path
 from hpc.run import journal
 from hpc.run.rundir import atomic_write
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 _MLFLOW_NAME = re.compile(r"(?=.{1,250}$)[\w\-.: ]+(/[\w\-.: ]+)*")  # a metric name that MLflow accepts
 
 
@@ -47,7 +47,7 @@ class MetricsLog:
         """
         if not self.enabled:
             return
-        journal.cut_back(self.stage_dir / METRICS, samples)
+        journal.cut_back(self.stage_dir / METRICS_FILE, samples)
         for picture in self.stage_dir.glob("images/*.png"):
             count = picture.stem.rpartition("-")[2]
             if count.isdecimal() and int(count) > samples:
@@ -72,7 +72,7 @@ class MetricsLog:
             assert _MLFLOW_NAME.fullmatch(name), f"MLflow does not accept the metric name {name!r}"
             row[name] = float(value) if math.isfinite(value) else str(float(value))
         self.stage_dir.mkdir(parents=True, exist_ok=True)
-        journal.append(self.stage_dir / METRICS, row)
+        journal.append(self.stage_dir / METRICS_FILE, row)
 
     def image(self, name: str, samples: int, png: bytes) -> None:
         """Writes images/<name>-<samples>.png atomically.
@@ -85,13 +85,10 @@ class MetricsLog:
         if self.enabled:
             atomic_write(self.stage_dir / "images" / f"{name}-{samples:09d}.png", png)
 
-    def close(self) -> None:
-        """Does nothing, as no file is open. The training loop closes the log like its other resources."""
-
 
 def read_metrics(stage_dir: Path) -> list[dict]:
     """Reads all complete lines of a stage's metrics.jsonl, or [] if there is no file."""
-    rows = journal.read(Path(stage_dir) / METRICS)
+    rows = journal.read(Path(stage_dir) / METRICS_FILE)
     return [{name: float(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows]
 
 

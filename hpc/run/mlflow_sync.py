@@ -31,14 +31,14 @@ from typing import TYPE_CHECKING
 import yaml
 
 from hpc.errors import UserError
-from hpc.run.metrics_log import METRICS
+from hpc.run.metrics_log import METRICS_FILE
 from hpc.run.rundir import atomic_write, lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-ENVIRONMENT = {
+MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default of 7 blocks for 247 s when the server is down
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # a clinic's machine must not contact other servers
@@ -78,7 +78,7 @@ def default_uri(run_dir: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(run_dir).absolute().parent}/mlflow.db"
 
 
-def link(run_dir: Path, uri: str) -> str | None:
+def run_link(run_dir: Path, uri: str) -> str | None:
     """Returns where a user can see a run in MLflow.
 
     Args:
@@ -107,7 +107,7 @@ def _read_json(path: Path) -> dict:
 
 @functools.cache
 def _client(uri: str) -> "MlflowClient":
-    for name, value in ENVIRONMENT.items():
+    for name, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
@@ -129,7 +129,7 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
         SyncError: The server cannot be reached or refuses the data.
     """
     run_dir = Path(run_dir).absolute()
-    stage_dirs = sorted(p.parent for p in run_dir.glob(f"*/{METRICS}") if not p.parent.name.startswith("."))
+    stage_dirs = sorted(p.parent for p in run_dir.glob(f"*/{METRICS_FILE}") if not p.parent.name.startswith("."))
     if not stage_dirs and not (run_dir / "report" / "report.html").exists():
         return SyncResult()
     with contextlib.ExitStack() as held:
@@ -179,7 +179,7 @@ class _Sync:
         """Sends everything that is new. Contacts the server only if a file has changed or this process has not done so yet."""
         report, key = self.run_dir / "report" / "report.html", (self.run_dir, self.uri)
         # Find the stages with changed files.
-        files = (METRICS, "images", "stage.json", "../config.yaml")
+        files = (METRICS_FILE, "images", "stage.json", "../config.yaml")
         stamps = {p.name: [_file_stamp(p / file) for file in files] for p in self.stage_dirs}
         stamps["report.html"] = [_file_stamp(report), _file_stamp(report.with_name("stage.json"))]
         changed = [p for p in self.stage_dirs if key not in _checked or stamps[p.name] != self.store["seen"].get(p.name)]
@@ -273,7 +273,7 @@ class _Sync:
             entry["created"] = created
         if run is None:
             return
-        self.result.metrics += _LineSender(self.uri, stage_dir / METRICS, entry, run).send()
+        self.result.metrics += _LineSender(self.uri, stage_dir / METRICS_FILE, entry, run).send()
         for picture in sorted((stage_dir / "images").glob("*.png")):
             if picture.name not in entry.setdefault("sent", []):
                 client.log_artifact(entry["id"], str(picture), "images")
@@ -400,7 +400,7 @@ class Follower:
         self._stop.set()
         self._thread.join(deadline)
         if not self._delivered:
-            say(f"MLflow at {_without_password(self.uri)} did not receive the last metrics. The next sync sends them.")
+            print_stderr(f"MLflow at {_without_password(self.uri)} did not receive the last metrics. The next sync sends them.")
         return self._delivered
 
     def _loop(self) -> None:
@@ -412,17 +412,17 @@ class Follower:
                 while (busy := sync(self.run_dir, self.uri).busy) and closing and time.monotonic() < self._deadline:
                     time.sleep(0.1)
                 if failed:
-                    say(f"MLflow at {_without_password(self.uri)} is reachable again.")
+                    print_stderr(f"MLflow at {_without_password(self.uri)} is reachable again.")
                 failed, self._delivered = 0, closing and not busy
             except Exception as error:
                 self.failures += 1
                 failed = min(failed + 1, 8)
                 if failed == 1:
-                    say(f"{error}. Training continues. The metrics are sent when MLflow is reachable again.")
+                    print_stderr(f"{error}. Training continues. The metrics are sent when MLflow is reachable again.")
             if closing:
                 return
 
 
-def say(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Prints a line to stderr at once."""
     print(text, file=sys.stderr, flush=True)

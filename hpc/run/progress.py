@@ -5,7 +5,7 @@ import sys
 from tqdm import tqdm
 
 
-def bar(total: int, description: str, unit: str = "img", initial: int = 0, shown: bool = True) -> tqdm:
+def progress_bar(total: int, description: str, unit: str = "img", initial: int = 0, shown: bool = True) -> tqdm:
     """Makes a progress bar on stderr. In a log file it writes a line at most every 30 s.
 
     Args:

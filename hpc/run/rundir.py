@@ -104,7 +104,7 @@ class StageDir:
         record = self.record
         return record["digest"] if record and record["done"] else None
 
-    def stale(self) -> list[str]:
+    def differences(self) -> list[str]:
         """Lists differences between the recorded and the requested identity and inputs; [] if nothing is recorded."""
         record = self.record
         if record is None:
@@ -119,7 +119,7 @@ class StageDir:
 
     def check(self) -> None:
         """Raises UserError if the directory holds a result with another identity or other inputs."""
-        if changed := self.stale():
+        if changed := self.differences():
             raise UserError(
                 f"{self.path} was made with other settings or inputs: {'; '.join(changed[:5])}. Restore them, give the run "
                 f"another name, or delete this result and make it again with --fresh {self.path.name}."
@@ -145,7 +145,7 @@ class StageDir:
         """Records that the stage is done, with the digest of its result."""
         self._write({**(self.record or {}), "done": True, "digest": digest, "target": self.target, "finished": time.time()})
 
-    def clear(self) -> None:
+    def delete(self) -> None:
         """Deletes the directory, for --fresh. Does nothing if there is none.
 
         Raises:

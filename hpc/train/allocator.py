@@ -8,7 +8,7 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameter numbers of mallopt(), from glibc's malloc.h
 
 
-def keep_pages(device: torch.device) -> None:
+def keep_freed_memory(device: torch.device) -> None:
     """Makes glibc keep freed memory in the process, if the device is a CPU. Called once per process.
 
     By default glibc returns the pages of large freed tensors to the system at each step and requests new ones at the next

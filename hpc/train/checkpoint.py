@@ -45,7 +45,7 @@ def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, be
         if path.is_file() and (dist.rank() == 0 or f"rank_{dist.rank()}_" in path.name):
             _fsync(path)
     dist.barrier()
-    header = {"step": step, "world": engine.world, "zero": engine.config.zero, "state": state}
+    header = {"step": step, "world": engine.world_size, "zero": engine.config.zero, "state": state}
     dist.run_on_leader(_commit, temporary, final, header)
     dist.run_on_leader(_delete_old, folder, keep, best)
     return final
@@ -89,27 +89,27 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def read(path: Path) -> dict:
+def read_manifest(path: Path) -> dict:
     """Returns the manifest of a checkpoint: {"step", "world", "zero", "state", "files"}."""
     return json.loads((path / MANIFEST).read_text())
 
 
-def problems(path: Path) -> list[str]:
+def verify(path: Path) -> list[str]:
     """Compares a checkpoint's files with its manifest. Returns one line per problem, none for a sound checkpoint."""
     try:
-        return manifest.verify(path, read(path)["files"])
+        return manifest.verify(path, read_manifest(path)["files"])
     except (OSError, ValueError, KeyError) as error:
         return [f"{path / MANIFEST}: {error}"]
 
 
-def choose(folder: Path) -> Path | None:
+def newest_sound(folder: Path) -> Path | None:
     """Returns the newest sound checkpoint in a folder, or None. Rank 0 verifies and chooses for all ranks. Collective."""
-    return dist.run_on_leader(_choose, folder)
+    return dist.run_on_leader(_newest_sound, folder)
 
 
-def _choose(folder: Path) -> Path | None:
+def _newest_sound(folder: Path) -> Path | None:
     for path in reversed(committed(folder)):
-        if not (lines := problems(path)):
+        if not (lines := verify(path)):
             return path
         print(f"checkpoint {path.name} is damaged ({lines[0]}); trying the previous checkpoint", file=sys.stderr, flush=True)
     return None
@@ -129,7 +129,7 @@ def needs_universal(path: Path, config: EngineConfig, world: int) -> bool:
     Raises:
         UserError: The checkpoint was saved under ZeRO 1 to 3 and the engine uses ZeRO 0.
     """
-    header = read(path)
+    header = read_manifest(path)
     if header["zero"] > 0 and config.zero == 0:
         raise UserError(
             f"{path} was saved under ZeRO {header['zero']} and cannot be resumed under ZeRO 0. "
@@ -149,7 +149,7 @@ def to_universal(path: Path) -> None:
 
 
 def _to_universal(path: Path) -> None:
-    header = read(path)
+    header = read_manifest(path)
     if header["zero"] == 0:
         raise UserError(
             f"{path} was saved under ZeRO 0 and cannot be resumed under another ZeRO stage. Set train.engine.zero=0."

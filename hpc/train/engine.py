@@ -25,7 +25,7 @@ from torch import nn
 from hpc import dist
 from hpc.config import volatile
 from hpc.data.order import batch_share
-from hpc.train.optim import Skippable
+from hpc.train.optim import SkippableOptimizer
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ class Engine:
         averages: Averaged weights, one fp32 tensor for each tensor of _weights(); empty if averaging is off.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Skippable, config: EngineConfig, batch: int, universal: bool = False):
+    def __init__(
+        self, module: nn.Module, optimizer: SkippableOptimizer, config: EngineConfig, batch: int, universal: bool = False
+    ):
         """Wraps the model and the optimizer. Collective.
 
         Args:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # Operations per second in dense bf16 (no sparsity), from the vendors' data sheets. peak_flops() uses the first name that
 # occurs in the device's name, so special variants stand before the general name.
-PEAKS = {
+PEAK_FLOPS = {
     "GH200": 989e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -45,11 +45,11 @@ def training_flops(forward: Callable[[], object]) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Returns the peak operations per second of one device in bf16, or None if the device is not in PEAKS."""
+    """Returns the peak operations per second of one device in bf16, or None if the device is not in PEAK_FLOPS."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def throughput(task: object, rate: float, world: int, device: torch.device) -> dict[str, float]:

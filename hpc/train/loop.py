@@ -21,11 +21,11 @@ from hpc.config import volatile
 from hpc.data.order import sample_seed
 from hpc.errors import Diverged, Stopped, UserError
 from hpc.run import journal, metrics_log
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from hpc.train import checkpoint, flops, health
 from hpc.train.engine import Engine, EngineConfig, Step
 from hpc.train.health import HealthConfig
-from hpc.train.optim import OptimConfig, average_decay, learning_rate, optimizer
+from hpc.train.optim import OptimConfig, average_decay, build_optimizer, learning_rate
 from hpc.train.preempt import Preemption
 from hpc.train.task import Task
 
@@ -92,7 +92,7 @@ class State:
         """Reads the state of a checkpoint; a new state for None. length: `TrainConfig.samples` of the run that resumes."""
         if path is None:
             return cls()
-        stored = checkpoint.read(path)["state"]
+        stored = checkpoint.read_manifest(path)["state"]
         state = cls(**{cls.FORMER_NAMES.get(name, name): value for name, value in stored.items()})
         if 0 < state.ended_length < length:  # a longer training was asked for after patience ran out: patience starts again
             state.patience_from, state.ended_length = state.samples, 0
@@ -129,10 +129,10 @@ def train(
         UserError: Too many samples cannot be read.
     """
     torch.manual_seed(seed)
-    start = checkpoint.choose(folder / "checkpoints")
+    start = checkpoint.newest_sound(folder / "checkpoints")
     state = State.resume(start, config.samples)
     # Start the data workers first: they load while the engine is built.
-    batches = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world))
+    batches = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world_size))
     trainer = Trainer(task, config, folder, topology, seed, what, state, start, ledger)
 
     with Preemption() as preemption, trainer:
@@ -191,18 +191,18 @@ class Trainer:
         self.saved = state.samples
         self.speed = Speed()
         self.watchdog = health.Watchdog(folder, topology.rank, config.health.hang_minutes * 60)
-        self.progress = bar(config.samples, what, initial=state.samples, shown=topology.leader)
+        self.progress = progress_bar(config.samples, what, initial=state.samples, shown=topology.leader)
 
     def _build(self, start: Path | None) -> tuple[Engine, nn.Module, nn.Module]:
         """The engine, its model, and an ordinary copy of the model for evaluation and export."""
-        config, world = self.config, self.topology.world
+        config, world = self.config, self.topology.world_size
         universal = start is not None and checkpoint.needs_universal(start, config.engine, world)
         if universal:
             checkpoint.to_universal(start)
         module, copy = self.task.build(), self.task.build().eval()
         if start is None:
             self.task.prepare(module)
-        engine = Engine(module, optimizer(module, config.optim), config.engine, config.batch, universal)
+        engine = Engine(module, build_optimizer(module, config.optim), config.engine, config.batch, universal)
         if start is not None:
             engine.load(start, universal)
         return engine, module, copy
@@ -318,7 +318,7 @@ class Trainer:
         lr = learning_rate(self.config.optim, state.samples - self.config.batch, self.config.samples)
         counters = {"lr": lr, "skipped_steps": state.skipped_total, "bad_samples": state.bad}
         counters |= {"epoch": state.samples / self.task.size, "images_per_second": rate}
-        counters |= flops.throughput(self.task, rate, self.topology.world, self.topology.device)
+        counters |= flops.throughput(self.task, rate, self.topology.world_size, self.topology.device)
         waits = dist.gather((self.speed.waited, socket.gethostname()))
         if late := health.find_straggler([seconds for seconds, _ in waits], [host for _, host in waits]):
             counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}

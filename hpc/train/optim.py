@@ -83,7 +83,7 @@ def average_decay(half_life: float, seen: int, batch: int) -> float:
     return 0.5 ** (batch / half_life) if half_life else 0.0
 
 
-class Skippable(torch.optim.Optimizer):
+class SkippableOptimizer(torch.optim.Optimizer):
     """An optimizer that can skip its update. The engine sets `skip`; DeepSpeed calls step().
 
     DeepSpeed's own step() calls this step() under every ZeRO stage, then clears gradients and gathers parameters. Skipping
@@ -100,11 +100,11 @@ class Skippable(torch.optim.Optimizer):
         return None if self.skip else super().step(closure)
 
 
-class AdamW(Skippable, torch.optim.AdamW):
+class AdamW(SkippableOptimizer, torch.optim.AdamW):
     """torch's AdamW, skippable."""
 
 
-class Adam(Skippable, torch.optim.Adam):
+class Adam(SkippableOptimizer, torch.optim.Adam):
     """torch's Adam, skippable."""
 
 
@@ -127,11 +127,11 @@ class Momentum(torch.optim.Optimizer):
                 state |= {"step": state.get("step", 0) + 1, "exp_avg": buffer, "exp_avg_sq": buffer}
 
 
-class SGD(Skippable, Momentum):
+class SGD(SkippableOptimizer, Momentum):
     """Gradient descent with momentum, skippable."""
 
 
-def optimizer(module: nn.Module, config: OptimConfig) -> Skippable:
+def build_optimizer(module: nn.Module, config: OptimConfig) -> SkippableOptimizer:
     """Makes the optimizer of a module's trainable parameters.
 
     Weight decay applies to matrices and filters, not to biases, norms and embeddings.

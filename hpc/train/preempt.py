@@ -36,12 +36,13 @@ class Preemption:
         # the loop may read `requested` too late. After SIGALRM the batch script requeues the job, which resumes from its
         # last checkpoint. If Slurm ended the job at its time limit, the job and the jobs that depend on it would be lost.
         # Do not replace a timer that runs: Interruptible has started it to kill the process.
-        if self.deadline and not signal.getitimer(signal.ITIMER_REAL)[0]:
+        self.timer_started = self.deadline is not None and not signal.getitimer(signal.ITIMER_REAL)[0]
+        if self.timer_started:
             signal.setitimer(signal.ITIMER_REAL, max(1.0, self.deadline - self.margin / 6 - time.time()))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.deadline:
+        if self.timer_started:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.previous.items():
             signal.signal(number, handler)

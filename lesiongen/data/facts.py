@@ -51,7 +51,7 @@ def count_combinations(store: CodeStore, names: Sequence[str]) -> list[str]:
     return [" ".join(map(str, [*row, count])) for row, count in zip(rows.tolist(), counts.tolist(), strict=True)]
 
 
-def columns_of(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, int]:
+def fact_indices(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, int]:
     """Converts the facts of one image to the columns of the code store.
 
     Args:

@@ -54,9 +54,9 @@ def decode(content: bytes, channels: int = 3, size: int = 0) -> Image.Image:
     Args:
         content: The bytes of the file.
         channels: 3 for RGB, 1 for greyscale.
-        size: The size that the caller will pass to shrink(); 0 = decode at full size. A JPEG whose short side is at least 8
-            times `size` is decoded at a reduced size, still at least 4 times `size`. This is several times faster, and the
-            result of shrink() differs only by rounding.
+        size: The size that the caller will pass to resize_short_side(); 0 = decode at full size. A JPEG whose short side is
+            at least 8 times `size` is decoded at a reduced size, still at least 4 times `size`. This is several times faster,
+            and the result of resize_short_side() differs only by rounding.
 
     Returns:
         The image in mode RGB or L, upright, in sRGB, with transparent parts on white.
@@ -93,7 +93,7 @@ def decode(content: bytes, channels: int = 3, size: int = 0) -> Image.Image:
         raise BadImage(f"not a readable image ({str(error) or type(error).__name__})") from None
 
 
-def pixels(content: bytes, channels: int = 3) -> torch.Tensor:
+def decode_tensor(content: bytes, channels: int = 3) -> torch.Tensor:
     """Decodes an image to a tensor.
 
     Gives exactly to_tensor(decode(content, channels)), but takes half the time for a JPEG without special metadata, because
@@ -149,7 +149,7 @@ def _srgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def shrink(image: Image.Image, size: int) -> Image.Image:
+def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     """Resizes an image so that its short side has `size` pixels; keeps the aspect ratio, with antialiasing."""
     scale = size / min(image.size)
     shape = tuple(max(size, round(side * scale)) for side in image.size)
@@ -194,12 +194,12 @@ def to_image(tensor_CHW: torch.Tensor) -> Image.Image:
     return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
 
 
-def png(tensor_CHW: torch.Tensor) -> bytes:
+def encode_png(tensor_CHW: torch.Tensor) -> bytes:
     """Encodes a tensor, uint8 [C, H, W] with 1 or 3 channels, as PNG."""
     return encode(to_image(tensor_CHW), "png", 0)
 
 
-def grid(images_BCHW: torch.Tensor, columns: int, pad: int = 2) -> torch.Tensor:
+def tile_images(images_BCHW: torch.Tensor, columns: int, pad: int = 2) -> torch.Tensor:
     """Arranges images in one picture, row by row on white.
 
     Args:

@@ -71,7 +71,7 @@ class ImageShards:
         """
         try:
             content = raw["jpg"] if "jpg" in raw else raw["png"]
-            return images.pixels(content, self.channels), json.loads(raw["json"])
+            return images.decode_tensor(content, self.channels), json.loads(raw["json"])
         except (images.BadImage, ValueError, KeyError) as error:
             raise BadSample(f"{raw.get('__key__')}: {error}") from None
 
@@ -97,15 +97,15 @@ class ImageShards:
             stream: Balance of the classes and weights of the sets; None for the defaults.
 
         Yields:
-            Batches as `batch_of` describes them, with tensors instead of arrays.
+            Batches as `collate` describes them, with tensors instead of arrays.
 
         Raises:
             UserError: `stream` does not fit the batch or the sets.
         """
         reader, stream = self.reader(), stream or StreamConfig()
         order = order_for(self.label_counts(), self.sets, batch, seed, stream, partial(self.member, reader))
-        batches = partial(training_batches, position, batch, micro_batch, dist.rank(), dist.world())
-        return loader(Source(reader, order, batches), Decoder(self, config, seed), batch_of, micro_batch, workers)
+        batches = partial(training_batches, position, batch, micro_batch, dist.rank(), dist.world_size())
+        return loader(Source(reader, order, batches), Decoder(self, config, seed), collate, micro_batch, workers)
 
     def first(self, number: int, batch: int, config: AugmentConfig, seed: int) -> Iterator[dict]:
         """Yields one batch with the first images of the training sequence (without balance or weights), the same on every rank.
@@ -118,7 +118,7 @@ class ImageShards:
         """
         order = SampleOrder(self.counts, batch, seed)
         batches = [[(position, position % batch) for position in range(number)]]
-        return loader(Source(self.reader(), order, partial(iter, batches)), Decoder(self, config, seed), batch_of, number, 0)
+        return loader(Source(self.reader(), order, partial(iter, batches)), Decoder(self, config, seed), collate, number, 0)
 
     def label_counts(self) -> list[dict[int, int]]:
         """Returns, for each shard, the number of images of each label; label -1 stands for unlabelled images."""
@@ -148,12 +148,12 @@ class ImageShards:
             micro_batch: Images in each batch; the last batch may be smaller.
 
         Yields:
-            Batches as `batch_of` describes them, with tensors instead of arrays. Here, position and slot are the indices of an
+            Batches as `collate` describes them, with tensors instead of arrays. Here, position and slot are the indices of an
             image in the split and in the batch.
         """
         order = SampleOrder(self.counts, batch=1, shuffle=False)
-        batches = partial(evaluation_batches, len(self), micro_batch, dist.rank(), dist.world())
-        return loader(Source(self.reader(), order, batches), Decoder(self), batch_of, micro_batch, workers=0)
+        batches = partial(evaluation_batches, len(self), micro_batch, dist.rank(), dist.world_size())
+        return loader(Source(self.reader(), order, batches), Decoder(self), collate, micro_batch, workers=0)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Decoder:
     seed: int = 0
 
     def __call__(self, raw: dict) -> dict:
-        """Returns a sample for `batch_of`. Raises BadSample."""
+        """Returns a sample for `collate`. Raises BadSample."""
         image, facts = self.data.image(raw)
         if self.config:
             rng = torch.Generator().manual_seed(sample_seed(self.seed, raw["position"]))
@@ -183,7 +183,7 @@ class Decoder:
         return {**sample, "key": raw["__key__"], "image": view, "label": label, "facts": facts}
 
 
-def batch_of(samples: list[dict]) -> dict:
+def collate(samples: list[dict]) -> dict:
     """Collates decoded samples to a batch.
 
     Returns:

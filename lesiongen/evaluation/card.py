@@ -3,7 +3,7 @@
 The tokenizer, prior and sample stages write it. It always states the strictest licence among the training images.
 """
 
-from lesiongen.ingest.licences import canonical, strictest
+from lesiongen.ingest.licences import canonical_name, strictest
 
 KINDS = {
     "tokenizer": "Encodes dermoscopic images as grids of codes, and decodes them: a hierarchical VQ-VAE (arXiv:1906.00446).",
@@ -47,7 +47,7 @@ def card(kind: str, name: str, facts: dict[str, str], data: dict[str, dict[str, 
 def statement(data: dict[str, dict[str, int]]) -> str:
     """Returns the strictest licence among the training images, with its conditions in plain words."""
     worst = strictest(data["licences"])
-    parts = canonical(worst).split("-")
+    parts = canonical_name(worst).split("-")
     meanings = {"BY": "name the authors", "NC": "no commercial use", "ND": "no derived works", "SA": "share alike"}
     conditions = [meanings[part] for part in parts if part in meanings and parts[0] == "CC"]
     return f"{worst} ({', '.join(conditions)})" if conditions else worst

@@ -7,7 +7,7 @@ decodes the samples too, so the reconstructions show how much of a loss is due t
 
 import torch
 
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from lesiongen.data.images import to_float, to_uint8
 from lesiongen.evaluation import classifier
 from lesiongen.evaluation.image_sets import RealImages, SampleImages
@@ -50,7 +50,7 @@ def fidelity_and_diversity(
     if reason:
         return {"ratio": None, "reason": reason}, {"ratio": None, "reason": reason}
     device = next(net.parameters()).device
-    with bar(length // classifier.BATCH * classifier.BATCH, "classifier") as progress:
+    with progress_bar(length // classifier.BATCH * classifier.BATCH, "classifier") as progress:
         trained = classifier.train_classifier(train.images, train.labels, len(classes), length, seed, progress, device)
     subset = classifier.first_of_each_class(held_out.labels, PER_CLASS)
     reconstructions = _reconstruct(net, held_out, subset, batch)
@@ -63,7 +63,7 @@ def fidelity_and_diversity(
 def _reconstruct(net: Tokenizer, real: RealImages, indices: torch.Tensor, batch: int) -> torch.Tensor:
     """Returns thumbnails of the reconstructions of the images at `indices`."""
     device, out = next(net.parameters()).device, []
-    with bar(len(indices), "reconstruct") as progress:
+    with progress_bar(len(indices), "reconstruct") as progress:
         for part in indices.split(batch):
             out.append(classifier.shrink(to_uint8(net(to_float(real.full(part).to(device)))[0]).cpu()))
             progress.update(len(part))

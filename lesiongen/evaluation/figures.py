@@ -27,7 +27,7 @@ def pairs(originals_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor, colu
     for a, b in zip(originals_BCHW.split(columns), reconstructions_BCHW.split(columns), strict=True):
         blank = torch.full((columns - len(a), *a.shape[1:]), 255, dtype=torch.uint8)
         rows += [a, blank, b, blank]
-    return images.grid(torch.cat(rows), columns)
+    return images.tile_images(torch.cat(rows), columns)
 
 
 def code_maps(codes_BHW: torch.Tensor, entries: int, size: int) -> torch.Tensor:
@@ -61,7 +61,7 @@ def with_maps(
     """
     size, channels = originals_BCHW.shape[-1], originals_BCHW.shape[1]
     grey = [code_maps(codes, entries, size).expand(-1, channels, -1, -1) for codes in maps.values()]
-    return images.grid(torch.cat([originals_BCHW, *grey, reconstructions_BCHW]), len(originals_BCHW))
+    return images.tile_images(torch.cat([originals_BCHW, *grey, reconstructions_BCHW]), len(originals_BCHW))
 
 
 def plane(codebook_KD: torch.Tensor) -> torch.Tensor:

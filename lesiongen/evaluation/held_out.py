@@ -60,8 +60,8 @@ def evaluate_tokenizer(net: Tokenizer, data: ImageShards, batch_size: int) -> tu
     counts = {name: by_class.sum(0) for name, by_class in zip(net.names, totals.counts, strict=True)}
     codebooks = {name: (net.codebook(name).cpu(), counts[name]) for name in reversed(net.names)}
     return metrics, {
-        "reconstructions": images.png(figures.pairs(shown[0], shown[1], len(shown[0]))),
-        "codes": images.png(figures.with_maps(*shown, net.entries)),
+        "reconstructions": images.encode_png(figures.pairs(shown[0], shown[1], len(shown[0]))),
+        "codes": images.encode_png(figures.with_maps(*shown, net.entries)),
         "codebook": figures.codebooks(codebooks),
     }
 

@@ -17,7 +17,7 @@ import torch
 
 from hpc.data.shards import BadSample
 from hpc.errors import UserError
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from lesiongen.data import images
 from lesiongen.data.augment import centre
 from lesiongen.data.packed import Packed
@@ -46,7 +46,7 @@ class ImageSet(ABC):
         self.size, side = size, min(size, classifier.SIDE)
         self.images = torch.empty(number, channels, side, side, dtype=torch.uint8)
         self.labels = torch.full((number,), -1)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar(number, what) as progress:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress_bar(number, what) as progress:
             for first in range(0, number, 256):
                 rows = range(first, min(first + 256, number))
                 raw = [self.raw(i) for i in rows]  # a shard reader serves one thread; decoding, which takes longer, is shared

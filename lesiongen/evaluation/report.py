@@ -265,5 +265,5 @@ def _strip(strip_CHW: torch.Tensor | None) -> str:
     """Returns a strip of images as JPEG, because a page of photographs in PNG would be too large to send."""
     if strip_CHW is None:
         return "<span class='note'>none</span>"
-    picture = Image.open(io.BytesIO(images.png(strip_CHW)))
+    picture = Image.open(io.BytesIO(images.encode_png(strip_CHW)))
     return _picture(images.encode(picture, "jpg", 90), "images of one class", "jpeg")

@@ -12,7 +12,7 @@ from pathlib import Path
 from hpc.errors import UserError
 from lesiongen.data.facts import AGE_BANDS
 from lesiongen.ingest import licences, sources
-from lesiongen.ingest.sources import SUFFIXES, Table, image_id
+from lesiongen.ingest.sources import IMAGE_SUFFIXES, Table, image_id
 
 # Files among the challenges' photographs that are none: masks of lesions, superpixels, dermoscopic attributes.
 MASKS = re.compile(r"_(segmentation|superpixels|attribute_[a-z_]+)$", re.IGNORECASE)
@@ -136,10 +136,10 @@ def _match(
 
 def _filter_licences(records: list[Record], allowed: Iterable[str]) -> tuple[list[Record], list[dict]]:
     """Returns the records with an allowed licence, and {"image", "reason"} of the others."""
-    wanted = {licences.canonical(name) for name in allowed}
+    wanted = {licences.canonical_name(name) for name in allowed}
     if not wanted:
         return records, []
-    fits = [licences.canonical(r.licence) in wanted for r in records]
+    fits = [licences.canonical_name(r.licence) in wanted for r in records]
     others = [r for r, fit in zip(records, fits, strict=True) if not fit]
     if len(others) == len(records):
         present = sorted({r.licence or "not stated" for r in others})
@@ -155,7 +155,7 @@ def _image_files(images: Path) -> dict[str, Path]:
     if not images.is_dir():
         raise UserError(f"The images folder {images} does not exist or is not a folder. Correct data.images.")
     try:
-        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     except OSError as error:
         raise UserError(f"The images folder {images} cannot be read: {error.strerror}.") from None
     files: dict[str, Path] = {}
@@ -166,7 +166,7 @@ def _image_files(images: Path) -> dict[str, Path]:
             raise UserError(f"Two images share the id '{path.stem}': {files[path.stem]} and {path}. Rename one of them.")
         files[path.stem] = path
     if not files:
-        raise UserError(f"The images folder {images} holds no images ({', '.join(SUFFIXES)}).")
+        raise UserError(f"The images folder {images} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
     return files
 
 

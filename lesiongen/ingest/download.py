@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from hpc.errors import UserError
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write, lock
 from lesiongen.ingest.public import SETS, File
 
@@ -286,7 +286,7 @@ def _transfer(url: str, part: Path, label: str) -> bool:
             # Weak ETags (W/) do not identify the exact bytes, so these transfers cannot be resumed.
             if new_version and not new_version.startswith("W/"):
                 version_file.write_text(new_version)
-        with open(part, "ab") as file, bar(total or 0, label, "B", initial=start) as progress:
+        with open(part, "ab") as file, progress_bar(total or 0, label, "B", initial=start) as progress:
             while block := response.read(BLOCK):
                 file.write(block)
                 progress.update(len(block))
@@ -324,7 +324,7 @@ def unpack(archive: Path, out: Path) -> dict[str, int]:
     try:
         with zipfile.ZipFile(archive) as zipped:
             targets = _plan_unpacking(zipped.infolist(), archive, out)
-            with bar(len(targets), f"unpack {archive.stem}", "file") as progress:
+            with progress_bar(len(targets), f"unpack {archive.stem}", "file") as progress:
                 for target, member in targets.items():
                     if _size(target) != member.file_size or not target.exists():
                         target.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from lesiongen.data import images
 
 SIDE = 64
@@ -102,10 +102,10 @@ def find_pairs(
     x_NSS = torch.from_numpy(thumbnails_NSS)
     pairs_P2, variants_P22 = _candidates(x_NSS, new_from, progress)
     scores = []
-    with bar(len(pairs_P2), "duplicates: verify", "pair", shown=progress) as progress_bar:
+    with progress_bar(len(pairs_P2), "duplicates: verify", "pair", shown=progress) as progress_display:
         for pair, variants in zip(pairs_P2.split(BATCH), variants_P22.split(BATCH), strict=True):
             scores.append(_scores(x_NSS[pair[:, 0]].float(), x_NSS[pair[:, 1]].float(), variants))
-            progress_bar.update(len(pair))
+            progress_display.update(len(pair))
     scored = [(ids[i], ids[j], s) for (i, j), s in zip(pairs_P2.tolist(), torch.cat(scores).tolist(), strict=True)]
     pairs = [Pair(min(a, b), max(a, b), round(s, 4)) for a, b, s in scored if s >= threshold]
     return sorted(pairs, key=lambda pair: (-pair.score, pair.a, pair.b))
@@ -130,7 +130,7 @@ def draw_pairs(pairs: list[Pair], load: Callable[[str], Image.Image], limit: int
             tile.paste(ImageOps.fit(load(name).convert("RGB"), (side, side)), (i * side, 14))
         ImageDraw.Draw(tile).text((1, 1), f"{pair.score:.3f} {pair.a} {pair.b}", "black")
         tiles.append(images.to_tensor(tile))
-    return images.grid(torch.stack(tiles), 4) if tiles else torch.full((3, 1, 1), 255, dtype=torch.uint8)
+    return images.tile_images(torch.stack(tiles), 4) if tiles else torch.full((3, 1, 1), 255, dtype=torch.uint8)
 
 
 def _variants() -> torch.Tensor:
@@ -178,7 +178,7 @@ def _candidates(x_NSS: torch.Tensor, new_from: int, progress: bool) -> tuple[tor
     # Compare each variant of a block of new pictures with all of them.
     pair_codes, variant_indices = [], []
     rows = max(1, min(256, 2**26 // total))  # at most 256 MB of similarities
-    with bar(total - new_from, "duplicates: candidates", shown=progress) as progress_bar:
+    with progress_bar(total - new_from, "duplicates: candidates", shown=progress) as progress_display:
         for i in torch.arange(new_from, total).split(rows):
             x_B1SS = x_NSS[i, None].float()
             warped = [_warp(x_B1SS, F.pad(m, (0, 1)).expand(len(i), 2, 3))[:, 0] for m in variants]
@@ -190,7 +190,7 @@ def _candidates(x_NSS: torch.Tensor, new_from: int, progress: bool) -> tuple[tor
             j = near_BN.topk(min(NEAREST, total - 1)).indices
             pair_codes.append((i[:, None] * total + j).flatten())
             variant_indices.append((queries_BVD @ plain_ND[j].mT).argmax(1).flatten().to(torch.uint8))
-            progress_bar.update(len(i))
+            progress_display.update(len(i))
     # Keep each pair once: (i, j) and (j, i) are the same.
     i, j = (code := torch.cat(pair_codes)) // total, code % total
     _, first = np.unique((torch.minimum(i, j) * total + torch.maximum(i, j)).numpy(), return_index=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Returns one spelling of a licence, without its version: "cc by-nc 4.0" → "CC-BY-NC".
 
     A name that is neither a Creative Commons licence nor the public domain is returned without surrounding spaces.
@@ -26,13 +26,13 @@ def strictness(name: str) -> int:
     CC-0 has the smallest. Unknown licences have a larger one than every Creative Commons licence, and "", which means
     that no licence is stated, has the largest.
     """
-    parts = canonical(name).split("-")
+    parts = canonical_name(name).split("-")
     if parts == ["CC", "0"]:
         return 0
     return 1 + ("SA" in parts) + 4 * ("NC" in parts) + 2 * ("ND" in parts) if parts[0] == "CC" else 100 + (not name)
 
 
-def together(*abouts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+def merge_counts(*abouts: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     """Merges the counts of several sets that may share images, by the larger count of each name.
 
     Args:

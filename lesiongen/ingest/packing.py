@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpc import dist
-from hpc.config import plain
+from hpc.config import to_plain
 from hpc.data import manifest
 from hpc.data.shards import index_path
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from hpc.train import health
 from lesiongen.data.config import DataConfig
@@ -55,10 +55,10 @@ def pack(data: DataConfig, folder: Path, topology: Topology | None = None, appen
     # Rank 0 plans the shards.
     work_files = dist.run_on_leader(_prepare, data, folder, append)
     # Each rank packs its share.
-    mine = work_files[topology.rank :: topology.world]
+    mine = work_files[topology.rank :: topology.world_size]
     total = sum(images for _, images in mine)
     processes = data.processes or _default_processes(total, topology)
-    with _pool(min(processes, len(mine))) as parallel_map, bar(total, "pack", shown=topology.leader) as progress:
+    with _pool(min(processes, len(mine))) as parallel_map, progress_bar(total, "pack", shown=topology.leader) as progress:
         for images in parallel_map(shard_work.pack_shard, [folder / "work" / name for name, _ in mine]):
             progress.update(images)
     dist.barrier()
@@ -72,7 +72,7 @@ def pack(data: DataConfig, folder: Path, topology: Topology | None = None, appen
 
 def _default_processes(images: int, topology: Topology) -> int:
     """Returns this rank's share of the node's cores, 1 for few images."""
-    ranks_here = max(1, topology.world // topology.nodes)
+    ranks_here = max(1, topology.world_size // topology.nodes)
     return max(1, len(os.sched_getaffinity(0)) // ranks_here) if images > POOL_FROM else 1
 
 
@@ -146,7 +146,7 @@ def _write_work(
 ) -> list[tuple[str, int]]:
     """Writes one work file for each new shard. Their numbers follow those of `shards`, which are packed already."""
     settings = {k: getattr(data, k) for k in ("size", "channels", "format", "quality")} | {"classes": classes}
-    settings["preprocess"] = plain(data.preprocess)
+    settings["preprocess"] = to_plain(data.preprocess)
     work_files = []
     for split, records in members.items():
         first_number = sum(s["split"] == split for s in shards)
@@ -211,7 +211,7 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
         print(f"warning: {warning}")
     # Finish: after manifest.write the set is complete.
     _remove_orphans(folder, entries)
-    facts = {"schema": 1, "size": data.size, "channels": data.channels, "preprocess": plain(data.preprocess)}
+    facts = {"schema": 1, "size": data.size, "channels": data.channels, "preprocess": to_plain(data.preprocess)}
     facts |= {"classes": listed["classes"], "counts": counts, "groups": groups, "vocabularies": listed["vocabularies"]}
     facts |= {**_count_about(before, results), **moments(entries)}
     facts |= {"rejected": before.get("rejected", 0) + len(rejected), "catalogs": catalogs, "shards": entries}

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from hpc.data.shards import ShardReader
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.ingest import duplicates
@@ -51,7 +51,7 @@ def find_near_duplicates(
         return images.decode(paths[image].read_bytes() if image in paths else packed_bytes(image))
 
     # Packed images come first: find_pairs() compares only what follows them with all others.
-    with bar(len(packed) + len(paths), "duplicates: read") as progress:
+    with progress_bar(len(packed) + len(paths), "duplicates: read") as progress:
         thumbnails = {}
         for image, thumbnail in itertools.chain(
             ((image, duplicates.thumbnail(images.decode(packed_bytes(image)))) for image in packed),
@@ -83,7 +83,7 @@ def _write_report(
     csv.writer(table, lineterminator="\n").writerows([("a", "b", "score", "same_group_already"), *rows])
     doubtful_first = sorted(pairs, key=lambda p: (own_groups[p.a] == own_groups[p.b], p.score))
     atomic_write(folder / f"near-duplicates{suffix}.csv", table.getvalue().encode())
-    atomic_write(folder / f"near-duplicates{suffix}.png", images.png(duplicates.draw_pairs(doubtful_first, load)))
+    atomic_write(folder / f"near-duplicates{suffix}.png", images.encode_png(duplicates.draw_pairs(doubtful_first, load)))
 
 
 def _warn_of_large_groups(pairs: list[Pair]) -> None:

@@ -127,7 +127,7 @@ class _ShardContents:
             except (images.BadImage, OSError) as error:
                 self.rejected.append({"image": record.image, "reason": str(error)})
                 continue
-            view = preprocess(images.to_tensor(images.shrink(image, short_side)), config)
+            view = preprocess(images.to_tensor(images.resize_short_side(image, short_side)), config)
             if self.split == "train":
                 pixels = centre(view, settings["size"]).flatten(1).numpy().astype(np.int64)
                 self.moments += [[pixels.shape[1]] * channels, pixels.sum(1), (pixels**2).sum(1)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hpc.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FIELDS = ("image", "lesion", "patient", "dx", "age", "sex", "site", "licence", "attribution")
 UNKNOWN = {"", "unknown", "unk", "nan", "na", "n/a", "none"}  # cells that state nothing, in lower case
 VIDIR = "ViDIR Group, Department of Dermatology, Medical University of Vienna"
@@ -320,7 +320,7 @@ def _join_companion(table: Table, path: Path, layout: Layout, rows: list[dict]) 
 def image_id(name: str) -> str:
     """Returns an image's id: its file name without folders and image suffix."""
     name = Path(name.strip()).name
-    return Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name
+    return Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
 
 
 def _number(cell: str | None) -> float:

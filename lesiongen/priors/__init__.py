@@ -4,7 +4,7 @@ from lesiongen.priors.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
 from lesiongen.priors.gpt import GPT, GPTConfig
 from lesiongen.priors.pixelcnn import PixelCNN, PixelCNNConfig
 from lesiongen.priors.pixelsnail import PixelSNAIL, PixelSNAILConfig
-from lesiongen.priors.prior import Prior, PriorShape
+from lesiongen.priors.prior import BasePriorConfig, Prior
 
 PriorModel = GPTConfig | PixelCNNConfig | GatedPixelCNNConfig | PixelSNAILConfig  # the first kind is the default
 PRIORS: dict[str, type[Prior]] = {
@@ -15,7 +15,7 @@ PRIORS: dict[str, type[Prior]] = {
 }
 
 
-def make(config: PriorShape, **shape: object) -> Prior:
+def make(config: BasePriorConfig, **shape: object) -> Prior:
     """Builds the prior that a config describes.
 
     Args:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesiongen.priors.causal import CausalConv, RowConv, Window, check_kernel
-from lesiongen.priors.prior import Prior, PriorShape
+from lesiongen.priors.prior import BasePriorConfig, Prior
 
 
 @dataclass(frozen=True)
-class GatedPixelCNNConfig(PriorShape):
+class GatedPixelCNNConfig(BasePriorConfig):
     """Config of a Gated PixelCNN."""
 
     kind: Literal["gated_pixelcnn"] = "gated_pixelcnn"

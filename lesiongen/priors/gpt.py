@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesiongen.priors.prior import Prior, PriorShape
+from lesiongen.priors.prior import BasePriorConfig, Prior
 
 
 @dataclass(frozen=True)
-class GPTConfig(PriorShape):
+class GPTConfig(BasePriorConfig):
     """Config of a GPT."""
 
     kind: Literal["gpt"] = "gpt"

@@ -6,13 +6,15 @@ import torch
 
 from lesiongen.priors.cuda_graphs import GraphedFunction
 from lesiongen.priors.prior import Prior
-from lesiongen.priors.sampling import Choice, uniforms
+from lesiongen.priors.sampling import TokenChooser, uniform_numbers
 
 
 class LevelSampler:
     """Samples grids of codes of one level. The sample stage owns one for each level and calls them coarse to fine."""
 
-    def __init__(self, prior: Prior, choice: Choice, guidance: Callable[[int], float], seed: int, cuda_graphs: bool = False):
+    def __init__(
+        self, prior: Prior, choice: TokenChooser, guidance: Callable[[int], float], seed: int, cuda_graphs: bool = False
+    ):
         """Prepares the sampler.
 
         Args:
@@ -38,7 +40,7 @@ class LevelSampler:
         Returns:
             Codes [B, h, w].
         """
-        numbers = uniforms(self.seed, members, self.prior.grid).to(self.device)
+        numbers = uniform_numbers(self.seed, members, self.prior.grid).to(self.device)
         facts_BF = torch.tensor(facts, dtype=torch.long, device=self.device).view(len(members), -1)
         return self._sample(facts_BF, numbers, *upper)
 

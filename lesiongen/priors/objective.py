@@ -10,7 +10,7 @@ from hpc.errors import UserError
 from hpc.train.flops import training_flops
 from lesiongen.data import facts
 from lesiongen.priors import make
-from lesiongen.priors.prior import Prior, PriorShape
+from lesiongen.priors.prior import BasePriorConfig, Prior
 
 
 class Objective(nn.Module):
@@ -72,7 +72,7 @@ def blank_batch(shape: dict, number: int) -> dict:
     }
 
 
-def training_flops_per_sample(model: PriorShape, shape: dict) -> int:
+def training_flops_per_sample(model: BasePriorConfig, shape: dict) -> int:
     """Counts the floating-point operations of training on one sample, on the meta device.
 
     Args:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesiongen.priors.causal import CausalConv, Window, check_kernel
-from lesiongen.priors.prior import Prior, PriorShape
+from lesiongen.priors.prior import BasePriorConfig, Prior
 
 
 @dataclass(frozen=True)
-class PixelCNNConfig(PriorShape):
+class PixelCNNConfig(BasePriorConfig):
     """Config of a PixelCNN."""
 
     kind: Literal["pixelcnn"] = "pixelcnn"

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesiongen.priors.causal import CausalConv, Window, check_kernel
-from lesiongen.priors.prior import Prior, PriorShape
+from lesiongen.priors.prior import BasePriorConfig, Prior
 
 
 @dataclass(frozen=True)
-class PixelSNAILConfig(PriorShape):
+class PixelSNAILConfig(BasePriorConfig):
     """Config of a PixelSNAIL."""
 
     kind: Literal["pixelsnail"] = "pixelsnail"

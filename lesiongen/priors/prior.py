@@ -22,7 +22,7 @@ MAX_LOGITS = 2**24  # logits in memory at once in the loss; more are computed in
 
 
 @dataclass(frozen=True)
-class PriorShape:
+class BasePriorConfig:
     """Fields that the configs of all kinds of priors share."""
 
     layers: int = 6
@@ -48,7 +48,7 @@ class Prior(nn.Module, ABC):
 
     def __init__(
         self,
-        config: PriorShape,
+        config: BasePriorConfig,
         grid: tuple[int, int],
         entries: int,
         facts: dict[str, int],

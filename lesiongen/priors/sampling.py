@@ -13,7 +13,7 @@ from hpc.data.order import sample_seed
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChooser:
     """How a token is chosen from its logits. Prior.sample() calls it for each token.
 
     Attributes:
@@ -76,7 +76,7 @@ def guidance(strength: float, schedule: str, length: int) -> Callable[[int], flo
     return strength_at
 
 
-def uniforms(seed: int, samples: Sequence[int], grid: tuple[int, int]) -> torch.Tensor:
+def uniform_numbers(seed: int, samples: Sequence[int], grid: tuple[int, int]) -> torch.Tensor:
     """Draws uniform random numbers from a random stream of its own for each sample.
 
     Args:

@@ -70,7 +70,7 @@ def packed(config: Experiment) -> Packed:
 
 def shards_identity(config: Experiment) -> dict:
     """Returns the settings that this run's shards depend on."""
-    return hpc_config.plain(config.data, volatile=False)
+    return hpc_config.to_plain(config.data, volatile=False)
 
 
 def shards_are_current(config: Experiment) -> bool:
@@ -78,7 +78,7 @@ def shards_are_current(config: Experiment) -> bool:
     if config.inputs.shards:
         return True
     shards = StageDir(config.directory / "shards", shards_identity(config), {})
-    return shards.done() and not shards.stale()
+    return shards.done() and not shards.differences()
 
 
 def stage_dir_of(config: Experiment, stage: Stage) -> StageDir:

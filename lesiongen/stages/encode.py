@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from hpc import dist
-from hpc.config import plain
+from hpc.config import to_plain
 from hpc.data import manifest
 from hpc.data.codestore import code_dtype, file_name, write_codes
 from hpc.data.order import sample_seed
 from hpc.data.shards import BadSample
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from lesiongen.data.augment import augment, centre
-from lesiongen.data.facts import columns_of
+from lesiongen.data.facts import fact_indices
 from lesiongen.data.images import to_float
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
@@ -41,7 +41,7 @@ class _File(NamedTuple):
 
 def stage(config: Experiment) -> Stage:
     """Returns the stage that encodes all images."""
-    identity = {"encode": plain(config.encode, volatile=False), "seed": config.seed}
+    identity = {"encode": to_plain(config.encode, volatile=False), "seed": config.seed}
     return Stage("codes", ("shards", "tokenizer"), identity, run)
 
 
@@ -53,9 +53,9 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
     shards = packed(config)
     splits = {name: ImageShards(shards, name) for name in shards.splits}
-    mine = _files(config, splits)[topology.rank :: topology.world]
+    mine = _files(config, splits)[topology.rank :: topology.world_size]
     entries: list[dict] = []
-    with bar(sum(file.count for file in mine), "encode", shown=topology.leader) as progress:
+    with progress_bar(sum(file.count for file in mine), "encode", shown=topology.leader) as progress:
         for split, draw, shard, count in mine:
             path = folder / file_name(split, draw, shard)
             if not path.exists():
@@ -122,7 +122,7 @@ def _encode_shard(
             except BadSample as error:
                 raise UserError(f"The shards in {data.packed.name} are damaged: {error}. See `lesiongen verify`.") from None
             views.append(_view(config, image, data.size, draw, shard, ordinal))
-            for column, value in columns_of(facts, vocabularies).items():
+            for column, value in fact_indices(facts, vocabularies).items():
                 columns.setdefault(column, []).append(value)
         for name, codes_Bhw in net.encode(to_float(torch.stack(views).to(device))).items():
             codes[name].append(codes_Bhw.cpu().numpy())

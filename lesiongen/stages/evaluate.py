@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from hpc import dist
-from hpc.config import digest, plain, read_yaml
+from hpc.config import digest, read_yaml, to_plain
 from hpc.dist import Topology
 from hpc.run.metrics_log import MetricsLog, metric_name, read_metrics
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.packed import Packed
@@ -27,7 +27,7 @@ from lesiongen.evaluation.fidelity import fidelity_and_diversity
 from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.evaluation.image_sets import ImageSet, RealImages, SampleImages, refuse_shared
 from lesiongen.experiment import Experiment
-from lesiongen.ingest.licences import together
+from lesiongen.ingest.licences import merge_counts
 from lesiongen.stages.base import Stage, packed, require
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ TILES = 8  # images in a strip, and pairs in the picture of nearest neighbours
 def stage(config: Experiment) -> Stage:
     """Returns the stage that compares the run's samples with real images."""
     needs = ("shards", "tokenizer", "codes", *(f"prior-{level}" for level in config.levels), "samples")
-    identity = {"evaluate": plain(config.evaluate, volatile=False), "seed": config.seed}
+    identity = {"evaluate": to_plain(config.evaluate, volatile=False), "seed": config.seed}
     return Stage("report", needs, identity, run, parallel=False)
 
 
@@ -90,7 +90,7 @@ def _evaluate(
     of_samples, of_held_out = _nearest_training_images(net, train, held_out, samples, config.seed)
     threshold = copies.threshold(of_held_out.distance)
     metrics["copies"] = _copy_metrics(of_samples.distance, of_held_out.distance, threshold)
-    metrics["data"] = _data_metrics(shards, samples) | together(shards.about, tokenizer_data)
+    metrics["data"] = _data_metrics(shards, samples) | merge_counts(shards.about, tokenizer_data)
     metrics = _without_nan(metrics)
 
     # Draw the pictures, and write everything.
@@ -122,7 +122,7 @@ def _nearest_training_images(
     """Finds the nearest training image of each sample, and of up to HELD_OUT held-out images."""
     drawn = torch.randperm(len(held_out.images), generator=torch.Generator().manual_seed(seed))[:HELD_OUT]
     queries = torch.cat([samples.images, held_out.images[drawn]])
-    with bar(len(train.images), "copies") as progress:
+    with progress_bar(len(train.images), "copies") as progress:
         nearest = copies.nearest(queries, train.images, progress, next(net.parameters()).device)
     number = len(samples.images)
     parts = (slice(None, number), slice(number, None))
@@ -156,7 +156,7 @@ def _data_metrics(shards: Packed, samples: SampleImages) -> dict:
 def _neighbours(nearest: copies.Nearest, closest: list[int], train: RealImages, samples: SampleImages) -> bytes:
     """Draws the samples `closest` to the training images as PNG, each above its nearest training image, turned to match."""
     training = [copies.apply_symmetry(train.full([nearest.index[i]]), int(nearest.form[i])) for i in closest]
-    return images.png(images.grid(torch.cat([samples.full(closest), *training]), len(closest)))
+    return images.encode_png(images.tile_images(torch.cat([samples.full(closest), *training]), len(closest)))
 
 
 def _strips(samples: SampleImages, train: RealImages, classes: list[str]) -> report.Strips:
@@ -175,7 +175,7 @@ def _strip(image_set: ImageSet, label: int | None) -> torch.Tensor | None:
         return None
     tiles = classifier.shrink(image_set.full(rows[:TILES]), 128)
     blank = torch.full((TILES - len(tiles), *tiles.shape[1:]), 255, dtype=torch.uint8)
-    return images.grid(torch.cat([tiles, blank]), TILES)
+    return images.tile_images(torch.cat([tiles, blank]), TILES)
 
 
 def _write(folder: Path, metrics: dict, pictures: dict[str, bytes], strips: report.Strips, page: str) -> None:
@@ -188,8 +188,7 @@ def _write(folder: Path, metrics: dict, pictures: dict[str, bytes], strips: repo
     for side, name in enumerate(("samples", "training")):
         rows = [pair[side] for pair in strips.values() if pair[side] is not None]
         if rows:
-            log.image(name, 0, images.png(torch.cat(rows, 1)))
-    log.close()
+            log.image(name, 0, images.encode_png(torch.cat(rows, 1)))
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
     atomic_write(folder / "report.html", page.encode())
 

@@ -70,14 +70,14 @@ def _blocks(config: Experiment, originals: list[torch.Tensor], size: int, column
     settings = {"tokenizer.augment": config.tokenizer.augment, "encode.augment": config.encode.augment}
     if config.encode.augment == config.tokenizer.augment:
         settings = {"tokenizer.augment and encode.augment": config.tokenizer.augment}
-    blocks = {"original": images.grid(torch.stack([centre(image, size) for image in originals]), 1)}
+    blocks = {"original": images.tile_images(torch.stack([centre(image, size) for image in originals]), 1)}
     for heading, setting in settings.items():
         views = [
             augment(image, size, setting, torch.Generator().manual_seed(sample_seed(config.seed, row * columns + column)))
             for row, image in enumerate(originals)
             for column in range(columns)
         ]
-        blocks[heading] = images.grid(torch.stack(views), columns)
+        blocks[heading] = images.tile_images(torch.stack(views), columns)
     return blocks
 
 
@@ -111,7 +111,7 @@ def _from_files(config: Experiment) -> Iterator[tuple[str, torch.Tensor]]:
             image = images.read(Path(records[i].path), data.channels)
         except (images.BadImage, OSError):
             continue  # `lesiongen pack` lists the file
-        shrunk = images.shrink(image, round(data.size / data.preprocess.centre))
+        shrunk = images.resize_short_side(image, round(data.size / data.preprocess.centre))
         yield records[i].dx, preprocess(images.to_tensor(shrunk), data.preprocess)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hpc import dist
-from hpc.config import plain
+from hpc.config import to_plain
 from hpc.data.codestore import CodeStore
 from hpc.data.order import contiguous_share
 from hpc.data.rows import CodeRows
@@ -34,7 +34,7 @@ from lesiongen.experiment import Experiment, PriorConfig
 from lesiongen.priors import make
 from lesiongen.priors.objective import Objective, model_shape, training_flops_per_sample
 from lesiongen.priors.prior import Prior
-from lesiongen.priors.sampling import Choice, uniforms
+from lesiongen.priors.sampling import TokenChooser, uniform_numbers
 from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
 
@@ -45,7 +45,7 @@ BITS_BATCH = 64  # images whose bits are measured at once
 def stage(config: Experiment, level: str) -> Stage:
     """Returns the stage that trains the prior of a level."""
     prior_config = config.prior(level)
-    identity = {"prior": plain(prior_config, volatile=False), "level": level, "seed": config.seed}
+    identity = {"prior": to_plain(prior_config, volatile=False), "level": level, "seed": config.seed}
 
     def run_level(config: Experiment, topology: Topology, folder: Path) -> str:
         return run(config, topology, folder, level)
@@ -129,7 +129,7 @@ class PriorTask:
             self.label_counts(), sets, train_config.batch, self.config.seed, self.prior_config.stream, self.member
         )
         draws = self.store.draws("train")
-        for positions in training_batches(position, train_config.batch, micro_batch, dist.rank(), dist.world()):
+        for positions in training_batches(position, train_config.batch, micro_batch, dist.rank(), dist.world_size()):
             rows = []
             for sample_position, _ in positions:
                 shard, ordinal = order.sample(sample_position)
@@ -207,7 +207,7 @@ class PriorTask:
             The mean over all tokens of all rows.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        mine = contiguous_share(len(rows_N3), dist.rank(), dist.world())
+        mine = contiguous_share(len(rows_N3), dist.rank(), dist.world_size())
         for first in range(mine.start, mine.stop, BITS_BATCH):
             batch = self.batch(split, rows_N3[first : min(first + BITS_BATCH, mine.stop)])
             total -= net.log_likelihood(batch["codes"], batch["facts"], batch["upper"]).double().sum()
@@ -235,15 +235,15 @@ class PriorTask:
         """
         number, held_out = GRID_SAMPLES, self.data["val"].all()
         rows = held_out[np.arange(number) % len(held_out)]
-        mine = contiguous_share(number, dist.rank(), dist.world())
+        mine = contiguous_share(number, dist.rank(), dist.world_size())
         codes = None
         if len(mine):  # with more ranks than samples, some ranks have none
             batch = self.batch("val", rows[mine.start : mine.stop])
             if classes := self.shape["facts"].get("label"):
                 label = torch.tensor([i * classes // number for i in mine], device=self.device)
                 batch["facts"][:, self.prior_config.facts.index("label")] = label
-            numbers = uniforms(self.config.seed, mine, self.shape["grid"])
-            codes = net.sample(batch["facts"], batch["upper"], numbers.to(self.device), Choice())
+            numbers = uniform_numbers(self.config.seed, mine, self.shape["grid"])
+            codes = net.sample(batch["facts"], batch["upper"], numbers.to(self.device), TokenChooser())
         parts = [part for part in dist.gather(None if codes is None else codes.cpu()) if part is not None]
         return dist.run_on_leader(self._decode_picture, torch.cat(parts), rows) or {}
 
@@ -254,7 +254,7 @@ class PriorTask:
         columns = self.store.gather_rows("val", rows_B3, [f"codes.{name}" for name in names])
         levels = {name: torch.from_numpy(columns[f"codes.{name}"].astype("int64")).to(self.device) for name in names}
         levels[self.level] = codes_Bhw.to(self.device)
-        return {"samples": images.png(images.grid(to_uint8(net.decode_codes(levels)).cpu(), 8))}
+        return {"samples": images.encode_png(images.tile_images(to_uint8(net.decode_codes(levels)).cpu(), 8))}
 
     def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
         """Writes the weights, what sampling needs to know of the prior, and a model card.
@@ -265,8 +265,8 @@ class PriorTask:
         """
         values = facts.vocabularies(self.store, self.prior_config.facts)
         about = {
-            "model": plain(self.prior_config.model),
-            "shape": plain(self.shape),
+            "model": to_plain(self.prior_config.model),
+            "shape": to_plain(self.shape),
             "level": self.level,
             "facts": values,
             "training_facts": facts.count_combinations(self.store, self.prior_config.facts),

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from hpc.config import build
+from hpc.config import from_plain
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.augment import PreprocessConfig, centre, preprocess
@@ -22,7 +22,7 @@ from lesiongen.data.images import to_float, to_uint8, to_unit
 from lesiongen.data.similarity import psnr, ssim
 from lesiongen.evaluation import figures
 from lesiongen.experiment import Experiment
-from lesiongen.ingest.sources import SUFFIXES
+from lesiongen.ingest.sources import IMAGE_SUFFIXES
 from lesiongen.stages.base import require
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def reconstruct(config: Experiment, paths: list[Path], out: Path, batch: int = 3
     reader = _Reader(facts)
     results = _Results(net, out)
     files = _image_files(paths)
-    with bar(len(files), "reconstruct") as progress:
+    with progress_bar(len(files), "reconstruct") as progress:
         for first in range(0, len(files), batch):
             part = files[first : first + batch]
             readable, originals = reader.read(part)
@@ -69,7 +69,7 @@ def reconstruct(config: Experiment, paths: list[Path], out: Path, batch: int = 3
 def _image_files(paths: list[Path]) -> list[Path]:
     """Lists the files among `paths`, and the image files in the folders among them and below."""
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return [file for file in files if file.suffix.lower() in SUFFIXES or file in paths]
+    return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES or file in paths]
 
 
 class _Reader:
@@ -77,7 +77,7 @@ class _Reader:
 
     def __init__(self, facts: dict):
         self.size, self.channels = facts["size"], facts["channels"]
-        self.preprocess = build(PreprocessConfig, facts["preprocess"])
+        self.preprocess = from_plain(PreprocessConfig, facts["preprocess"])
         self.refused: list[str] = []
 
     def read(self, files: list[Path]) -> tuple[list[Path], list[torch.Tensor]]:
@@ -85,7 +85,7 @@ class _Reader:
         readable, originals = [], []
         for file in files:
             try:
-                image = images.shrink(images.read(file, self.channels), round(self.size / self.preprocess.centre))
+                image = images.resize_short_side(images.read(file, self.channels), round(self.size / self.preprocess.centre))
             except (OSError, images.BadImage) as error:
                 self.refused.append(f"{file}: {error}")
                 continue
@@ -118,7 +118,7 @@ class _Results:
         reconstructions = to_uint8(y).cpu()
         for file, image, image_psnr, image_ssim in zip(files, reconstructions, psnr_B, ssim_B, strict=True):
             name = self._name(file)
-            atomic_write(self.out / name, images.png(image))
+            atomic_write(self.out / name, images.encode_png(image))
             self.rows.append((str(file), name, image_psnr, image_ssim))
         codes = {name: quantized.codes.cpu() for name, quantized in levels.items()}
         for name, codes_Bhw in codes.items():
@@ -136,10 +136,10 @@ class _Results:
         """Writes pairs.png, codes.png and codebook.png."""
         net, names = self.net, list(reversed(self.net.names))
         originals, reconstructions = (torch.cat([batch[i] for batch in self.shown])[:PAIRS] for i in (0, 1))
-        atomic_write(self.out / "pairs.png", images.png(figures.pairs(originals, reconstructions)))
+        atomic_write(self.out / "pairs.png", images.encode_png(figures.pairs(originals, reconstructions)))
         maps = {name: torch.cat([codes[name] for *_, codes in self.shown])[:MAPS] for name in names}
         columns = figures.with_maps(originals[:MAPS], reconstructions[:MAPS], maps, net.entries)
-        atomic_write(self.out / "codes.png", images.png(columns))
+        atomic_write(self.out / "codes.png", images.encode_png(columns))
         codebooks = {name: (net.codebook(name).cpu(), self.counts[name]) for name in names}
         atomic_write(self.out / "codebook.png", figures.codebooks(codebooks))
 

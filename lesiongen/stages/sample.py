@@ -21,22 +21,22 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hpc import dist
-from hpc.config import plain
+from hpc.config import to_plain
 from hpc.data.order import sample_seed
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.run.progress import bar
+from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.facts import PriorFacts, refuse_unknown
 from lesiongen.data.images import to_uint8
 from lesiongen.evaluation.card import card
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
-from lesiongen.ingest.licences import strictest, together
+from lesiongen.ingest.licences import merge_counts, strictest
 from lesiongen.priors.export import load_prior
 from lesiongen.priors.level_sampler import LevelSampler
 from lesiongen.priors.prior import Prior
-from lesiongen.priors.sampling import Choice, guidance
+from lesiongen.priors.sampling import TokenChooser, guidance
 from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ PER_CLASS = 8  # samples of a class in the contact sheet, and images in a row of
 def stage(config: Experiment) -> Stage:
     """Returns the stage that samples images."""
     needs = ("tokenizer", *(f"prior-{level}" for level in config.levels))
-    return Stage("samples", needs, {"sample": plain(config.sample, volatile=False)}, run)
+    return Stage("samples", needs, {"sample": to_plain(config.sample, volatile=False)}, run)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
@@ -65,12 +65,12 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     prior_facts = {level: PriorFacts(about["facts"], about["training_facts"]) for level, (_, about) in priors.items()}
     facts = draw_facts(sampling, list(prior_facts.values()))
     provenance = _provenance(config, {level: about["tokenizer"] for level, (_, about) in priors.items()})
-    data = together(tokenizer_facts["data"], *(about["data"] for _, about in priors.values()))
+    data = merge_counts(tokenizer_facts["data"], *(about["data"] for _, about in priors.values()))
     provenance["licence_of_training_images"] = strictest(data["licences"])
 
     # Sample this rank's batches.
-    batches = range(0, sampling.number, sampling.batch)[topology.rank :: topology.world]
-    with bar(sampling.number, "sample", initial=0, shown=topology.leader) as progress:
+    batches = range(0, sampling.number, sampling.batch)[topology.rank :: topology.world_size]
+    with progress_bar(sampling.number, "sample", initial=0, shown=topology.leader) as progress:
         for first in batches:
             members = range(first, min(first + sampling.batch, sampling.number))
             paths = [folder / "images" / file_name(i, facts[i]["label"]) for i in members]
@@ -81,7 +81,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
                     text = provenance | facts[i] | {"seed": str(sampling.seed), "index": str(i)}
                     atomic_write(path, png_with(image, text))
             # Only rank 0 shows a bar. The other ranks are about as fast, so their batches are counted with its own.
-            progress.update(len(members) * (topology.world if topology.leader else 1))
+            progress.update(len(members) * (topology.world_size if topology.leader else 1))
     dist.barrier()
     readme = card("samples", config.name, provenance, data, {})
     return dist.run_on_leader(_finish, folder, sampling, facts, provenance, readme)
@@ -111,7 +111,7 @@ def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str
 def _sampler(sampling: SampleConfig, level: str, index: int, prior: Prior) -> LevelSampler:
     """Returns the sampler of one level, with the level's settings. `index` counts the levels from the coarsest."""
     level_sampling = sampling.at(level)
-    choice = Choice(level_sampling.temperature, level_sampling.top_k, level_sampling.top_p)
+    choice = TokenChooser(level_sampling.temperature, level_sampling.top_k, level_sampling.top_p)
     strength = guidance(level_sampling.guidance, level_sampling.guidance_schedule, prior.length)
     return LevelSampler(prior, choice, strength, sampling.seed * 1009 + index, sampling.cuda_graphs)
 
@@ -220,7 +220,7 @@ def _table(names: list[str], sampling: SampleConfig, facts: list[dict[str, str]]
     """Returns metadata.csv: a row for each sample, with its facts, the settings and the models."""
     settings = {f.name: getattr(sampling, f.name) for f in fields(LevelSampling)} | {"seed": sampling.seed}
     for level, level_sampling in sampling.levels.items():
-        settings |= {f"{k}-{level}": v for k, v in plain(level_sampling).items() if v is not None}
+        settings |= {f"{k}-{level}": v for k, v in to_plain(level_sampling).items() if v is not None}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["file", *facts[0], "index", *settings, *provenance])
@@ -236,4 +236,4 @@ def _contact_sheet(folder: Path, names: list[str], labels: list[str]) -> bytes:
         shown += [name for name, other in zip(names, labels, strict=True) if other == label][:PER_CLASS]
     tiles = [np.array(Image.open(folder / "images" / name)) for name in shown]
     stacked = torch.from_numpy(np.stack([tile[None] if tile.ndim == 2 else tile.transpose(2, 0, 1) for tile in tiles]))
-    return images.png(images.grid(stacked, PER_CLASS))
+    return images.encode_png(images.tile_images(stacked, PER_CLASS))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hpc import dist
-from hpc.config import plain
+from hpc.config import to_plain
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.train.loop import train
@@ -28,13 +28,11 @@ from lesiongen.tokenizers.objective import Objective
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 KMEANS_IMAGES = 256  # training images whose vectors are clustered to initialise the codebooks
-PERTURBED_IMAGES = 256  # of each rank, for the figure of wrong codes
-COLLAPSED = 0.02  # a level whose perplexity is below this share of its codes
 
 
 def stage(config: Experiment) -> Stage:
     """Returns the stage that trains the tokenizer."""
-    identity = {"tokenizer": plain(config.tokenizer, volatile=False), "seed": config.seed}
+    identity = {"tokenizer": to_plain(config.tokenizer, volatile=False), "seed": config.seed}
     return Stage("tokenizer", ("shards",), identity, run, target=config.tokenizer.train.samples, trains=True)
 
 
@@ -126,7 +124,7 @@ class TokenizerTask:
             module: The model, with full weights.
             metrics: The held-out metrics of these weights.
         """
-        facts = {"model": plain(self.config.tokenizer.model), "channels": self.data.channels, "size": self.data.size}
+        facts = {"model": to_plain(self.config.tokenizer.model), "channels": self.data.channels, "size": self.data.size}
         facts |= {"preprocess": self.data.packed.preprocess, "data": self.data.packed.about, "held_out": metrics}
         about = {"levels": " + ".join(f"{g}² {n}" for n, g in self.grids.items()), "image size": f"{self.data.size} px"}
         write_export(self.folder / "export", module.net, facts, card("tokenizer", self.name, about, facts["data"], metrics))

@@ -1,6 +1,6 @@
-"""Reconstruction losses: a weighted sum of the terms that a config names. Images x, y: [B, C, H, W] in [-1, 1].
+"""ReconstructionLoss losses: a weighted sum of the terms that a config names. Images x, y: [B, C, H, W] in [-1, 1].
 
-The tokenizers' Objective owns a Reconstruction. All terms are computed in fp32, except LPIPS, which runs under the caller's
+The tokenizers' Objective owns a ReconstructionLoss. All terms are computed in fp32, except LPIPS, which runs under the caller's
 autocast.
 """
 
@@ -38,7 +38,7 @@ class LossConfig:
             )
 
 
-class Reconstruction(nn.Module):
+class ReconstructionLoss(nn.Module):
     """The weighted sum of the terms that a LossConfig names."""
 
     def __init__(self, config: LossConfig, variance: float):

@@ -5,7 +5,7 @@ from torch import nn
 
 from lesiongen.data.images import to_float, to_unit
 from lesiongen.data.similarity import psnr, ssim
-from lesiongen.tokenizers.losses import LossConfig, Reconstruction
+from lesiongen.tokenizers.losses import LossConfig, ReconstructionLoss
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
@@ -21,7 +21,7 @@ class Objective(nn.Module):
             variance: Variance of the training pixels in [0, 1].
         """
         super().__init__()
-        self.net, self.reconstruction = net, Reconstruction(loss, variance)
+        self.net, self.reconstruction = net, ReconstructionLoss(loss, variance)
 
     def forward(self, batch: dict) -> dict:
         """Computes the loss of one micro-batch.

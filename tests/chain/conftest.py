@@ -10,7 +10,7 @@ def runs(tmp_path_factory):
     """One `runs` for all sqlite tests, since making a store takes seconds; a space in its path, as people have."""
     patch = pytest.MonkeyPatch()
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for name in mlflow_sync.ENVIRONMENT:
-        patch.setenv(name, mlflow_sync.ENVIRONMENT[name])
+    for name in mlflow_sync.MLFLOW_ENVIRONMENT:
+        patch.setenv(name, mlflow_sync.MLFLOW_ENVIRONMENT[name])
     yield tmp_path_factory.mktemp("my runs")
     patch.undo()

@@ -15,7 +15,7 @@ import pytest
 
 from hpc.run import mlflow_sync
 from hpc.run.metrics_log import MetricsLog
-from hpc.run.mlflow_sync import Follower, link, sync
+from hpc.run.mlflow_sync import Follower, run_link, sync
 from tests.chain.mlflow_runs import entry_of, expected, extend, history, make_run, new_process, runs_of, wait_for
 
 pytest.importorskip("sqlalchemy", reason="the http-only mlflow-skinny has no store of its own")
@@ -53,7 +53,7 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | mlflow_sync.ENVIRONMENT, start_new_session=True
+                command, stdout=log, stderr=log, env=os.environ | mlflow_sync.MLFLOW_ENVIRONMENT, start_new_session=True
             )
         wait_for(lambda: answers(self.port))
 
@@ -89,7 +89,7 @@ def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
         follower = Follower(run, server.uri, interval=0.05)
         train(50)
         wait_for(lambda: arrived() > 10)
-        assert link(run, server.uri).startswith(f"{server.uri}/#/experiments/")
+        assert run_link(run, server.uri).startswith(f"{server.uri}/#/experiments/")
         stop = threading.Timer(0.1, server.kill)  # in the middle of the sending
         stop.start()
         train(200)

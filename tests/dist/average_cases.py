@@ -9,7 +9,7 @@ from tests.dist.topology_cases import DECAY, Trainer
 def by_hand(topology, run: str, steps: int, poisoned: int) -> tuple[list[float], list[float]]:
     """(losses, distance of the engine's average from one made here in fp64, after each step). One step is left out; the
     average is read after every step, which must leave training as it is."""
-    trainer = Trainer(topology, run, {"zero": 0, "accumulation": 4 // topology.world, "average": 1.0})
+    trainer = Trainer(topology, run, {"zero": 0, "accumulation": 4 // topology.world_size, "average": 1.0})
     average = [p.detach().double() for p in trainer.module.parameters()]
     plain, losses, distances = trainer.task.build(), [], []
     for number in range(steps):

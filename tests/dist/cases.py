@@ -9,7 +9,7 @@ from hpc import dist
 from hpc.train import checkpoint
 from hpc.train.engine import Engine, EngineConfig
 from hpc.errors import UserError
-from hpc.train.optim import OptimConfig, optimizer
+from hpc.train.optim import OptimConfig, build_optimizer
 from hpc.run.rundir import StageDir
 from lesiongen import experiment
 from lesiongen.stages import base, stages
@@ -25,7 +25,7 @@ def tokenizer_engine(topology, run: str, zero: int, accumulation: int, precision
     task = TokenizerTask(config, Packed([Path(run) / "shards"]), Path(run) / "unused")
     module = task.build()
     settings = EngineConfig(zero=zero, accumulation=accumulation, precision=precision)
-    engine = Engine(module, optimizer(module, OptimConfig(lr=1e-3)), settings, batch=16)
+    engine = Engine(module, build_optimizer(module, OptimConfig(lr=1e-3)), settings, batch=16)
     return task, engine, module
 
 
@@ -66,7 +66,7 @@ def skipped_step(topology, run: str, zero: int):
     task, engine, module = tokenizer_engine(topology, run, zero, 1)
     advance(task, engine, module, 0, 2)
     before = fingerprints(engine, task)
-    advance(task, engine, module, 32, 1, poison=(0, topology.world - 1))
+    advance(task, engine, module, 32, 1, poison=(0, topology.world_size - 1))
     after = fingerprints(engine, task)
     losses = advance(task, engine, module, 48, 2)
     return before, after, losses
@@ -82,16 +82,16 @@ def save_and_resume(topology, run: str, zero: int, folder: str):
 
 
 def resume(topology, run: str, zero: int, accumulation: int, folder: str):
-    path = checkpoint.choose(Path(folder))
+    path = checkpoint.newest_sound(Path(folder))
     settings = EngineConfig(zero=zero, accumulation=accumulation)
-    universal = checkpoint.needs_universal(path, settings, topology.world)
+    universal = checkpoint.needs_universal(path, settings, topology.world_size)
     if universal:
         checkpoint.to_universal(path)
     config = experiment.load(f"{run}/config.yaml")
     task = TokenizerTask(config, Packed([Path(run) / "shards"]), Path(run) / "unused")
     torch.manual_seed(1)  # other weights than the saved ones, so that loading is what makes them equal
     module = task.build()
-    engine = Engine(module, optimizer(module, OptimConfig(lr=1e-3)), settings, 16, universal)
+    engine = Engine(module, build_optimizer(module, OptimConfig(lr=1e-3)), settings, 16, universal)
     engine.load(path, universal)
     return advance(task, engine, module, 48, 3)
 
@@ -108,7 +108,7 @@ def damaged(topology, run: str, folder: str):
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
     dist.barrier()
-    return checkpoint.choose(Path(folder)).name
+    return checkpoint.newest_sound(Path(folder)).name
 
 
 def run_stages(topology, overrides: list[str], config_path: str, names: list[str]):

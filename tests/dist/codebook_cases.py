@@ -6,7 +6,7 @@ from torch import nn
 
 from hpc import dist
 from hpc.train.engine import Engine, EngineConfig
-from hpc.train.optim import OptimConfig, optimizer
+from hpc.train.optim import OptimConfig, build_optimizer
 from lesiongen.tokenizers import quantize
 from lesiongen.tokenizers.quantize import EMAQuantizer
 from lesiongen.tokenizers.quantizer import QuantizerConfig
@@ -56,7 +56,7 @@ def batches(step: int) -> dict:
 def plain(topology, kind: str, precision: str) -> dict:
     """The reference: no engine, one process, the whole batch."""
     model = Model(kind)
-    adam = optimizer(model, OptimConfig(lr=1e-3))
+    adam = build_optimizer(model, OptimConfig(lr=1e-3))
     for step in range(STEPS):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             out = model(batches(step))
@@ -72,7 +72,7 @@ def engine(topology, kind: str, zero: int, precision: str) -> dict:
     """The same under the engine; each rank has its part of the batch."""
     model = Model(kind)
     settings = EngineConfig(zero=zero, precision=precision)
-    run = Engine(model, optimizer(model, OptimConfig(lr=1e-3)), settings, BATCH)
+    run = Engine(model, build_optimizer(model, OptimConfig(lr=1e-3)), settings, BATCH)
     share = slice(topology.rank * run.micro_batch, (topology.rank + 1) * run.micro_batch)
     for step in range(STEPS):
         done = run.step([{k: v[share] for k, v in batches(step).items()}], 1e-3, {})

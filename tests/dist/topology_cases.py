@@ -10,7 +10,7 @@ import torch
 from hpc import dist
 from hpc.train import checkpoint
 from hpc.train.engine import Engine, EngineConfig, Step
-from hpc.train.optim import OptimConfig, learning_rate, optimizer
+from hpc.train.optim import OptimConfig, learning_rate, build_optimizer
 from lesiongen import experiment
 from lesiongen.data.packed import Packed
 from lesiongen.stages.tokenizer import TokenizerTask
@@ -38,14 +38,14 @@ class Trainer:
         self.task = TokenizerTask(config, Packed([Path(run) / "shards"]), Path(run) / "unused")
         self.optim = OptimConfig(name=name, lr=RATES[name], weight_decay=0.1, schedule="piecewise", pieces=(1, 1, 0.5))
         settings = EngineConfig(**engine)
-        start = checkpoint.choose(Path(load)) if load else None
-        universal = start is not None and checkpoint.needs_universal(start, settings, topology.world)
+        start = checkpoint.newest_sound(Path(load)) if load else None
+        universal = start is not None and checkpoint.needs_universal(start, settings, topology.world_size)
         if universal:
             checkpoint.to_universal(start)
         torch.manual_seed(1 if start else 0)  # other weights than the saved ones, so that loading makes them equal
         self.module = self.task.build()
-        self.engine = Engine(self.module, optimizer(self.module, self.optim), settings, BATCH, universal)
-        self.seen = checkpoint.read(start)["state"]["samples"] if start else 0
+        self.engine = Engine(self.module, build_optimizer(self.module, self.optim), settings, BATCH, universal)
+        self.seen = checkpoint.read_manifest(start)["state"]["samples"] if start else 0
         if start:
             self.engine.load(start, universal)
         self.batches = self.task.stream(self.seen, self.engine.micro_batch)

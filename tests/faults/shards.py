@@ -55,4 +55,4 @@ def last_byte(folder: Path) -> list[int]:
 
 
 def problems(folder: Path) -> list[str]:
-    return verify.walk(folder)[1]
+    return verify.verify_path(folder)[1]

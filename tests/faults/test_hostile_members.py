@@ -109,7 +109,7 @@ def test_manifests_name_only_files_beside_them(folder, name, what, monkeypatch):
     entry = facts["shards"][0]
     {"shard": entry, "index": entry["index"], "catalog": facts["catalogs"][0]}[what]["name"] = name
     (folder / manifest.NAME).write_text(json.dumps(facts))
-    for read in (manifest.read, verify.walk, lambda where: Packed([where])):
+    for read in (manifest.read, verify.verify_path, lambda where: Packed([where])):
         with pytest.raises(UserError, match=r"not to be trusted|damaged"):
             read(folder)
     with pytest.raises((StorageError, KeyError)):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from hpc.config import build
+from hpc.config import from_plain
 from lesiongen.data import augment as A
 from lesiongen.data.augment import AugmentConfig, PreprocessConfig, augment, centre, preprocess
 from lesiongen.ingest import phantom
@@ -215,7 +215,7 @@ REPORTS = {
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_the_reports_augmentations_can_be_written(lesion, name):
-    config = build(AugmentConfig, {"dihedral": False, "crop": 1} | yaml.safe_load(f"{{{REPORTS[name]}}}"))
+    config = from_plain(AugmentConfig, {"dihedral": False, "crop": 1} | yaml.safe_load(f"{{{REPORTS[name]}}}"))
     assert augment(lesion, 32, config, rng(0)).shape == (3, 32, 32)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hpc.config import build
+from hpc.config import from_plain
 from hpc.errors import UserError
 from lesiongen.data.facts import PriorFacts, count_combinations, vocabularies
 from lesiongen.experiment import PriorConfig, SampleConfig
@@ -47,7 +47,7 @@ def test_a_fact_that_no_image_has_is_refused_by_name():
 )
 def test_a_priors_facts_are_checked(given, message):
     with pytest.raises(UserError, match=message):
-        build(PriorConfig, given)
+        from_plain(PriorConfig, given)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_a_priors_facts_are_checked(given, message):
 )
 def test_a_samplers_settings_are_checked(given, message):
     with pytest.raises(UserError, match=message):
-        build(SampleConfig, given)
+        from_plain(SampleConfig, given)
 
 
 def test_a_level_may_have_settings_of_its_own():
-    own = build(SampleConfig, {"temperature": 0.9, "guidance": 2, "levels": {"top": {"temperature": 0.5, "top_k": 10}}})
+    own = from_plain(SampleConfig, {"temperature": 0.9, "guidance": 2, "levels": {"top": {"temperature": 0.5, "top_k": 10}}})
     top, bottom = own.at("top"), own.at("bottom")
     assert (top.temperature, top.top_k, top.guidance) == (0.5, 10, 2.0)
     assert (bottom.temperature, bottom.top_k) == (0.9, 0)

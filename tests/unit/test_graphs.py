@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lesiongen.priors.cuda_graphs import GraphedFunction
-from lesiongen.priors.sampling import Choice, uniforms
+from lesiongen.priors.sampling import TokenChooser, uniform_numbers
 from tests.unit.test_priors import PRIORS, prior
 
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}  # refused while recording
@@ -67,7 +67,7 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize("name", PRIORS)
 def test_batches_are_those_of_the_plain_call(name, graphs):
     net = prior(name, upper=True).eval()
-    how = Choice(temperature=0.9, top_k=8, top_p=0.9), lambda t: 1.5
+    how = TokenChooser(temperature=0.9, top_k=8, top_p=0.9), lambda t: 1.5
 
     def work(facts, numbers, upper):
         return net.sample(facts, [upper], numbers, *how)
@@ -76,7 +76,7 @@ def test_batches_are_those_of_the_plain_call(name, graphs):
     for size, first in ((3, 0), (3, 3), (3, 6), (2, 9), (3, 11)):  # the fourth is a last, smaller one
         torch.manual_seed(first)
         facts, upper = torch.randint(-1, 2, (size, 2)), torch.randint(7, (size, 2, 2))
-        given = facts, uniforms(0, range(first, first + size), net.grid), upper
+        given = facts, uniform_numbers(0, range(first, first + size), net.grid), upper
         assert torch.equal(recorded(*given), work(*given))
     assert len(graphs) == 1
 
@@ -91,7 +91,8 @@ def test_a_result_is_the_callers_own(graphs):
 @pytest.mark.parametrize("name", PRIORS)
 def test_on_a_gpu(name):
     net = prior(name).eval().cuda()
-    recorded = GraphedFunction(lambda facts, numbers: net.sample(facts, [], numbers, Choice()))
+    recorded = GraphedFunction(lambda facts, numbers: net.sample(facts, [], numbers, TokenChooser()))
     for first in (0, 3, 6):
-        facts, numbers = torch.tensor([[0, 1], [4, -1], [-1, 0]]).cuda(), uniforms(0, range(first, first + 3), net.grid).cuda()
+        facts = torch.tensor([[0, 1], [4, -1], [-1, 0]]).cuda()
+        numbers = uniform_numbers(0, range(first, first + 3), net.grid).cuda()
         assert torch.equal(recorded(facts, numbers), recorded.function(facts, numbers))

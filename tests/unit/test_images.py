@@ -95,7 +95,7 @@ def test_tensors_and_pictures_are_inverse():
     for source in (COLOUR, GREY):
         tensor = images.to_tensor(Image.fromarray(source))
         assert tensor.shape == (1 if source.ndim == 2 else 3, 24, 32)
-        assert torch.equal(images.to_tensor(Image.open(io.BytesIO(images.png(tensor)))), tensor)
+        assert torch.equal(images.to_tensor(Image.open(io.BytesIO(images.encode_png(tensor)))), tensor)
 
 
 def test_empty_foreign_and_broken_files():
@@ -302,7 +302,7 @@ def test_large_jpegs_are_read_smaller_where_nothing_is_lost():
     content = save(photo, "JPEG", quality=95)
     small = decode(content, size=64)
     assert small.size == (640, 480) or small.size == (320, 240)
-    a, b = (np.asarray(images.shrink(image, 64)).astype(int) for image in (small, decode(content)))
+    a, b = (np.asarray(images.resize_short_side(image, 64)).astype(int) for image in (small, decode(content)))
     assert a.shape == b.shape
     assert np.abs(a - b).max() <= 3 and np.abs(a - b).mean() < 0.5
     assert decode(content, size=200).size == photo.size
@@ -310,6 +310,6 @@ def test_large_jpegs_are_read_smaller_where_nothing_is_lost():
 
 
 def test_a_grid_on_white():
-    sheet = images.grid(torch.zeros(5, 3, 4, 6, dtype=torch.uint8), columns=3)
+    sheet = images.tile_images(torch.zeros(5, 3, 4, 6, dtype=torch.uint8), columns=3)
     assert sheet.shape == (3, 2 * 6 + 2, 3 * 8 + 2)
     assert int((sheet == 0).sum()) == 5 * 3 * 4 * 6

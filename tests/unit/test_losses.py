@@ -1,4 +1,4 @@
-"""Reconstruction losses: nothing for equal images, more for worse ones, a gradient where there is something to mend."""
+"""ReconstructionLoss losses: nothing for equal images, more for worse ones, a gradient where there is something to mend."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torchvision.models import vgg16
 
 from hpc.errors import UserError
 from lesiongen.data.similarity import ms_ssim, ssim
-from lesiongen.tokenizers.losses import LossConfig, Reconstruction
+from lesiongen.tokenizers.losses import LossConfig, ReconstructionLoss
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def weights(tmp_path_factory) -> str:
 @pytest.mark.parametrize("term", ["mse", "nmse", "l1", "ssim", "ms_ssim", "lpips"])
 def test_each_term(term, channels, weights):
     config = LossConfig(**({"mse": 0.0} | {term: 1.0}), lpips_weights=weights)
-    loss = Reconstruction(config, variance=0.05)
+    loss = ReconstructionLoss(config, variance=0.05)
     torch.manual_seed(1)
     x = torch.rand(2, channels, 32, 32) * 2 - 1
     noise = torch.randn_like(x)
@@ -42,7 +42,7 @@ def test_each_term(term, channels, weights):
 
 def test_nmse_is_mse_over_the_datas_variance():
     x, y = torch.rand(2, 3, 16, 16) * 2 - 1, torch.rand(2, 3, 16, 16) * 2 - 1
-    loss, terms = Reconstruction(LossConfig(mse=0.0, nmse=1.0), variance=0.05)(y, x)
+    loss, terms = ReconstructionLoss(LossConfig(mse=0.0, nmse=1.0), variance=0.05)(y, x)
     assert float(loss) == pytest.approx(float(terms["mse"]) / 4 / 0.05)
 
 
@@ -61,4 +61,4 @@ def test_refusals(tmp_path):
         LossConfig(mse=0.0)
     save_file({"other": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="does not hold LPIPS"):
-        Reconstruction(LossConfig(lpips=1.0, lpips_weights=str(tmp_path / "x.safetensors")), 0.05)
+        ReconstructionLoss(LossConfig(lpips=1.0, lpips_weights=str(tmp_path / "x.safetensors")), 0.05)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hpc.config import build, plain
+from hpc.config import from_plain, to_plain
 from lesiongen.experiment import TokenizerConfig
-from lesiongen.priors.sampling import Choice
+from lesiongen.priors.sampling import TokenChooser
 from lesiongen.tokenizers import make
 from lesiongen.tokenizers.vqvae import VQVAEConfig
 from lesiongen.tokenizers.vqvae2 import VQVAE2Config
@@ -52,17 +52,17 @@ class TestTokenizer:
         assert found.keys() == {f"{m}/{n}" for m in ("usage", "perplexity", "revived") for n in net.names}
 
     def test_its_config_comes_back_from_yaml(self, config, channels):
-        assert build(TokenizerConfig, {"model": plain(config)}).model == config
+        assert from_plain(TokenizerConfig, {"model": to_plain(config)}).model == config
 
 
 def test_choice_draws_what_the_logits_say():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
     u = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     expected = logits[0].softmax(0)
-    drawn = np.bincount(Choice()(logits, u), minlength=4) / 20_000
+    drawn = np.bincount(TokenChooser()(logits, u), minlength=4) / 20_000
     assert np.allclose(drawn, expected, atol=0.02)
-    assert set(Choice(top_k=2)(logits, u).tolist()) == {0, 1}
-    assert set(Choice(top_p=0.5)(logits, u).tolist()) == {0}
-    cold = np.bincount(Choice(temperature=0.1)(logits, u), minlength=4)
+    assert set(TokenChooser(top_k=2)(logits, u).tolist()) == {0, 1}
+    assert set(TokenChooser(top_p=0.5)(logits, u).tolist()) == {0}
+    cold = np.bincount(TokenChooser(temperature=0.1)(logits, u), minlength=4)
     assert cold[0] > 19_900
-    assert Choice()(logits[:1], torch.tensor([0.999999999])).item() <= 3
+    assert TokenChooser()(logits[:1], torch.tensor([0.999999999])).item() <= 3

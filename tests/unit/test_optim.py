@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from hpc.config import build
+from hpc.config import from_plain
 from hpc.errors import UserError
-from hpc.train.optim import RAMPUP_RATIO, OptimConfig, average_decay, learning_rate, optimizer
+from hpc.train.optim import RAMPUP_RATIO, OptimConfig, average_decay, build_optimizer, learning_rate
 
 NAMES = ("adamw", "adam", "sgd")
 
@@ -45,7 +45,7 @@ def test_a_piecewise_rate_changes_at_the_first_sample_of_each_part():
 )
 def test_a_wrong_setting_is_named(settings, message):
     with pytest.raises(UserError, match=message):
-        build(OptimConfig, settings, "optim")
+        from_plain(OptimConfig, settings, "optim")
 
 
 def trained(make, steps=4, skip=()):
@@ -72,13 +72,13 @@ def test_optimizers_are_torchs_own(name):
         return kind(decayed, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
 
     config = OptimConfig(name=name, lr=0.01, momentum=0.8, weight_decay=0.1)
-    assert torch.allclose(trained(lambda net: optimizer(net, config)), trained(theirs), rtol=0, atol=1e-7)
+    assert torch.allclose(trained(lambda net: build_optimizer(net, config)), trained(theirs), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_skipped_step_changes_nothing(name):
     def make(net):
-        return optimizer(net, OptimConfig(name=name, lr=0.01))
+        return build_optimizer(net, OptimConfig(name=name, lr=0.01))
 
     assert torch.equal(trained(make, steps=3), trained(make, steps=4, skip=(3,)))
 
@@ -88,7 +88,7 @@ def test_state_goes_on_where_it_was_saved(name):
     """As DeepSpeed saves it: through the optimizer's own state_dict()."""
 
     def restarting(net):
-        chosen = optimizer(net, OptimConfig(name=name, lr=0.01))
+        chosen = build_optimizer(net, OptimConfig(name=name, lr=0.01))
         step = chosen.step
 
         def save_load_and_step():
@@ -98,7 +98,7 @@ def test_state_goes_on_where_it_was_saved(name):
         chosen.step = save_load_and_step
         return chosen
 
-    assert torch.equal(trained(lambda net: optimizer(net, OptimConfig(name=name, lr=0.01))), trained(restarting))
+    assert torch.equal(trained(lambda net: build_optimizer(net, OptimConfig(name=name, lr=0.01))), trained(restarting))
 
 
 @pytest.mark.parametrize("batch", [8, 64])

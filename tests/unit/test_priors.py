@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from hpc.config import build, to_yaml
+from hpc.config import from_plain, to_yaml
 from lesiongen.priors import make
 from lesiongen.priors import prior as module
 from lesiongen.priors.gated_pixelcnn import GatedPixelCNNConfig
@@ -15,7 +15,7 @@ from lesiongen.priors.gpt import GPTConfig, apply_rotary, rotary_table
 from lesiongen.priors.pixelcnn import PixelCNNConfig
 from lesiongen.priors.pixelsnail import PixelSNAILConfig
 from lesiongen.priors.prior import Prior
-from lesiongen.priors.sampling import Choice, uniforms
+from lesiongen.priors.sampling import TokenChooser, uniform_numbers
 
 COMMON = {"layers": 2, "width": 32, "dropout": 0.1, "token_dropout": 0.1}
 PRIORS = {
@@ -104,17 +104,17 @@ class TestPrior:
     def test_guidance_one_changes_nothing_and_more_does(self, name, upper):
         net = prior(name, upper).eval()
         facts, above = condition(upper)
-        numbers = uniforms(0, range(3), (4, 3))
-        plain = net.sample(facts, above, numbers, Choice())
-        assert torch.equal(plain, net.sample(facts, above, numbers, Choice(), guidance=lambda t: 1.0))
-        assert not torch.equal(plain, net.sample(facts, above, numbers, Choice(), guidance=lambda t: 4.0))
+        numbers = uniform_numbers(0, range(3), (4, 3))
+        plain = net.sample(facts, above, numbers, TokenChooser())
+        assert torch.equal(plain, net.sample(facts, above, numbers, TokenChooser(), guidance=lambda t: 1.0))
+        assert not torch.equal(plain, net.sample(facts, above, numbers, TokenChooser(), guidance=lambda t: 4.0))
 
     def test_a_sample_does_not_depend_on_its_batch(self, name, upper):
         net = prior(name, upper).eval()
         facts, above = condition(upper)
-        numbers = uniforms(0, range(3), (4, 3))
-        together = net.sample(facts, above, numbers, Choice())
-        alone = net.sample(facts[1:2], [a[1:2] for a in above], numbers[1:2], Choice())
+        numbers = uniform_numbers(0, range(3), (4, 3))
+        together = net.sample(facts, above, numbers, TokenChooser())
+        alone = net.sample(facts[1:2], [a[1:2] for a in above], numbers[1:2], TokenChooser())
         assert torch.equal(together[1:2], alone)
 
     def test_gradients_reach_every_parameter(self, name, upper):
@@ -156,9 +156,9 @@ class TestEachPrior:
 
         def note(logits, uniform):
             seen.append(logits)
-            return Choice()(logits, uniform)
+            return TokenChooser()(logits, uniform)
 
-        codes = net.sample(facts, above, uniforms(0, range(3), grid), note)
+        codes = net.sample(facts, above, uniform_numbers(0, range(3), grid), note)
         assert codes.shape == (3, *grid)
         logits = net(codes.flatten(1), net.context(facts, above))
         assert (torch.stack(seen, 1) - logits).abs().max() < 1e-5
@@ -170,7 +170,7 @@ class TestEachPrior:
 
     def test_its_config_comes_back_from_yaml(self, name):
         config = PRIORS[name]
-        assert build(type(config), yaml.safe_load(to_yaml(config))) == config
+        assert from_plain(type(config), yaml.safe_load(to_yaml(config))) == config
 
     def test_it_learns_a_simple_language(self, name):
         """CodeRows that repeat their label: bits fall well below a uniform guess's."""

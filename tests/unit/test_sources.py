@@ -147,13 +147,13 @@ def test_licences_compare():
     assert sorted(order, key=licences.strictness) == order
     assert licences.strictest(["CC-0", "CC-BY-NC", "CC-BY"]) == "CC-BY-NC"
     assert "not be passed on" in licences.strictest(["CC-0", ""])
-    assert {licences.canonical(n) for n in ("CC0", "cc-0", "Public Domain", "CC0 1.0")} == {"CC-0"}
+    assert {licences.canonical_name(n) for n in ("CC0", "cc-0", "Public Domain", "CC0 1.0")} == {"CC-0"}
 
 
 def test_what_a_tokenizer_and_codes_of_other_images_come_to():
     codes = {"licences": {"CC-0": 5}, "sources": {"ISIC": 5}}
     tokenizer = {"licences": {"CC-BY-NC": 7, "CC-0": 2}, "sources": {"HAM10000": 9}}
-    both = licences.together(tokenizer, codes)
+    both = licences.merge_counts(tokenizer, codes)
     assert both == {"licences": {"CC-BY-NC": 7, "CC-0": 5}, "sources": {"HAM10000": 9, "ISIC": 5}}
     assert codes["licences"] == {"CC-0": 5}
 
