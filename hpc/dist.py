@@ -31,7 +31,7 @@ class Topology:
 
     Attributes:
         rank: Number of this process, from 0. Rank 0 is the leader.
-        world: Number of ranks.
+        world_size: Number of ranks.
         local_rank: Number of this process on its machine, from 0.
         nodes: Number of machines.
         address: Host of rank 0.
@@ -39,7 +39,7 @@ class Topology:
     """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
     nodes: int = 1
     address: str = "127.0.0.1"
@@ -71,7 +71,7 @@ def detect(env: Mapping[str, str] | None = None) -> Topology:
     if "RANK" in env and "WORLD_SIZE" in env:
         return Topology(
             rank=int(env["RANK"]),
-            world=int(env["WORLD_SIZE"]),
+            world_size=int(env["WORLD_SIZE"]),
             local_rank=int(env.get("LOCAL_RANK", 0)),
             nodes=max(1, int(env["WORLD_SIZE"]) // int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))),
             address=env.get("MASTER_ADDR", "127.0.0.1"),
@@ -94,7 +94,7 @@ def from_slurm(env: Mapping[str, str]) -> Topology:
     port = 20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", 0))) % 12000
     return Topology(
         rank=int(env["SLURM_PROCID"]),
-        world=int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]),
+        world_size=int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]),
         local_rank=int(env.get("SLURM_LOCALID", 0)),
         nodes=int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES", 1)),
         address=first_host(env["SLURM_STEP_NODELIST"]),

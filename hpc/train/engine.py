@@ -91,7 +91,7 @@ class Engine:
         deepspeed: DeepSpeed's engine, which wraps the model and the optimizer.
         module: The model without DeepSpeed's wrapper. Under ZeRO 3 its parameters are partitioned.
         device: The device of the model.
-        world: Number of ranks.
+        world_size: Number of ranks.
         micro_batch: Samples in one micro-batch of this rank.
         averages: Averaged weights, one fp32 tensor for each tensor of _weights(); empty if averaging is off.
     """
@@ -109,8 +109,8 @@ class Engine:
             universal: Whether load() will read DeepSpeed's universal format.
         """
         deepspeed = _import_deepspeed()
-        self.world = torch.distributed.get_world_size()
-        self.micro_batch = config.micro_batch(batch, self.world)
+        self.world_size = torch.distributed.get_world_size()
+        self.micro_batch = config.micro_batch(batch, self.world_size)
         self.config, self.optimizer = config, optimizer
         settings = _deepspeed_config(config, batch, self.micro_batch, universal)
         self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -162,7 +162,7 @@ class Engine:
 
         # Turn the sums into the result.
         summed_flags, summed_metrics = sums[: len(flags)], sums[len(flags) :]
-        count = self.world * self.config.accumulation
+        count = self.world_size * self.config.accumulation
         metrics = {name: value / count for name, value in zip(totals, summed_metrics, strict=True)}
         metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
         reduced_statistics = packed[len(scalars) :] if statistics is not None else None
@@ -303,7 +303,7 @@ class Engine:
             # Under ZeRO 3 safe_set_full_fp32_param() does not pad the weights, but all partitions have the same size. So
             # pad the weights here and set this rank's partition.
             size = parameter.partition_numel()
-            padded = F.pad(full.flatten(), (0, size * self.world - full.numel()))
+            padded = F.pad(full.flatten(), (0, size * self.world_size - full.numel()))
             safe_set_local_fp32_param(parameter, padded[dist.rank() * size :][:size])
 
     def _match_moments_layout(self) -> None:
@@ -319,7 +319,7 @@ class Engine:
 
     def _broadcast_buffers(self) -> None:
         """Copies rank 0's buffers to all ranks. deepspeed.initialize() does this only for parameters."""
-        if self.world > 1:
+        if self.world_size > 1:
             for buffer in self.module.buffers():
                 torch.distributed.broadcast(buffer, 0)
 

@@ -20,10 +20,9 @@ def make_run(runs, name, stages=("tokenizer",), lines=4, experiment=None):
 
 
 def extend(stage, counts, offset=0.0):
-    tracker = MetricsLog(stage)
+    log = MetricsLog(stage)
     for count in counts:
-        tracker.log(count // 10, count, {"train/loss": 1 / count + offset, "system/cpu_percent": 50.0})
-    tracker.close()
+        log.log(count // 10, count, {"train/loss": 1 / count + offset, "system/cpu_percent": 50.0})
 
 
 def mark(stage, **record):

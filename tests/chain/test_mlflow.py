@@ -21,10 +21,9 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     run = make_run(runs, "two", ("tokenizer", "prior-top"))
     mark(run / "tokenizer", done=True, finished=1.7e9 + 60)
-    tracker = MetricsLog(run / "prior-top")
-    tracker.log(9, 90, {"bad": math.nan, "worse": math.inf})
-    tracker.image("samples", 90, b"first")
-    tracker.close()
+    log = MetricsLog(run / "prior-top")
+    log.log(9, 90, {"bad": math.nan, "worse": math.inf})
+    log.image("samples", 90, b"first")
     first = sync(run, default_uri(run))
     assert (first.metrics, first.images) == (2 * 4 * 4 + 4, 1)
     assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
@@ -151,12 +150,12 @@ def test_a_resume_doubles_no_point(runs):
     run = make_run(runs, "resume", lines=6)
     sync(run, default_uri(run))
     before = history(run)
-    tracker = MetricsLog(run / "tokenizer")
-    tracker.resume(30)
+    log = MetricsLog(run / "tokenizer")
+    log.resume(30)
     assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
     extend(run / "tokenizer", [40], offset=1.0)
     assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
-    tracker.resume(20)
+    log.resume(20)
     extend(run / "tokenizer", range(70, 160, 10), offset=2.0)  # longer than ever before the next sync
     assert sync(run, default_uri(run)).metrics == 9 * 4
     assert history(run) == before + [(count, 1 / count + 2.0) for count in range(70, 160, 10)]
@@ -166,9 +165,8 @@ def test_two_lines_at_one_count_and_a_torn_one(runs):
     """Held-out figures come in a line of their own, at the same samples as the training's, perhaps a sync later."""
     run = make_run(runs, "lines", lines=1)
     sync(run, default_uri(run))
-    tracker = MetricsLog(run / "tokenizer")
-    tracker.log(1, 10, {"val/loss": 7.0})
-    tracker.close()
+    log = MetricsLog(run / "tokenizer")
+    log.log(1, 10, {"val/loss": 7.0})
     path = run / "tokenizer" / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
@@ -209,8 +207,8 @@ def test_runs_of_one_name_and_many_at_once(runs):
     trackers = [MetricsLog(run / stage) for run in both for stage in ("tokenizer", "prior-top")]
     followers = [Follower(run, default_uri(run), interval=0.01) for run in both for _ in range(2)]
     for count in range(50, 650, 10):
-        for tracker in trackers:
-            tracker.log(count // 10, count, {"train/loss": 1 / count})
+        for log in trackers:
+            log.log(count // 10, count, {"train/loss": 1 / count})
         time.sleep(0.005)
     assert all(follower.close() for follower in followers)
     for run in both:

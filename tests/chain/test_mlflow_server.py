@@ -67,14 +67,14 @@ class Server:
 def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
     server = Server(tmp_path)
     run = make_run(tmp_path / "runs", "http", lines=1)
-    tracker, count, slowest = MetricsLog(run / "tokenizer"), 10, 0.0
+    log, count, slowest = MetricsLog(run / "tokenizer"), 10, 0.0
 
     def train(lines):
         nonlocal count, slowest
         for _ in range(lines):
             count += 10
             before = time.monotonic()
-            tracker.log(count // 10, count, {"train/loss": 1 / count})
+            log.log(count // 10, count, {"train/loss": 1 / count})
             slowest = max(slowest, time.monotonic() - before)
             time.sleep(0.002)
 
@@ -85,7 +85,7 @@ def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
 
     try:
         server.start()
-        tracker.image("recon", 10, b"png")
+        log.image("recon", 10, b"png")
         follower = Follower(run, server.uri, interval=0.05)
         train(50)
         wait_for(lambda: arrived() > 10)

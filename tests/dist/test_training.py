@@ -81,7 +81,7 @@ def test_whole_stages_on_two_ranks(pools, phantoms, tmp_path, zero):
 def test_a_missing_rank_is_named():
     code = (
         "from hpc import dist\nfrom hpc.dist import Topology\n"
-        "try: dist.init(Topology(rank=0, world=3, address='127.0.0.1', port=0), timeout_s=1)\n"
+        "try: dist.init(Topology(rank=0, world_size=3, address='127.0.0.1', port=0), timeout_s=1)\n"
         "except TimeoutError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -202,7 +202,7 @@ def test_topology_of_a_slurm_step_in_spite_of_torchrun_variables():
     step = {"SLURM_PROCID": "3", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
     step |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_JOB_ID": "12345", "RANK": "0", "WORLD_SIZE": "1"}
     found = dist.from_slurm(step)
-    assert (found.rank, found.world, found.local_rank, found.nodes, found.address) == (3, 4, 1, 2, "gpu07")
+    assert (found.rank, found.world_size, found.local_rank, found.nodes, found.address) == (3, 4, 1, 2, "gpu07")
     again = dist.from_slurm(step | {"SLURM_RESTART_COUNT": "1"})
     assert found.port != again.port
     assert 20000 <= found.port < 32000

@@ -49,7 +49,7 @@ def test_mistakes_are_named(override, message):
 def test_shipped_configs_load_and_read_back(path):
     """And each begins with what it trains, the command, the hardware, and what to expect."""
     made = experiment.load(str(path))
-    assert c.build(experiment.Experiment, c.parse_yaml(c.to_yaml(made), "")) == made
+    assert c.from_plain(experiment.Experiment, c.parse_yaml(c.to_yaml(made), "")) == made
     header = path.read_text().split("name:")[0]
     assert all(word in header for word in ("# What:", "# Command:", "# Hardware:", "# Expect:"))
 
@@ -63,9 +63,9 @@ def test_numbers_people_write(tmp_path):
 def test_length_and_place_leave_the_fingerprint_alone():
     one = experiment.load(str(CONFIGS[0]))
     longer = replace(one.tokenizer, train=replace(one.tokenizer.train, samples=10**9, log_every=7))
-    assert c.plain(longer, volatile=False) == c.plain(one.tokenizer, volatile=False)
+    assert c.to_plain(longer, volatile=False) == c.to_plain(one.tokenizer, volatile=False)
     wider = replace(one.tokenizer, train=replace(one.tokenizer.train, batch=64))
-    assert c.differences(c.plain(one.tokenizer), c.plain(wider)) == ["train.batch: 32 → 64"]
+    assert c.differences(c.to_plain(one.tokenizer), c.to_plain(wider)) == ["train.batch: 32 → 64"]
 
 
 def test_unreadable_configs(tmp_path):

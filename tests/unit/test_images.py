@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms
 
 from lesiongen.data import images
-from lesiongen.data.images import BadImage, decode, pixels
+from lesiongen.data.images import BadImage, decode, decode_tensor
 
 rng = np.random.default_rng(0)
 SMOOTH = np.add.outer(np.arange(24), np.arange(32))[..., None] * np.array([4, 3, 2]) % 256
@@ -31,7 +31,7 @@ def array(content: bytes, channels: int = 3) -> np.ndarray:
     """What both ways of decoding agree on."""
     found = decode(content, channels)
     assert found.mode == ("RGB" if channels == 3 else "L")
-    assert torch.equal(pixels(content, channels), images.to_tensor(found))
+    assert torch.equal(decode_tensor(content, channels), images.to_tensor(found))
     return np.asarray(found).astype(int)
 
 
@@ -53,7 +53,7 @@ def raw_tiff(tags: list[tuple[int, int, int]]) -> bytes:
 def refused(content: bytes, reason: str, memory: int = 1 << 24) -> None:
     tracemalloc.start()
     try:
-        for read in (decode, pixels):
+        for read in (decode, decode_tensor):
             for channels in (1, 3):
                 with pytest.raises(BadImage, match=reason) as caught:
                     read(content, channels)
@@ -86,7 +86,7 @@ def test_the_fast_way_is_taken_for_packed_images(monkeypatch):
     expected = [images.to_tensor(decode(content, channels)) for content, channels in zip(contents, (3, 1), strict=True)]
     monkeypatch.setattr(images, "decode", None)
     for content, channels, tensor in zip(contents, (3, 1), expected, strict=True):
-        found = pixels(content, channels)
+        found = decode_tensor(content, channels)
         assert torch.equal(found, tensor)
         assert found.stride(0) == 1 or channels == 1, "channels lie last"
 

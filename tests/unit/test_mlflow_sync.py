@@ -12,31 +12,28 @@ import pytest
 
 from hpc.run import mlflow_sync
 from hpc.run.metrics_log import MetricsLog, read_metrics, system_metrics
-from hpc.run.mlflow_sync import Follower, default_uri, link, sync
+from hpc.run.mlflow_sync import Follower, default_uri, run_link, sync
 from launch.ui import serve
 
 
 def written(tmp_path, *samples):
-    tracker = MetricsLog(tmp_path)
+    log = MetricsLog(tmp_path)
     for count in samples:
-        tracker.log(count // 10, count, {"loss": 1.0 / count})
-    tracker.close()
+        log.log(count // 10, count, {"loss": 1.0 / count})
     return tmp_path / "metrics.jsonl"
 
 
 def test_a_line_is_readable_at_once(tmp_path):
-    tracker = MetricsLog(tmp_path / "new" / "tokenizer")
-    tracker.log(3, 96, {"train/loss": 0.25, "usage": 1})
-    [row] = read_metrics(tracker.stage_dir)
+    log = MetricsLog(tmp_path / "new" / "tokenizer")
+    log.log(3, 96, {"train/loss": 0.25, "usage": 1})
+    [row] = read_metrics(log.stage_dir)
     assert (row["step"], row["samples"], row["train/loss"], row["usage"]) == (3, 96, 0.25, 1.0)
     assert row["time"] > 1.7e9
-    tracker.close()
 
 
 def test_non_finite_values_stay_strict_json(tmp_path):
-    tracker = MetricsLog(tmp_path)
-    tracker.log(1, 10, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 2.5})
-    tracker.close()
+    log = MetricsLog(tmp_path)
+    log.log(1, 10, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 2.5})
 
     def refuse(text):
         raise AssertionError(text)
@@ -59,12 +56,11 @@ def test_a_name_mlflow_would_refuse_never_reaches_the_file(tmp_path, name):
 def test_resume_cuts_back_to_the_checkpoint(tmp_path):
     path = written(tmp_path, 10, 20, 30, 40)
     kept = path.read_bytes().splitlines(keepends=True)[:2]
-    tracker = MetricsLog(tmp_path)
-    tracker.log(5, 50, {"loss": 0.0})
-    tracker.resume(20)
+    log = MetricsLog(tmp_path)
+    log.log(5, 50, {"loss": 0.0})
+    log.resume(20)
     assert path.read_bytes() == b"".join(kept)
-    tracker.log(3, 30, {"loss": 9.0})
-    tracker.close()
+    log.log(3, 30, {"loss": 9.0})
     assert [(row["samples"], row["loss"]) for row in read_metrics(tmp_path)] == [(10, 0.1), (20, 0.05), (30, 9.0)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
 
@@ -79,30 +75,28 @@ def test_a_torn_last_line_is_passed_over_and_dropped_on_resume(tmp_path, cut):
     path = written(tmp_path, 10, 20)
     path.write_bytes(path.read_bytes()[:-cut])
     assert [row["samples"] for row in read_metrics(tmp_path)] == [10]
-    tracker = MetricsLog(tmp_path)
-    tracker.resume(1000)
-    tracker.log(3, 30, {"loss": 0.0})
-    tracker.close()
+    log = MetricsLog(tmp_path)
+    log.resume(1000)
+    log.log(3, 30, {"loss": 0.0})
     assert [row["samples"] for row in read_metrics(tmp_path)] == [10, 30]
 
 
 def test_pictures_are_whole_and_cut_back_too(tmp_path):
-    tracker = MetricsLog(tmp_path)
+    log = MetricsLog(tmp_path)
     for count in (10, 20, 1_500_000_000):
-        tracker.image("recon-top", count, b"png")
+        log.image("recon-top", count, b"png")
     (tmp_path / "images" / "legend-x.png").write_bytes(b"png")
     assert (tmp_path / "images" / "recon-top-000000010.png").read_bytes() == b"png"
-    tracker.resume(10)
+    log.resume(10)
     assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["legend-x.png", "recon-top-000000010.png"]
 
 
 def test_other_ranks_write_nothing(tmp_path):
     written(tmp_path, 10)
-    tracker = MetricsLog(tmp_path, enabled=False)
-    tracker.resume(0)
-    tracker.log(2, 20, {"loss": 0.0})
-    tracker.image("a", 20, b"png")
-    tracker.close()
+    log = MetricsLog(tmp_path, enabled=False)
+    log.resume(0)
+    log.log(2, 20, {"loss": 0.0})
+    log.image("a", 20, b"png")
     assert [row["samples"] for row in read_metrics(tmp_path)] == [10]
     assert not (tmp_path / "images").exists()
 
@@ -133,14 +127,14 @@ def test_default_uri_and_link(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = tmp_path / "runs" / "ham"
     assert default_uri(run) == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert link(run, default_uri(run)) == "lesiongen ui"
+    assert run_link(run, default_uri(run)) == "lesiongen ui"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@server:5000/")
     assert default_uri(run) == "http://me:secret@server:5000/"
-    assert link(run, default_uri(run)) is None
+    assert run_link(run, default_uri(run)) is None
     run.mkdir(parents=True)
     store = {"experiment": "7", "parent": {"id": "abc"}}
     (run / "mlflow.json").write_text(json.dumps({"uid": "u", "stores": {"http://server:5000/": store}}))
-    assert link(run, default_uri(run)) == "http://server:5000/#/experiments/7/runs/abc"
+    assert run_link(run, default_uri(run)) == "http://server:5000/#/experiments/7/runs/abc"
 
 
 def test_flatten_makes_what_mlflow_takes():

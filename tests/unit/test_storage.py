@@ -121,7 +121,7 @@ def test_a_stage_is_refused_when_it_was_made_from_something_else(tmp_path):
     with pytest.raises(UserError, match=r"model.codes: 512 → 256; input.shards: 'abc' → 'xyz'.*--fresh s"):
         other.check()
     assert one.digest == "d1"
-    other.clear()
+    other.delete()
     assert not one.path.exists()
 
 
