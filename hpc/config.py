@@ -1,8 +1,9 @@
 """Configs: frozen dataclasses that are read from YAML, checked strictly, and written back.
 
-`build` makes a dataclass from plain data (dicts, lists, numbers, strings), and `plain` does the reverse. A config that is
-written as YAML and read back is equal to the original. Unknown keys and values of the wrong type raise UserError. The data come
-from a YAML file and from "section.key=value" overrides. Each dataclass is defined beside the code that it configures.
+`from_plain` makes a dataclass from plain data (dicts, lists, numbers, strings), and `to_plain` does the reverse. The data
+come from a YAML file and from "section.key=value" overrides. Unknown keys and values of the wrong type raise UserError.
+Invariant: a config that is written as YAML and read back is equal to the original. Each dataclass is defined beside the code
+that it configures.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ _Loader.add_implicit_resolver(
 def volatile(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     """Declares a config field that changes how long or where a stage runs, but not its result.
 
-    The identity of a stage (StageDir.identity) leaves such fields out, so changing one does not make the stage stale.
+    The identity of a stage (StageDir.identity) leaves such fields out, so a finished stage stays valid if such a field changes.
 
     Args:
         default: The field's default value.
@@ -51,7 +52,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
     Args:
         text: The YAML.
-        source: Names the text in error messages, such as the file's path.
+        source: Name of the text in error messages, such as the path of the file.
 
     Raises:
         UserError: The text is not valid YAML.
@@ -85,7 +86,7 @@ def apply_overrides(data: dict, assignments: list[str]) -> dict:
         assignments: Overrides "section.key=value"; each value is parsed as YAML.
 
     Raises:
-        UserError: An assignment has no key or no "=", or a parent of its key is not a section.
+        UserError: An assignment has no key or no "=", or names a key inside something that is not a section.
     """
     data = json.loads(json.dumps(data))
     for assignment in assignments:
@@ -105,7 +106,7 @@ def apply_overrides(data: dict, assignments: list[str]) -> dict:
 
 
 def from_plain(cls: type[T], data: Any, key_path: str = "") -> T:
-    """Makes a config dataclass from plain data. Each field is converted to its annotation.
+    """Makes a config dataclass from plain data. Each value is converted to the type in the field's annotation.
 
     Args:
         cls: The dataclass.
@@ -132,7 +133,7 @@ def from_plain(cls: type[T], data: Any, key_path: str = "") -> T:
         return cls(**values)
     except UserError:
         raise
-    except ValueError as error:  # a dataclass's __post_init__ refuses the values
+    except ValueError as error:  # the __post_init__ of the dataclass rejects the values
         raise UserError(f"{key_path or 'The config'}: {error}") from None
 
 
@@ -141,10 +142,10 @@ def _join(key_path: str, key: Any) -> str:
 
 
 def convert(annotation: Any, value: Any, key_path: str) -> Any:
-    """Converts a plain value to the type that an annotation asks for.
+    """Converts a plain value to the type in an annotation.
 
     Args:
-        annotation: A dataclass, Literal, tuple, dict, scalar type, or a union of dataclasses or with None.
+        annotation: A dataclass, Literal, tuple, dict or scalar type, a union of one of these with None, or of dataclasses.
         value: The plain value.
         key_path: Dotted key of the value in the whole config, for error messages.
 
@@ -177,7 +178,7 @@ def convert(annotation: Any, value: Any, key_path: str) -> Any:
 def _convert_tuple(annotation: Any, value: Any, key_path: str) -> tuple:
     elements = typing.get_args(annotation)
     if isinstance(value, str) and elements == (str, ...):
-        value = [value]  # users may write a list with one string as just the string
+        value = [value]  # a user may write a list of one string as the string alone
     if not isinstance(value, (list, tuple)):
         raise _wrong_type(annotation, value, key_path)
     if elements[-1] is Ellipsis:
@@ -204,7 +205,7 @@ def _convert_scalar(kind: type, value: Any, key_path: str) -> Any:
 
 
 def _select_by_kind(classes: list[type], value: Any, key_path: str) -> type:
-    """Returns the dataclass whose field `kind` matches value["kind"]. Without a kind, returns the first dataclass."""
+    """Returns the dataclass whose field `kind` equals value["kind"]. If the value has no kind, returns the first dataclass."""
     by_kind = {typing.get_args(typing.get_type_hints(c)["kind"])[0]: c for c in classes}
     first = next(iter(by_kind))
     kind = value.get("kind", first) if isinstance(value, dict) else first
@@ -224,7 +225,7 @@ def to_plain(config: Any, volatile: bool = True) -> Any:
 
     Args:
         config: A config dataclass, or a part of one.
-        volatile: Include volatile fields. False gives the data of a stage's identity.
+        volatile: Whether to include volatile fields. The identity of a stage leaves them out.
     """
     if dataclasses.is_dataclass(config):
         fields = [f for f in dataclasses.fields(config) if volatile or not f.metadata.get("volatile")]
@@ -252,7 +253,7 @@ def differences(before: Any, after: Any, key_path: str = "") -> list[str]:
     Args:
         before: The old structure.
         after: The new structure.
-        key_path: Dotted key at which each line starts.
+        key_path: Dotted key of the structures in the whole config; every line starts with it.
     """
     if isinstance(before, dict) and isinstance(after, dict):
         keys = list(before) + [k for k in after if k not in before]

@@ -1,7 +1,9 @@
 """The process group: which rank this process is, joining the other ranks, and small collectives for Python objects.
 
-Every function works with one process too, with or without a process group, so callers need no special case. The topology comes
-from the environment that torchrun or Slurm sets. Joining fails after a timeout with the numbers of the missing ranks.
+The topology comes from the environment variables that torchrun or Slurm set. If ranks do not join in time, an error names the
+missing ranks. The collectives also work with one process, with or without a process group, so callers need no special case.
+
+"Collective" in a docstring of this project means: every rank must call the function, otherwise the other ranks wait for it.
 """
 
 import contextlib
@@ -22,7 +24,7 @@ from hpc.errors import UserError
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=12)
 
-_store: dist.Store | None = None  # key-value store of this process's group; leave() counts ranks in it
+_store: dist.Store | None = None  # key-value store of the process group; leave() counts ranks in it
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Topology:
 def detect(env: Mapping[str, str] | None = None) -> Topology:
     """Reads the topology from environment variables.
 
-    The variables of torchrun come first, because they are set on purpose. Then follow those of a Slurm step. Without either,
-    the process is alone.
+    Uses the variables of torchrun if they are set, otherwise those of a Slurm step. With neither, this process is the only
+    rank. If torchrun runs inside a Slurm step, both are set, and those of Slurm describe the launcher, not the rank.
 
     Args:
         env: The environment; os.environ by default.
@@ -85,12 +87,12 @@ def detect(env: Mapping[str, str] | None = None) -> Topology:
 def from_slurm(env: Mapping[str, str]) -> Topology:
     """Reads the topology of a Slurm step from its environment variables.
 
-    Variables of torchrun are ignored: sbatch copies the environment of the shell that submits the job, which may contain some.
+    Variables of torchrun are ignored: sbatch copies the environment of the submitting shell, which may contain such variables.
 
     Args:
         env: The environment of a task of the step.
     """
-    # The port depends on the job and changes at each requeue, because the old port may still be closing.
+    # The port depends on the job. It changes at each requeue, because the old port may not be free yet.
     port = 20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_RESTART_COUNT", 0))) % 12000
     return Topology(
         rank=int(env["SLURM_PROCID"]),
@@ -128,12 +130,12 @@ def init(topology: Topology, timeout_s: float = 300.0) -> None:
     os.environ |= {
         "RANK": str(topology.rank),
         "WORLD_SIZE": str(topology.world_size),
-        # DeepSpeed uses LOCAL_RANK as the GPU's index, which differs from the local rank where a task sees only its own GPU.
+        # DeepSpeed uses LOCAL_RANK as the index of the GPU. That is not the local rank if each task sees only its own GPU.
         "LOCAL_RANK": str(topology.device.index or 0 if topology.device.type == "cuda" else topology.local_rank),
         "MASTER_ADDR": topology.address,
         "MASTER_PORT": str(topology.port or 29500),
     }
-    # A long timeout: in run_on_leader() all ranks wait in a collective while rank 0 works alone, for example packs a manifest.
+    # A long timeout: in run_on_leader() the other ranks wait while rank 0 works alone, for example verifies a checkpoint.
     dist.init_process_group(backend, store=_store, rank=topology.rank, world_size=topology.world_size, timeout=LONGEST_WAIT)
 
 
@@ -163,8 +165,8 @@ def _join(topology: Topology, timeout: timedelta) -> dist.Store:
 def leave(timeout_s: float = 60.0) -> None:
     """Waits until every rank has called leave(). Call it before the process exits. Collective.
 
-    A rank that exits closes its connections. If another rank is still finishing the last collective, gloo then aborts that
-    rank. So the ranks wait for one another by counting in the store, which needs no collective.
+    A rank that exits closes its connections. If another rank is still inside the last collective then, gloo aborts the other
+    rank. So each rank counts itself in the store, which needs no collective, and waits until all ranks are counted.
 
     Args:
         timeout_s: Seconds after which the process stops waiting.
@@ -172,7 +174,7 @@ def leave(timeout_s: float = 60.0) -> None:
     if world_size() == 1:
         return
     deadline = time.monotonic() + timeout_s
-    # Rank 0 serves the store. An error means that rank 0 has seen every rank in the count and has exited: stop waiting.
+    # Rank 0 serves the store. An error means that rank 0 has exited, so it has counted all ranks: stop waiting.
     with contextlib.suppress(dist.DistError, RuntimeError):
         _store.add("left", 1)
         while _store.add("left", 0) < world_size() and time.monotonic() < deadline:
@@ -189,7 +191,7 @@ def broadcast(value: T, source: int = 0) -> T:
     """Returns the value of one rank on all ranks. Collective.
 
     Args:
-        value: Any picklable value; ignored on the other ranks.
+        value: Any picklable value; ignored on all ranks except `source`.
         source: The rank whose value is returned.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -218,15 +220,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 def run_on_leader(function: Callable[..., T], *arguments: Any) -> T:
     """Calls a function on rank 0 and returns its result on every rank. Collective.
 
-    An error on rank 0 reaches every rank too. Otherwise the other ranks would wait for the result forever.
+    An error on rank 0 is raised on every rank. Otherwise the other ranks would wait for the result forever.
 
     Args:
         function: The function. Its result must be picklable.
         *arguments: The function's arguments; used on rank 0 only.
 
     Raises:
-        UserError: The function raised UserError; on the other ranks also for any other error.
-        Exception: On rank 0, any other error of the function.
+        UserError: The function raised UserError. On ranks other than 0: the function raised any error.
+        Exception: On rank 0: the function raised this error.
     """
     outcome = None
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -1,6 +1,7 @@
-"""Executors: how a stage runs. In this process, as ranks on this machine, or as a Slurm job.
+"""Executors, which run a stage: in this process, as several ranks on this machine, or as a Slurm job.
 
-The only file that imports submitit. A Slurm job resumes by itself: its batch script ends in launch/requeue.py.
+No other file imports submitit. The batch script of a Slurm job ends with launch/requeue.py, which requeues the job if the stage
+is not done. launch/pipeline.py and launch/commands.py call the executors.
 """
 
 import shlex
@@ -22,7 +23,7 @@ from launch.rank import rank_main
 from lesiongen.experiment import Experiment, check_ranks
 from lesiongen.stages.base import Stage
 
-SUBMITTED = "submitted.jsonl"  # in a stage's directory of jobs: the jobs that were submitted, read by launch/status.py
+SUBMITTED = "submitted.jsonl"  # file in jobs/<stage>: one line per submitted job, read by launch/status.py
 STAGE_KINDS = ("shards", "tokenizer", "codes", "prior", "samples", "report")
 
 
@@ -78,7 +79,7 @@ class Resources:
 class ClusterConfig:
     """The content of a cluster file, configs/cluster/X.yaml."""
 
-    partition: str | None = None  # this and the next three are options of sbatch
+    partition: str | None = None  # this and the next three fields are options of sbatch
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
@@ -104,7 +105,7 @@ class ClusterConfig:
 
 
 def load_cluster(path: str) -> ClusterConfig:
-    """Reads a cluster file. Raises UserError that names the key for a mistake in it."""
+    """Reads a cluster file. Raises UserError for a mistake in the file; the message names the key."""
     cluster = hpc_config.from_plain(ClusterConfig, hpc_config.read_yaml(Path(path)))
     for name in cluster.stages:
         if name.partition("-")[0] not in STAGE_KINDS:
@@ -113,11 +114,11 @@ def load_cluster(path: str) -> ClusterConfig:
 
 
 class _SlurmExecutor(submitit.SlurmExecutor):
-    """submitit's executor, which can also be made where Slurm is not installed, for `submit --dry`."""
+    """submitit's executor, changed so that `submit --dry` works where Slurm is not installed."""
 
     @classmethod
     def affinity(cls) -> int:
-        return 2  # available; submitit's own method returns -1 where srun is not installed
+        return 2  # 2 = available; submitit's own method returns -1 where srun is not installed
 
 
 def submit_slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> dict[str, str]:
@@ -127,7 +128,7 @@ def submit_slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, 
         config: The run's config.
         todo: The stages to submit, upstream first.
         cluster: The cluster file's content.
-        dry: Print the batch scripts and submit nothing.
+        dry: Whether to print the batch scripts and submit nothing.
 
     Returns:
         {stage name: job id}; in a dry run the ids are placeholders.
@@ -168,7 +169,7 @@ def _make_executor(
         cluster: The cluster file's content.
         stage: The stage to submit.
         folder: Directory of the job's files: batch script, pickled StageJob, logs.
-        dependencies: Ids of the jobs that must complete first.
+        dependencies: Ids of the jobs that must succeed first.
     """
     resources = cluster.resources(stage)
     extra: dict[str, object] = {"requeue": True, **cluster.extra}
@@ -190,15 +191,16 @@ def _make_executor(
         qos=cluster.qos,
         constraint=cluster.constraint,
         signal_delay_s=cluster.signal_seconds,
-        # The batch script survives the signals that are meant for its ranks, because its last line requeues the job. The
-        # no-op handler ":" is not inherited by the ranks; an ignored signal would be. submitit installs a handler of its
-        # own for the signal that SUBMITIT_PREEMPT_SIGNAL names: naming USR1, which nobody sends, leaves USR2 to us.
+        # The batch script must survive the signals that are meant for its ranks, because its last line requeues the job. So
+        # trap sets the no-op handler ":". The ranks do not inherit a handler, but they would inherit an ignored signal.
+        # submitit installs its own handler for the signal in SUBMITIT_PREEMPT_SIGNAL. Name USR1, which nobody sends, so that
+        # hpc/train/preempt.py can handle USR2.
         setup=["trap : TERM USR2", "export SUBMITIT_PREEMPT_SIGNAL=USR1", *cluster.setup, *exports],
-        # From here on the signals are ignored, also by the Python process of launch/requeue.py, which inherits this. If a
-        # signal killed it, the job would not be requeued.
+        # From here on the signals are ignored. The Python process of launch/requeue.py inherits this. If a signal killed that
+        # process, the job would not be requeued.
         teardown=["code=$?", "trap '' TERM USR2", f"[ $code = 0 ] || {requeue} $code"],
-        # If a rank dies, srun ends the other ranks, which would otherwise wait for it in a collective operation. They
-        # have 30 seconds to print why they end.
+        # If a rank dies, srun ends the other ranks, which would otherwise wait for the dead rank in a collective. The other
+        # ranks have 30 seconds to print why they end.
         srun_args=["--wait=30", f"--cpus-per-task={resources.cpus_per_task}"],
         additional_parameters=extra,
     )
@@ -206,13 +208,13 @@ def _make_executor(
 
 
 def check_before_queue(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> None:
-    """Checks what would otherwise fail only after hours in the queue.
+    """Checks for mistakes that would otherwise appear only after hours in the queue.
 
     Args:
         config: The run's config.
         todo: The stages that are about to be submitted.
         cluster: The cluster file's content.
-        dry: The batch scripts are only printed, so Slurm need not be installed.
+        dry: Whether the batch scripts are only printed, so that Slurm need not be installed.
 
     Raises:
         UserError: Slurm is not installed here, or the batch of a training does not divide among its ranks.

@@ -1,9 +1,9 @@
 """A stage as a Slurm job: the object that submitit pickles on submission and calls on every rank when the job starts.
 
-A signal can arrive at any moment of the start, which takes seconds of imports. Until the imports are done, USR2 and TERM
+A signal can arrive while a rank is still importing modules, which takes seconds. Until the imports are done, USR2 and TERM
 keep the system's default action and kill the process. Nothing is lost, because no work has been done yet. A Python handler
-would run in the middle of an import and meet half-initialised modules. srun reports the signal, and the last line of the
-batch script (launch/requeue.py) requeues the job.
+would instead run in the middle of an import, with half-initialised modules. srun reports the signal, and the last line of
+the batch script (launch/requeue.py) requeues the job.
 
 This module imports nothing of the project at its top, so that unpickling the job is quick and cannot fail.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 @dataclass
 class StageJob:
-    """One stage of a resolved config. Every rank calls the object. After a requeue the call resumes the stage.
+    """One stage of a resolved config. Every rank calls the object. After a requeue, calling it again resumes the stage.
 
     Attributes:
         config_yaml: The resolved config.
@@ -40,12 +40,12 @@ class StageJob:
         code = self._run()
         if code != errors.DONE:
             requeue.record_exit_code(Path(self.folder), code)
-            # Exit at once: the interpreter's orderly shutdown would wait for ranks that have gone.
+            # Exit at once: the normal shutdown of the interpreter would wait for ranks that have already exited.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-        # After submitit has written the result, skip the interpreter's shutdown: launch.endings.exit_process explains
-        # why. Slurm ends the data workers.
+        # After submitit has written the result, skip the interpreter's shutdown, for the reason given in
+        # launch.endings.exit_process. Slurm ends the data workers.
         atexit.register(os._exit, code)
         return "done"
 
@@ -60,7 +60,7 @@ class StageJob:
 
         try:
             config = hpc_config.from_plain(Experiment, hpc_config.parse_yaml(self.config_yaml, "the job's config"))
-        except UserError as error:  # the code has changed since the job was submitted and rejects the config now
+        except UserError as error:  # the code has changed since the job was submitted, and now rejects the config
             print_error(error)
             return exit_code_of(error)
         return rank_main(config, self.stage, dist.from_slurm(os.environ))

@@ -1,6 +1,6 @@
-"""Runs a stage as several ranks on this machine: one process per rank, started together and ended together.
+"""Runs a stage as several ranks on this machine, one process per rank.
 
-Invariant: `run_ranks` returns only when every rank has ended, because a rank that survived would hold the stage's lock.
+Invariant: `run_ranks` returns only when every rank has ended, because a rank that still runs would hold the stage's lock.
 Each rank is `python -m launch rank CONFIG STAGE` (launch/commands.py).
 """
 
@@ -19,20 +19,20 @@ from hpc.run import rundir
 from lesiongen.experiment import Experiment
 from lesiongen.stages.base import Stage
 
-POLL_S = 0.05  # between two looks at the ranks
-SETTLE_S = 0.5  # after the first failure, for other ranks that fail at about the same time
-STOP_S = 15.0  # for the other ranks to stop by themselves before they are killed
+POLL_S = 0.05  # seconds between two checks of the ranks
+SETTLE_S = 0.5  # seconds to wait, after the first failure, for ranks that fail at about the same time
+STOP_S = 15.0  # seconds in which the other ranks may stop by themselves before they are killed
 
 
 def run_ranks(config: Experiment, stage: Stage) -> int:
-    """Runs a stage as config.local.ranks processes on this machine. If a rank fails, the others are ended.
+    """Runs a stage as config.local.ranks processes on this machine. If one rank fails, the other ranks are ended.
 
     Args:
         config: The run's config.
         stage: The stage to run.
 
     Returns:
-        The exit code: 0 if every rank succeeded, else that of the rank that failed.
+        The exit code: 0 if every rank succeeded, otherwise the exit code of the rank that failed.
     """
     ranks = config.local.ranks
     folder = config.directory / "jobs" / stage.name
@@ -58,7 +58,7 @@ def run_ranks(config: Experiment, stage: Stage) -> int:
 
 
 def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
-    """Waits until every rank has ended, and prints why a rank failed. Returns the exit code."""
+    """Waits until every rank has ended. If a rank failed, prints why. Returns the exit code."""
     with _SignalForwarder(processes) as forwarder:
         try:
             failure = _wait_for_failure(processes)
@@ -71,7 +71,7 @@ def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
 
 
 class _SignalForwarder:
-    """Forwards INT, TERM and USR2 from this process to the ranks that still run, INT as TERM. A context manager.
+    """Context manager that forwards the signals INT (as TERM), TERM and USR2 from this process to the ranks that still run.
 
     Attributes:
         forwarded: The signals that were sent to the ranks.
@@ -108,8 +108,8 @@ def _wait_for_failure(processes: list[subprocess.Popen]) -> tuple[int, int] | No
         if all(p.poll() == 0 for p in processes):
             return None
         time.sleep(POLL_S)
-    # When one rank fails, its peers lose their connection to it and fail too, with code 1 or SIGABRT. Wait for them, and
-    # prefer any other code: it tells why the first rank failed.
+    # When one rank fails, the other ranks lose their connection to it and fail too, with code 1 or SIGABRT. Wait for them, and
+    # prefer a failure with any other code: that code tells why the first rank failed.
     time.sleep(SETTLE_S)
     failures = [(rank, code) for rank, process in enumerate(processes) if (code := process.poll())]
     return min(failures, key=lambda failure: failure[1] in (errors.FAILED, -signal.SIGABRT))
@@ -118,7 +118,7 @@ def _wait_for_failure(processes: list[subprocess.Popen]) -> tuple[int, int] | No
 def _wait_for_other_ranks(processes: list[subprocess.Popen], code: int) -> None:
     """Waits until every rank has ended, for STOP_S at most. Ranks that stop together need this time to end by themselves.
 
-    Returns at once if a signal killed the failed rank (code < 0): the others may wait for it in a collective operation.
+    Returns at once if a signal killed the failed rank (code < 0): the other ranks may wait for it in a collective.
     """
     deadline = time.monotonic() + STOP_S
     while code > 0 and time.monotonic() < deadline and any(p.poll() is None for p in processes):
@@ -133,9 +133,9 @@ def _kill(processes: list[subprocess.Popen]) -> None:
 
 
 def _explain_failure(rank: int, code: int, forwarded: set[int], folder: Path) -> int:
-    """Prints why a rank failed, unless it printed the reason to the terminal itself. Returns the exit code of the stage."""
+    """Prints why a rank failed, unless rank 0 has printed the reason to the terminal. Returns the exit code of the stage."""
     log = _log_path(folder, rank)
-    if -code in forwarded:  # the forwarded signal killed the rank before it had installed its handlers
+    if -code in forwarded:  # a forwarded signal killed the rank before the rank had installed its handlers
         print("lesiongen: interrupted; run the same command again to resume", file=sys.stderr)
         return errors.RESUMABLE
     if code < 0:

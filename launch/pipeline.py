@@ -1,7 +1,7 @@
-"""The stages of a run as a graph: which state each stage is in, which stages are left to do, and running them here.
+"""The stages of a run: which state each stage is in, which stages are left to do, and running stages on this machine.
 
-State is read from the stage directories (stage.json and metrics.jsonl); nothing is kept in memory or elsewhere. Functions
-that only inspect change nothing on disk.
+The state is read from the stage directories (stage.json and metrics.jsonl) each time and is stored nowhere else. The verbs
+of the command line call this module.
 """
 
 from dataclasses import dataclass, replace
@@ -28,9 +28,10 @@ class StageStatus:
 
     Attributes:
         stage: The stage.
-        state: "done", "stale" (made from another config), "started", or "waiting".
-        detail: The reason for the state or the progress, in words.
-        progress: From 0 to 1.
+        state: "done", "started", "stale" (made from other settings or inputs), or "waiting" (not started, or an input is not
+            done).
+        detail: The reason for the state, or the progress, as text.
+        progress: Share of the work that is done, from 0 to 1.
     """
 
     stage: Stage
@@ -57,14 +58,21 @@ def stage_statuses(config: Experiment, fresh: tuple[str, ...] = ()) -> list[Stag
 
 
 def _status_of(config: Experiment, stage: Stage, unfinished: set[str], fresh: bool) -> StageStatus:
-    """Returns the state of one stage. unfinished: names of the stages upstream that are not done."""
+    """Returns the state of one stage.
+
+    Args:
+        config: The run's config.
+        stage: The stage.
+        unfinished: Names of the earlier stages that are not done.
+        fresh: Whether to treat the stage's directory as empty.
+    """
     stage_dir = stage_dir_of(config, stage)
     if fresh or stage_dir.record is None:
         return StageStatus(stage, "waiting")
     samples = samples_seen(stage_dir.path)
     done = stage_dir.done()
     progress = 1.0 if done else min(1.0, samples / stage.target) if stage.trains else 0.0
-    # While an input is unfinished its digest is unknown, so the stage cannot be compared with its inputs yet.
+    # The digest of an unfinished input is unknown, so the record cannot be compared with this input yet.
     if missing := unfinished & set(stage.needs):
         return StageStatus(stage, "waiting", "for " + ", ".join(sorted(missing)), progress)
     if changed := stage_dir.differences():
@@ -106,7 +114,7 @@ def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = (
     """Runs stages one after another on this machine, until a stage fails.
 
     Args:
-        config: The run's config. It is written into the run directory first.
+        config: The run's config. Written into the run directory before the first stage runs.
         todo: The stages to run, upstream first.
         fresh: Names of stages whose directories are deleted first.
 
@@ -122,7 +130,7 @@ def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = (
 
 
 def clear_stages(config: Experiment, fresh: tuple[str, ...]) -> None:
-    """Deletes the directories of stages. Call it last, when everything else has been checked.
+    """Deletes the directories of stages. Call this only after all other checks, because it cannot be undone.
 
     Args:
         config: The run's config.
@@ -148,10 +156,10 @@ def result_locations(config: Experiment) -> str:
 
 
 def sample_into(config: Experiment, folder: Path, fresh: bool = False) -> None:
-    """Samples with other settings than the run's, into a directory that is not one of the run's stages.
+    """Samples with settings that differ from the run's, into a directory that is no stage of the run.
 
     Args:
-        config: The run's config, with the settings to use in `sample`.
+        config: The run's config, in which `sample` holds the settings to use.
         folder: Directory of the samples.
         fresh: Delete the directory first.
     """
@@ -192,7 +200,7 @@ def pack_into(config: Experiment, out: Path, fresh: list[str], append: bool = Fa
 
 
 def packed_settings(out: Path) -> dict:
-    """Returns the settings that finished shards were packed with. Raises UserError without finished shards in `out`."""
+    """Returns the settings with which the shards in `out` were packed. Raises UserError if `out` has no finished shards."""
     record = rundir.read_stage_record(out)
     if record is None or record["digest"] is None:
         raise UserError(f"{out} holds no finished shards to append to. Pack without --append first.")
@@ -207,7 +215,7 @@ def append_to(config: Experiment, out: Path) -> None:
         out: Directory of the shards.
 
     Raises:
-        UserError: A setting differs that would give the new shards another format than the old ones.
+        UserError: A setting differs that changes the format of shards, so new and old shards would not fit together.
     """
     identity = packed_settings(out)
     before, now = (

@@ -1,11 +1,11 @@
 """The last line of a job's batch script: requeues a job whose ranks stopped early or failed, or ends the job.
 
-This program runs outside the ranks, on the job's first node, so it also sees the endings that no rank can report: killed
-for lack of memory, crashed, hung. The batch script outlives the ranks, so no rank has to wait until Slurm ends it, and the
-jobs that depend on this job keep waiting.
+This program runs outside the ranks, on the job's first node. So it also handles endings that no rank can report: a rank was
+killed for lack of memory, crashed or hung. Slurm sees the job as running until this program ends, so the jobs that depend on
+the job keep waiting.
 
-Its input is srun's exit code and `endings.jsonl` in the job's directory, where each rank records its exit code. It keeps a
-list of failures there, `failures.jsonl`, to give up after MAX_FAILURES failures without progress.
+The program reads srun's exit code, and the exit code of each rank from `endings.jsonl` in the job's directory. It lists
+failures in `failures.jsonl` there, and ends the job after MAX_FAILURES failures without progress.
 """
 
 import os
@@ -19,15 +19,15 @@ from pathlib import Path
 from hpc import errors
 from hpc.run import journal
 
-MAX_FAILURES = 3  # of one job without a new checkpoint between them; preemptions are not counted
-FINAL_CODES = (errors.USAGE, errors.DIVERGED)  # running the job again would end in the same way
-# srun's exit codes for ranks that a signal killed: while they started, or because the job's time was nearly up.
+MAX_FAILURES = 3  # of one job without progress between them; preemptions are not counted
+FINAL_CODES = (errors.USAGE, errors.DIVERGED)  # another attempt would end in the same way
+# srun's exit codes if a signal killed a rank: while the rank was starting, or because the job's time was nearly up.
 SIGNAL_CODES = tuple(128 + s for s in (signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM))
 ENDINGS, FAILURES = "endings.jsonl", "failures.jsonl"
 
 
 def attempt_id() -> str:
-    """Returns the id of this start of this job: "123.0", after a requeue "123.1"."""
+    """Returns the id of this attempt of the job: "123.0", after a requeue "123.1"."""
     return f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
 
@@ -43,7 +43,7 @@ def record_exit_code(folder: Path, code: int) -> None:
 
 
 def requeue_unless_final(folder: Path, srun_code: int) -> int | None:
-    """Requeues this job, unless another attempt would fail again or Slurm refuses. Prints what it does.
+    """Requeues this job, unless another attempt would fail again or Slurm refuses. Prints the decision.
 
     Args:
         folder: The job's directory.
@@ -52,16 +52,16 @@ def requeue_unless_final(folder: Path, srun_code: int) -> int | None:
     Returns:
         The exit code of the job. None if the job is in the queue again; Slurm then ends this attempt.
     """
-    # How the ranks ended: a final error of any rank decides, then a stop, then the greatest exit code.
+    # Find out how the ranks ended: with a final error of any rank, otherwise with a stop of any rank, otherwise with a failure.
     codes = {e["code"] for e in journal.read(folder / ENDINGS) if e["attempt"] == attempt_id()}
-    if not codes or srun_code in SIGNAL_CODES:  # a rank that a signal killed while it started has recorded nothing
+    if not codes or srun_code in SIGNAL_CODES:  # a rank that was killed while it was starting has recorded nothing
         codes.add(srun_code)
     final = [code for code in FINAL_CODES if code in codes]
-    # When one rank stops, the others may lose their connection to it and fail. The job counts as stopped nevertheless.
+    # When one rank stops, other ranks may lose their connection to it and fail. The job still counts as stopped.
     stopped = not codes.isdisjoint((errors.RESUMABLE, *SIGNAL_CODES)) and not final
     code = final[0] if final else errors.RESUMABLE if stopped else max(codes)
 
-    # What to do about it.
+    # Requeue the job or end it.
     failures = 0 if final or stopped else count_failures(folder, code)
     outcome = "stopped early" if stopped else f"failed with code {code}"
     if final or failures >= MAX_FAILURES:
@@ -78,7 +78,7 @@ def requeue_unless_final(folder: Path, srun_code: int) -> int | None:
 def count_failures(folder: Path, code: int) -> int:
     """Records a failure of this job and counts the job's failures since its last progress.
 
-    Progress is a new checkpoint, or a new file that a stage without checkpoints keeps.
+    Progress is a new checkpoint, or a new finished file of a stage without checkpoints.
 
     Args:
         folder: The job's directory.
@@ -99,14 +99,14 @@ def count_failures(folder: Path, code: int) -> int:
 
 
 def requeue_job() -> str | None:
-    """Asks Slurm to requeue this job. Returns None if the job is in the queue again, else the reason why it is not."""
+    """Asks Slurm to requeue this job. Returns None if the job is in the queue again, otherwise the reason why not."""
     job = os.environ["SLURM_JOB_ID"]
     try:
         match = re.search(r"JobState=(\S+)", _scontrol("show", "job", job, "-o").stdout)
         state = match[1] if match else "RUNNING"
         if state == "PENDING":  # Slurm has requeued the job itself
             return None
-        if state != "RUNNING":  # a requeue would revive a job that a user cancelled
+        if state != "RUNNING":  # for example, a user has cancelled the job: do not start it again
             return f"Slurm is ending it, its state is {state}"
         answer = _scontrol("requeue", job)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -123,8 +123,8 @@ def _print_line(text: str) -> None:
 
 
 if __name__ == "__main__":
-    # The batch script made this process ignore TERM and USR2. Slurm sends TERM to end a job that has just been requeued.
-    # Block TERM from here on instead of ignoring it: the signal waits until the decision is printed, and is not lost.
+    # The batch script made this process ignore TERM and USR2. But after a requeue, Slurm sends TERM to end this attempt. So
+    # block TERM instead of ignoring it: a blocked signal waits until the decision is printed and then ends the process.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     exit_code = requeue_unless_final(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,21 +1,21 @@
 """The sample order: which sample the training sequence shows at each position.
 
-The order is a pure function of (seed, position). It reads no files, knows no ranks, and has no state but the position, so a
-run can resume at any position with any number of ranks. The number of samples in each shard comes from the shards' manifest.
-The result, (shard, ordinal in the shard), tells the readers of shards and of code stores what to read.
+Invariant: the sample at a position depends only on the position, the seed, and the settings of the order (such as shard sizes
+and batch), not on the number of ranks. So a run can resume at any position with any number of ranks. The shard sizes come from
+the shards' manifest. The result, (shard, ordinal in the shard), tells the readers of shards and of code stores what to read.
 
-- Position: index in the training sequence, from 0, without end.
+- Position: index in the endless training sequence, from 0.
 - Slot: index in the global batch of B samples, position % B. A rank processes a contiguous range of slots.
 - Stream: one of C groups of neighbouring slots. Slot j belongs to stream ⌊jC/B⌋. C is fixed for a run.
 - Epoch: N consecutive positions, where N is the number of samples. Position p lies in epoch ⌊p/N⌋.
 
 Each epoch permutes the shards, cuts the resulting sequence of N samples into C contiguous ranges, one for each stream, and
-shuffles the samples within windows of a range. A rank therefore reads the samples of its own streams only: few shards, each
+shuffles the samples within windows of a range. A rank reads only the samples of its own streams, so it reads few shards, each
 nearly in sequence. Within an epoch every sample has exactly one position. A batch may hold the end of one epoch and the
 beginning of the next.
 
-A mixture divides the same slots among weighted components, such as sets or classes. Each component has epochs of its own:
-every sample of a component comes once before any comes twice.
+A mixture divides the slots among weighted components, such as sets or classes. Each component has its own epochs: every
+sample of the component comes once before any of its samples comes twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,14 +51,14 @@ def contiguous_share(count: int, rank: int, world: int) -> range:
 def default_streams(batch: int) -> int:
     """Returns the largest power of two up to 64 that divides the batch.
 
-    Each rank reads whole streams where the number of ranks divides this number.
+    If the number of ranks divides this number, each stream is read by one rank only.
     """
     return gcd(batch, 64)
 
 
 @dataclass(frozen=True)
 class EvenLayout:
-    """Assigns slots to streams in equal runs, in closed form. This is the layout of a SampleOrder outside a mixture.
+    """Assigns equally many neighbouring slots to each stream. This is the layout of a SampleOrder outside a mixture.
 
     Attributes:
         batch: Size of the global batch, B.
@@ -92,9 +92,9 @@ class EvenLayout:
 
 
 class TableLayout:
-    """Assigns positions to streams by a table that repeats. This is the layout of one component of a mixture.
+    """Assigns positions to streams by a repeated table. This is the layout of one component of a mixture.
 
-    Has the methods of EvenLayout. Positions count the samples of the component only.
+    Has the methods of EvenLayout. Here, positions count only the samples of the component.
     """
 
     def __init__(self, table: np.ndarray, streams: int):
@@ -105,7 +105,7 @@ class TableLayout:
             streams: Number of streams.
         """
         self.table = table.astype(np.int32)
-        self.indices_by_stream = np.argsort(table, kind="stable").astype(np.int32)  # of stream 0, then of stream 1, …
+        self.indices_by_stream = np.argsort(table, kind="stable").astype(np.int32)  # indices of stream 0, then of stream 1, …
         self.bounds = np.searchsorted(table[self.indices_by_stream], np.arange(streams + 1))
 
     def stream(self, position: int) -> int:
@@ -128,7 +128,7 @@ class TableLayout:
 class SampleOrder:
     """Maps each position to a sample; in every epoch each sample comes exactly once.
 
-    Holds 8 bytes for each shard, 12 more for each shard in each of two epochs, and one shuffle window of 4-byte integers for
+    Memory: 8 bytes for each shard, 12 more for each shard in each of two epochs, and one shuffle window of 4-byte integers for
     each stream that is read.
 
     Attributes:
@@ -137,7 +137,7 @@ class SampleOrder:
         seed: Seed of the permutations.
         streams: Number of streams, C, a divisor of the batch. 0 means default_streams(batch).
         window: Size of the shuffle window in samples.
-        shuffle: If False, every epoch is in the order of the shards.
+        shuffle: Whether to shuffle. If not, every epoch has the order of the shards.
         layout: The stream of each position. None means EvenLayout(batch, streams).
         size: Number of samples in an epoch, N.
     """
@@ -206,7 +206,7 @@ class SampleOrder:
     def _cached(self, kind: str, index: int, key: Any, make: Callable, *args: Any) -> Any:
         """Returns make(*args). Caches the latest result for each (kind, index).
 
-        A stream is read in sequence, so one window and one range for each stream are enough.
+        Each stream is read in sequence, so one window and one range for each stream are enough.
         """
         cached = self._cache.get((kind, index))
         if cached is None or cached[0] != key:
@@ -218,9 +218,9 @@ class SampleOrder:
 class MixtureOrder:
     """Maps each position to a sample of one of several weighted components, such as sets or classes.
 
-    A table of components, one for each slot of a block of batches, repeats without end. Component i has quotas[i] slots of the
-    table, which is within one slot of its weight. Every batch holds each component's share of the batch, rounded up or
-    down. Each component has a SampleOrder of its own. Like a SampleOrder, the mixture has no state but the position.
+    A table names the component of each slot in a block of batches; the training sequence repeats this table. Component i has
+    quotas[i] slots of the table, in proportion to its weight. Every batch holds each component's share of the batch, rounded up
+    or down. Each component has its own SampleOrder. Like SampleOrder, the mixture has no state except the position.
 
     Attributes:
         counts: For each component, the number of samples in each of its shards, all above 0. A component of weight 0 may
@@ -230,7 +230,7 @@ class MixtureOrder:
         seed: Seed of the table and of the components' orders.
         streams: Number of streams, a divisor of the batch. 0 means default_streams(batch).
         window: Size of the shuffle window in samples, for the component with the most samples per shard.
-        size: Length of a nominal epoch: the number of samples of all components of weight above 0.
+        size: Length of a nominal epoch: the number of samples of all components with a weight above 0.
         quotas: Number of slots of the table for each component.
     """
 
@@ -251,8 +251,8 @@ class MixtureOrder:
                 f"the weights are {list(self.weights)}"
             )
         weights = weights / weights.sum()
-        # With 16 slots for the smallest weight, rounding to whole slots changes that weight by at most 1/16. The table is
-        # limited to about a million slots, so a smaller weight is met less exactly.
+        # With 16 slots for the smallest weight, rounding to whole slots changes that weight by at most 1/16. The table has at
+        # most about a million slots, so the rounding of even smaller weights is coarser.
         slots = max(4096, ceil(min(16 / weights[weights > 0].min(), 2**20)))
         object.__setattr__(self, "streams", self.streams or default_streams(self.batch))
         object.__setattr__(self, "quotas", apportion(weights, ceil(slots / self.batch) * self.batch))
@@ -286,7 +286,7 @@ class MixtureOrder:
         orders = []
         for i, (counts, quota) in enumerate(zip(self.counts, self.quotas.tolist(), strict=True)):
             layout = TableLayout(even.stream(np.flatnonzero(table == i)), self.streams)
-            # A rare class has few samples in each shard. Its window is smaller in proportion, or it would span more shards.
+            # A rare class has few samples in each shard. Shrink its window in proportion, so that it spans no more shards.
             window = max(1, round(self.window * density[i] / max(density)))
             seed = sample_seed(self.seed, i)
             orders.append(SampleOrder(counts, quota, seed, self.streams, window, layout=layout) if quota else None)
@@ -294,7 +294,7 @@ class MixtureOrder:
 
 
 def apportion(weights: np.ndarray, slots: int) -> np.ndarray:
-    """Divides slots among components in proportion to their weights, by the method of largest remainders.
+    """Divides slots among components in proportion to the weights, by the method of largest remainders.
 
     Args:
         weights: Weight of each component; they sum to 1.
@@ -323,10 +323,11 @@ def assign_slots(quotas: np.ndarray, batch: int, rng: np.random.Generator) -> np
         The component of each slot, [sum of quotas]. Every batch holds each component's share, rounded up or down.
     """
     batches = int(quotas.sum()) // batch
-    # Row b holds every `batches`-th entry of the sorted components, from entry b on: an even share of each component.
+    # List the components in order, component i quotas[i] times. Row b takes every `batches`-th entry of this list, from entry
+    # b on, and so gets an even share of each component.
     rows = np.repeat(np.arange(len(quotas), dtype=np.int32), quotas).reshape(batch, batches).T
-    # Neighbouring rows hold the slots that are left over from equal shares. The multiples of the golden ratio, modulo 1, are
-    # evenly spread; sorting the rows by them spreads these slots over the block.
+    # If a quota is not a multiple of `batches`, some rows hold one slot more of the component, and these rows are neighbours.
+    # Spread them over the block: sort the rows by the multiples of the golden ratio modulo 1, which are evenly spread.
     spread = np.argsort(np.arange(batches) * 0.6180339887498949 % 1)
     return rng.permuted(rows[spread], axis=1).ravel()
 
@@ -336,10 +337,10 @@ def class_weights(counts: Sequence[int], balance: float) -> list[float]:
 
     Args:
         counts: Number of samples of each class.
-        balance: 0 draws the classes as often as they occur, 1 draws all classes equally often.
+        balance: 0 draws each class as often as it occurs, 1 draws all classes equally often.
 
     Returns:
-        The weights. They sum to 1, or are all 0 where no class has samples.
+        The weights. They sum to 1, or are all 0 if no class has samples.
 
     Raises:
         ValueError: balance is not between 0 and 1.
@@ -352,13 +353,13 @@ def class_weights(counts: Sequence[int], balance: float) -> list[float]:
 
 
 def sample_seed(seed: int, position: int) -> int:
-    """Returns a 63-bit seed for everything that is random about one position (the mixing function of splitmix64).
+    """Returns a 63-bit seed for all random numbers at one position (the mixing function of splitmix64).
 
     The seed is the same on every rank and after a resume.
 
     Args:
         seed: Seed of the run.
-        position: Position in the sequence, or another index that the caller draws for.
+        position: Position in the training sequence, or another index for which the caller needs random numbers.
     """
     x = (seed * 0x9E3779B97F4A7C15 + position + 1) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF

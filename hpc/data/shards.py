@@ -5,8 +5,8 @@ crc32 of the members, int64 [S, M] in the order of the tar, and the label of eac
 is read without a search through the tar. Invariant: a sample comes back exactly as it was written, or an error is raised.
 Missing, cut or altered bytes are never returned.
 
-The packing code in lesiongen/ingest writes shards. Source reads them in the sample order and is the first step of an ordinary
-webdataset pipeline, whose batches go to the training and evaluation loops.
+The packing code in lesiongen/ingest writes shards. Source reads samples in the sample order. It is the first step of a
+webdataset pipeline, and the batches of the pipeline go to training and evaluation.
 """
 
 import atexit
@@ -35,13 +35,13 @@ from hpc.errors import UserError
 from hpc.run.rundir import atomic_write
 
 os.environ.setdefault("WDS_SECURE", "1")  # shards are untrusted: webdataset must not unpickle members or run shell commands
-SUFFIXES = {"jpg", "png", "json"}  # of the members that a shard may hold
+SUFFIXES = {"jpg", "png", "json"}  # suffixes of the members that a shard may hold
 BLOCK = 512  # bytes of a tar header
 INDEX = ".index.safetensors"
 
 
 class BadSample(Exception):
-    """Raised for a sample whose bytes are missing, changed or not decodable."""
+    """Raised if the bytes of a sample are missing, changed or not decodable."""
 
 
 def write_shard(path: Path, samples: Iterable[dict]) -> int:
@@ -50,7 +50,7 @@ def write_shard(path: Path, samples: Iterable[dict]) -> int:
     Args:
         path: Path of the tar.
         samples: {"__key__": str, "<suffix>": bytes, …} each, all with the same suffixes. An optional "__label__", a number,
-            goes into the index only; streams that are balanced over labels find their samples by it.
+            goes into the index only; class-balanced sample orders look samples up by label.
 
     Returns:
         The number of samples.
@@ -80,7 +80,7 @@ def index_path(shard: Path) -> Path:
 class ShardReader:
     """Reads single samples of finished shards, in any order. Keeps the most recently used shards open.
 
-    Each process needs a reader of its own. A pickled reader arrives without open files.
+    Each process needs its own reader. Pickling a reader leaves its open files out.
     """
 
     def __init__(self, shards: Sequence[tuple[Store, dict]]):
@@ -135,10 +135,15 @@ class ShardReader:
         return sample
 
     def member(self, shard: int, label: int, number: int) -> int:
-        """Returns the ordinal in a shard of a label's sample `number`, counted from 0.
+        """Returns the ordinal of a sample of a class in a shard.
+
+        Args:
+            shard: Index of the shard.
+            label: The class.
+            number: Which of the shard's samples with this label, from 0.
 
         Raises:
-            BadSample: The shard has fewer samples of the label.
+            BadSample: The shard has fewer samples with this label.
         """
         if shard not in self.members:
             labels = self._open_shard(shard)[1]["label"]
@@ -160,18 +165,18 @@ class ShardReader:
                     index = _parse_index(file.read(), index_entry.get("crc32"))
                 opened = (store.open(entry), index)
             except (StorageError, UserError):
-                raise  # the network or the cache failed; BadSample would replace sample after sample instead
+                raise  # not BadSample: the network or the cache failed, so every replacement would fail too
             except Exception as error:
                 raise BadSample(f"{entry['name']} cannot be opened: {error}") from None
             self.open[shard] = opened
-            # A file that the cache has evicted uses disk space until its descriptor is closed. Keep few of those open.
+            # Keep few descriptors open: a file that was deleted from the cache uses disk space until it is closed.
             if len(self.open) > (4 if store.cache else 32):
                 os.close(self.open.popitem(last=False)[1][0])
         self.open.move_to_end(shard)
         return self.open[shard]
 
     def __getstate__(self):
-        # File descriptors mean nothing in a data worker, which opens the shards again.
+        # File descriptors are not valid in another process. A data worker opens the shards again.
         return {"shards": self.shards, "open": OrderedDict(), "members": {}}
 
 
@@ -207,7 +212,7 @@ class Source(torch.utils.data.IterableDataset):
 
         Args:
             reader: Reads the shards.
-            order: Maps a position to (shard, ordinal). Anything with `sample` and `size` like a SampleOrder's will do.
+            order: Maps a position to (shard, ordinal). Other classes with `sample` and `size` work too.
             batches: Returns an iterator over batches, lists of (position, slot). Called in each data worker.
         """
         self.reader, self.order, self.batches = reader, order, batches
@@ -227,7 +232,7 @@ class Source(torch.utils.data.IterableDataset):
             {"shard", "ordinal", "__key__", "<suffix>": bytes, …}, or {"error": str} if the sample is bad.
         """
         try:
-            shard, ordinal = self.order.sample(position)  # raises BadSample too: balanced orders look labels up in an index
+            shard, ordinal = self.order.sample(position)  # BadSample: a balanced order looks labels up in an index
             return {"shard": shard, "ordinal": ordinal, **self.reader.read(shard, ordinal)}
         except BadSample as error:
             return {"error": str(error)}
@@ -269,15 +274,16 @@ def loader(
 ) -> Iterator[dict]:
     """Returns the batches of a webdataset pipeline: read, decode, collate.
 
-    The data workers start at once. They are spawned, so all arguments must pickle. Forking a process that runs threads may
-    deadlock, and workers of a fork server outlive a trainer that is killed.
+    The data workers start at once. They are spawned, so it must be possible to pickle all arguments. They are not forked,
+    because forking a process that runs threads may deadlock. They do not come from a fork server, because such workers keep
+    running when the training process is killed.
 
     Args:
         source: Yields raw samples.
-        decode: Decodes a raw sample; raises BadSample for one that cannot be decoded.
+        decode: Decodes a raw sample; raises BadSample if that is impossible.
         collate: Makes a batch of decoded samples. Its NumPy arrays come out as tensors.
         batch: Samples in a batch; must be the size of the source's batches. The last batch may be smaller.
-        workers: Number of data workers. With 0, this process reads.
+        workers: Number of data workers. 0 = this process reads.
     """
     pipeline = wds.DataPipeline(
         source,
@@ -293,15 +299,15 @@ def loader(
 
 
 def _no_collate(batch: Any) -> Any:
-    """Returns the batch unchanged. The default collate function would search every batch's lists of facts for arrays."""
+    """Returns the batch unchanged. The default collate function would waste time on the lists of facts in every batch."""
     return batch
 
 
 def _arrays_to_tensors(batch: dict) -> dict:
-    """Makes tensors of a batch's arrays.
+    """Converts the arrays of a batch to tensors.
 
-    Done in the receiving process, because a small array is cheaper to send: a worker sends an array by value, but a tensor as
-    a shared file with a connection of its own.
+    The receiving process converts, because a small array is cheaper to send than a tensor: a worker sends an array by value,
+    but each tensor as a shared file with its own connection.
     """
     return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
 
@@ -309,7 +315,7 @@ def _arrays_to_tensors(batch: dict) -> dict:
 def _end_workers(batches: weakref.ref) -> None:
     """Ends the data workers at exit, if they still run.
 
-    Otherwise Python would send them SIGTERM, which they ignore, and then wait for them to end.
+    Otherwise Python would send the workers SIGTERM, which they ignore, and then wait for them without end.
     """
     if iterator := batches():
         iterator.close()
@@ -318,17 +324,17 @@ def _end_workers(batches: weakref.ref) -> None:
 def _init_worker(_number: int) -> None:
     """Makes a data worker ignore the signals that stop a run.
 
-    Ctrl-C in a terminal and Slurm's warnings reach the workers too. The trainer needs its workers until it has saved; they
-    end when the trainer does.
+    Ctrl-C in a terminal and Slurm's warnings reach the workers too. The training process needs its workers until it has saved
+    a checkpoint. The workers end with the training process.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # Skip Python's own shutdown: it aborts the process while a thread is still sending a batch.
+    # Skip Python's own shutdown, which would abort the process if a thread is still sending a batch.
     atexit.register(os._exit, 0)
 
 
 def training_batches(start: int, batch: int, micro: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
-    """Yields the rank's micro-batches of the training sequence, without end.
+    """Yields a rank's micro-batches of the endless training sequence.
 
     Args:
         start: First position; a multiple of the global batch.
@@ -347,10 +353,10 @@ def training_batches(start: int, batch: int, micro: int, rank: int, world: int) 
 
 
 def evaluation_batches(size: int, micro: int, rank: int, world: int) -> Iterator[list[tuple[int, int]]]:
-    """Yields the rank's contiguous share of `size` samples, once, in batches of `micro`. The last batch may be smaller.
+    """Yields a rank's contiguous share of `size` samples, once. The last batch may be smaller.
 
     Args:
-        size: Number of samples of all ranks.
+        size: Number of samples over all ranks.
         micro: Size of a batch.
         rank: The rank, from 0.
         world: Number of ranks.

@@ -1,13 +1,13 @@
-"""The files of finished artefacts, in a local folder, or on slow or remote storage behind a node-local cache.
+"""Opens the files of finished artefacts (results of stages): local files, or remote files through a node-local cache.
 
-A Store opens the files that a manifest lists; shards and catalogs are read through it. All processes of a node share one cache.
-A file is fetched once, checked against the size and crc32 of its manifest entry, and renamed to its final name. Invariant: a
-file with a final name in the cache is complete and verified.
+A Store opens the files that a manifest lists; shards and catalogs are read through a Store. All processes of a node share one
+cache. A file is fetched once, checked against the size and crc32 of its manifest entry, and renamed to its final name.
+Invariant: a file with a final name (.cached) in the cache is complete and verified.
 
-The unfinished file (.part) is itself the lock of its fetch. The system releases the lock when the fetching process ends,
-however it ends. The least recently used files are deleted first. Callers receive an open descriptor, not a path, so a file
-may be deleted from the cache while another process reads it. Its disk space is free only after all processes have closed it,
-so callers should keep few files open.
+A process that fetches a file locks the unfinished file (.part). The operating system releases the lock when the process ends,
+also when it is killed. If the cache is full, the least recently used files are deleted. Callers receive an open descriptor,
+not a path, so a file may be deleted from the cache while another process reads it. The disk space is free only after all
+processes have closed the file, so callers should keep few files open.
 """
 
 import contextlib
@@ -29,22 +29,22 @@ from hpc.data import manifest
 from hpc.errors import UserError
 
 T = TypeVar("T")
-PROTOCOLS = ("http", "https", "s3", "gs", "az", "abfs")  # fsspec's others run programs, read local files, or chain protocols
+PROTOCOLS = ("http", "https", "s3", "gs", "az", "abfs")  # others in fsspec run programs, read local files, or chain protocols
 CACHE_FILE = re.compile(r".+-[0-9a-f]{16}\.(cached|part)")  # the cache deletes no other file of its directory
-BLOCK = 1 << 20  # bytes of a read
+BLOCK = 1 << 20  # bytes per read
 SMALL_FILE = 1 << 28  # bytes of the largest file that read_small() accepts
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StorageError(OSError):
-    """Raised for a listed file that cannot be fetched, or not completely, after several attempts.
+    """Raised if a listed file cannot be fetched completely in several attempts.
 
     The network or the source is at fault, not a single sample, so the run stops instead of replacing samples.
     """
 
 
 class _ContentError(Exception):
-    """Raised for a transfer whose content differs from the manifest entry."""
+    """Raised if the received content differs from the manifest entry."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class CacheConfig:
     """A node's cache of shards.
 
     Attributes:
-        directory: Directory of the cache. By default, local data are read where they are, and remote data are cached in
+        directory: Directory of the cache. By default, local data are read in place, and remote data are cached in
             $LESIONGEN_CACHE or, if that is not set, in ~/.cache/lesiongen. With a directory, local data are cached too.
         gigabytes: Largest size of the cache.
     """
 
-    directory: str | None = volatile(None)  # a directory on the node's own disk, such as "$TMPDIR/shards"
-    gigabytes: float = volatile(50.0)  # limit of its size; allow several shards for each data worker of the node
+    directory: str | None = volatile(None)  # on the node's own disk, such as "$TMPDIR/shards"
+    gigabytes: float = volatile(50.0)  # allow several shards for each data worker of the node
 
     def __post_init__(self):
         if self.gigabytes <= 0:
@@ -71,9 +71,10 @@ def is_remote(location: str | Path) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Returns a text with the passwords and signatures of its addresses removed.
+    """Removes passwords and signatures from the addresses in a text.
 
-    Messages must not show them. Names in the cache leave them out too, because a signature changes while the file does not.
+    Messages must not show them. The names of cached files leave them out too, because the same file may come with another
+    signature the next time.
     """
     return re.sub(r"(?<=://)[^/@\s]*@|\?[^\s'\")]*", "", text)
 
@@ -81,11 +82,11 @@ def without_secrets(text: str) -> str:
 class Store:
     """Opens the files of one finished artefact, through the node's cache if there is one.
 
-    Can be pickled, and used by any number of processes at the same time.
+    A Store can be pickled, and any number of processes can use it at the same time.
 
     Attributes:
         where: Folder or address of the artefact.
-        cache: The node's cache; None if files are read where they are.
+        cache: The node's cache; None if local files are read in place.
     """
 
     def __init__(self, location: str | Path, cache: CacheConfig | None = None):
@@ -110,7 +111,7 @@ class Store:
         self.cache = Cache(_expand(directory), int(cache.gigabytes * 1e9)) if directory else None
 
     def open(self, entry: dict) -> int:
-        """Opens a listed file for reading. A file that is fetched is verified first.
+        """Opens a listed file for reading. A fetched file is verified before it is opened.
 
         Args:
             entry: The manifest's entry, {"name", "bytes", "crc32"}.
@@ -120,7 +121,7 @@ class Store:
 
         Raises:
             StorageError: The file cannot be fetched.
-            OSError: A local file, read where it is, cannot be opened.
+            OSError: A local file that is read in place cannot be opened.
             UserError: The file does not fit into the cache, or the cache cannot be used.
         """
         source = self.address(entry["name"])
@@ -129,10 +130,10 @@ class Store:
         return self.cache.open(source, int(entry["bytes"]), int(entry["crc32"]))
 
     def read_small(self, name: str) -> bytes:
-        """Reads a whole small file that no manifest lists: the manifest itself.
+        """Reads a small file that no manifest lists, such as the manifest itself.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: The file does not exist.
             StorageError: The file cannot be fetched, or is too large.
         """
         source = self.address(name)
@@ -168,11 +169,11 @@ class Store:
 
 @dataclass(frozen=True)
 class Cache:
-    """A node's directory of fetched files. The stores of all processes of the node use it.
+    """A node's directory of fetched files, shared by the stores of all processes of the node.
 
     Attributes:
         directory: The directory.
-        limit: Largest size in bytes, including files that are being fetched.
+        limit: Largest total size in bytes, including files that are being fetched.
         attempts: Number of attempts to fetch a file.
         pause: Seconds before the second attempt. The pause doubles with each further attempt.
     """
@@ -183,7 +184,7 @@ class Cache:
     pause: float = 1.0
 
     def open(self, source: str, size: int, crc32: int) -> int:
-        """Opens the copy of a file, and fetches the file first if necessary.
+        """Opens the cached copy of a file, and fetches the file first if necessary.
 
         Other processes that open the same file meanwhile wait for this fetch.
 
@@ -197,7 +198,7 @@ class Cache:
 
         Raises:
             StorageError: The file cannot be fetched.
-            UserError: The file is larger than the limit, or the directory cannot be made.
+            UserError: The file is larger than the limit, or the directory cannot be created.
         """
         if size > self.limit:
             raise UserError(
@@ -217,7 +218,7 @@ class Cache:
         while (descriptor := _open_if_complete(path, size)) is None:
             with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                # While this process waited for the lock, another may have renamed or deleted the file.
+                # While this process waited for the lock, another process may have renamed or deleted the file.
                 if not _is_same_file(part, file):
                     continue
                 if (descriptor := _open_if_complete(path, size)) is None:
@@ -234,7 +235,7 @@ class Cache:
             self._reserve(file, size)
             self._fetch(source, file, size, crc32)
             descriptor = os.open(part, os.O_RDONLY)
-            with self._locked():  # a process that is adding up the sizes of all files would otherwise miss this one
+            with self._locked():  # without the lock, _make_room() in another process could miss this file
                 os.replace(part, path)
             return descriptor
         except BaseException:
@@ -242,7 +243,7 @@ class Cache:
             raise
 
     def _reserve(self, file: BinaryIO, size: int) -> None:
-        """Gives the unfinished file its full length, so that other processes count its space.
+        """Gives the unfinished file its full length, so that other processes count its disk space.
 
         Waits while the unfinished files of other processes leave too little space.
         """
@@ -255,7 +256,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Holds the lock of the cache's accounting."""
+        """Holds the lock that every process takes while it adds up or changes the sizes of the cache's files."""
         with open(self.directory / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -263,8 +264,8 @@ class Cache:
     def _make_room(self, size: int) -> bool:
         """Deletes files until `size` more bytes fit, and returns whether they do.
 
-        Deletes unfinished files whose process has ended, then the least recently used files. Deletes none of the latter if
-        the files that are being fetched leave too little space anyway.
+        Deletes unfinished files whose process has ended, then the least recently used finished files. Deletes no finished file
+        if the files that are being fetched leave too little space in any case.
         """
         finished, arriving = [], 0
         for path in self.directory.iterdir():
@@ -302,8 +303,8 @@ class Cache:
                 raise _ContentError(f"{received} bytes arrived, {size} expected")
             if crc != crc32:
                 raise _ContentError(f"crc32 {crc:08x} arrived, {crc32:08x} expected")
-            # _open_if_complete() checks only the length, and the file had its full length from the start. Without fsync, a
-            # file with a final name could be incomplete after a crash of the machine.
+            # Without fsync, a file with a final name could be incomplete after a crash of the machine. _open_if_complete()
+            # would not notice: it checks only the length, and the file has had its full length since _reserve().
             os.fsync(file.fileno())
 
         try:
@@ -325,7 +326,7 @@ def _expand(directory: str) -> Path:
 
 
 def _open_if_complete(path: Path, size: int) -> int | None:
-    """Returns a descriptor of a finished file; None if there is no file of that size."""
+    """Returns a descriptor of a finished file, or None if there is no file of that size."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -337,7 +338,7 @@ def _open_if_complete(path: Path, size: int) -> int | None:
 
 
 def _is_same_file(path: Path, file: BinaryIO) -> bool:
-    """Returns whether an open file is still the one at a path."""
+    """Returns whether an open file is still the file at a path."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -345,13 +346,13 @@ def _is_same_file(path: Path, file: BinaryIO) -> bool:
 
 
 def _remove_if_abandoned(part: Path) -> bool:
-    """Deletes an unfinished file that no process is fetching, and returns whether it did."""
+    """Deletes an unfinished file if no process is fetching it. Returns whether the file was deleted."""
     with open(part, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        # If the path now has another file or none, the fetch has just finished. At worst its size is then counted twice.
+        # If the path now has another file or none, the fetch has just finished. At worst, its size is counted twice.
         if _is_same_file(part, file):
             part.unlink()
             return True
@@ -368,12 +369,12 @@ def _read_with_retries(source: str, read: Callable[[BinaryIO], T], attempts: int
         pause: Seconds before the second attempt; doubles with each further attempt.
 
     Raises:
-        FileNotFoundError, UserError, or an OSError of a full disk: Raised at once, since a further attempt would not help.
-        StorageError: All attempts failed.
+        FileNotFoundError, UserError, or the OSError of a full disk: Raised at once; another attempt would not help.
+        StorageError: All attempts failed, or read(stream) raised StorageError.
     """
     for attempt in range(attempts):
         if attempt:
-            # A random factor keeps the nodes from retrying all at once. SystemRandom leaves the seeded `random` untouched.
+            # A random factor keeps the nodes from retrying all at once. SystemRandom does not change the state of `random`.
             time.sleep(pause * 2 ** (attempt - 1) * random.SystemRandom().uniform(0.5, 1.5))
         try:
             with _open_stream(source) as stream:
@@ -401,10 +402,10 @@ def _open_stream(source: str) -> BinaryIO:
             return fsspec.filesystem(protocol).open(source, block_size=8 * BLOCK)
         import aiohttp
 
-        # By default aiohttp ends a transfer after five minutes, too early for a large shard. Limit the silence instead.
+        # By default aiohttp ends a transfer after five minutes, too early for a large shard. Limit only the time without data.
         session = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60), "trust_env": True}
         system = fsspec.filesystem(protocol, headers={"Accept-Encoding": "identity"}, client_kwargs=session)
-        # block_size=0 makes a single GET. Any `size` avoids a HEAD request, which signed addresses refuse.
+        # block_size=0 makes a single GET. Giving any `size` avoids a HEAD request, which signed addresses refuse.
         return system.open(source, block_size=0, size=1)
     except ImportError as error:
         raise UserError(f"{protocol}:// needs a package that is not installed here ({error}). Install it.") from None

@@ -1,8 +1,8 @@
 """The metrics log of a stage: metrics.jsonl, and pictures in images/.
 
 metrics.jsonl is the complete record of a training; MLflow only shows a copy (see mlflow_sync.py). A resume removes the lines
-and pictures that are newer than its checkpoint, so no step is logged twice. The training loop and the evaluation write the
-log. `lesiongen status`, the report and MLflow read it.
+and pictures that are newer than its checkpoint, so no step is logged twice. The training loop and the evaluate stage write
+the log. `lesiongen status`, the report and mlflow_sync.py read the log.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class MetricsLog:
 
     Args:
         stage_dir: The stage's directory.
-        enabled: False on all ranks but rank 0; every method then does nothing.
+        enabled: True on rank 0 only. If False, every method does nothing.
 
     Attributes:
         stage_dir: The stage's directory.
@@ -40,7 +40,7 @@ class MetricsLog:
         self.stage_dir, self.enabled = Path(stage_dir), enabled
 
     def resume(self, samples: int) -> None:
-        """Removes the lines and pictures from after a checkpoint, and incomplete lines.
+        """Removes the lines and pictures that are newer than a checkpoint, and incomplete lines.
 
         Args:
             samples: Samples seen at the checkpoint; 0 for a training from scratch, -1 to remove everything.
@@ -62,7 +62,7 @@ class MetricsLog:
         Args:
             step: Optimizer steps so far.
             samples: Samples seen so far.
-            metrics: Values by name. MLflow must accept the names.
+            metrics: Values by name. The names must be valid in MLflow.
         """
         if not self.enabled:
             return
@@ -104,11 +104,11 @@ def system_metrics() -> dict[str, float]:
         "system/memory_resident_gb": psutil.Process().memory_info().rss / 1e9,
         "system/memory_available_gb": psutil.virtual_memory().available / 1e9,
     }
-    torch = sys.modules.get("torch")  # not imported here: a process that has not loaded torch uses no GPU
+    torch = sys.modules.get("torch")  # no import: a process that has not loaded torch uses no GPU
     if torch is not None and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        metrics["system/gpu_memory_gb"] = (total - free) / 1e9  # of all processes on the GPU
-        metrics["system/gpu_memory_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of this process
+        metrics["system/gpu_memory_gb"] = (total - free) / 1e9  # memory of all processes on the GPU
+        metrics["system/gpu_memory_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # memory of this process only
         with contextlib.suppress(Exception):  # fails without nvidia-ml-py, or if the driver does not report the load
             metrics["system/gpu_percent"] = float(torch.cuda.utilization())
     return metrics

@@ -1,14 +1,17 @@
-"""Copies the metrics logs of a run to MLflow. The copy survives restarts of this process and failures of the server.
+"""Copies the metrics logs of a run to MLflow. Loses nothing when this process restarts or the MLflow server fails.
 
-A stage writes metrics.jsonl and images/ and never waits for MLflow. `sync` sends what is new. It is called by a thread beside
-the training (Follower) and by the process of `lesiongen ui` (launch/ui.py). If the server is down or hangs, the files stay, and
-a later sync sends them.
+A stage writes metrics.jsonl and images/ and never waits for MLflow. `sync` reads these files and sends what is new. A thread
+beside the training (Follower) and the process of `lesiongen ui` (launch/ui.py) call `sync`. If the server is down or hangs, a
+later sync sends the missing data from the files.
 
-Each pair (metric, samples) is sent once. `sync` asks the server which values it has, so no value appears twice after a lost
-answer or a crash. When a resume trains some steps again, MLflow keeps the first values of these steps.
+Invariant: each pair (metric, samples) is sent once. `sync` asks the server for the latest value of each metric, so no value
+appears twice after a lost answer or a crash. When a resume trains some steps again, MLflow keeps the first values of these
+steps.
 
-MLflow's "step" is the number of samples, because a change of the batch size changes what a step means. This is the only file
-that imports mlflow. It does so only when there is something to send, because the import takes seconds.
+MLflow's "step" is the number of samples seen, because the meaning of an optimizer step changes with the batch size. No other
+file imports mlflow. The import takes seconds, so it happens only when there is something to send.
+
+In this file, "run" and "run directory" mean a run of this project; "MLflow run" means an entry on MLflow's page.
 """
 
 import contextlib
@@ -46,16 +49,16 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # avoids 8 unused processes of 160 MB each
 }
-MAX_METRICS, MAX_PARAMS = 1000, 100  # that MLflow accepts in one request
+MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in one request
 ALL_RUNS = 3  # mlflow.entities.ViewType.ALL: active and deleted runs
 
 # Pairs (run_dir, uri) that this process has compared with the server. The first sync of a process contacts the server even if
-# mlflow.json says that everything was sent.
+# mlflow.json says that everything was sent, because the server may have lost data since.
 _checked: set[tuple[Path, str]] = set()
 
 
 class SyncError(RuntimeError):
-    """MLflow did not accept the data. The files keep them, and the next sync sends them."""
+    """Raised if MLflow cannot be reached or refuses the data. The data stay in the files, and the next sync sends them."""
 
 
 @dataclass
@@ -79,14 +82,14 @@ def default_uri(run_dir: Path) -> str:
 
 
 def run_link(run_dir: Path, uri: str) -> str | None:
-    """Returns where a user can see a run in MLflow.
+    """Returns where a user can look at a run in MLflow.
 
     Args:
         run_dir: The run's directory.
         uri: The tracking URI.
 
     Returns:
-        The run's web address on a server, or a command for sqlite. None if the run was not synced to the server yet.
+        The address of the run's page on a server, or a command for sqlite. None if nothing was sent to the server yet.
     """
     if uri.startswith("sqlite:"):
         return "lesiongen ui"
@@ -97,7 +100,7 @@ def run_link(run_dir: Path, uri: str) -> str | None:
 
 
 def _without_password(text: object) -> str:
-    """Removes user and password from URIs in a text. Run directories and logs are shared, so neither may appear there."""
+    """Removes user and password from URIs in a text, because other people can read run directories and logs."""
     return re.sub(r"://[^@/\s]*@", "://", str(text))
 
 
@@ -117,9 +120,10 @@ def _client(uri: str) -> "MlflowClient":
 
 
 def sync(run_dir: Path, uri: str) -> SyncResult:
-    """Sends what is new in all stage directories of a run. Nothing is sent twice, wherever an earlier sync crashed.
+    """Sends what is new in all stage directories of a run. Nothing is sent twice, even if an earlier sync crashed.
 
-    MLflow then holds an experiment for each config name, a parent run for each run directory, and a child run for each stage.
+    MLflow then holds one experiment for each config name, one parent MLflow run for each run directory, and one child MLflow
+    run for each stage.
 
     Args:
         run_dir: The run's directory.
@@ -143,7 +147,7 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
             except Exception as error:
                 if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
                     raise
-            # MLflow's store was emptied or replaced: forget the ids and cursors. Runs that still exist are found by their tag.
+            # MLflow's store was emptied or replaced: forget ids and cursors. Tags identify the MLflow runs that still exist.
             return _Sync(run_dir, uri, stage_dirs, forget=True).run()
         except Exception as error:
             reason = (_without_password(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -151,19 +155,20 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
 
 
 class _Sync:
-    """One sync of one run. The caller holds the run's lock.
+    """One sync of one run. `sync` makes one while it holds the run's lock.
 
-    The state is kept in mlflow.json:
+    The state is stored in mlflow.json:
 
         {"uid": identifies the run directory in MLflow,
          "stores": {uri: {"experiment": id,
-                          "seen": file stamps of each stage when all of it had been sent,
+                          "seen": file stamps of each stage at the last complete sync,
                           "parent": entry,
                           "stages": {name: entry}}}}
 
-    An entry has the "id" of a run in MLflow, and records what was sent to the run. For metrics.jsonl this is a cursor: "offset"
-    (bytes), "tail" (checksum of the bytes before it) and "last" ({metric: samples of its latest value}). For a stage, "sent"
-    lists the pictures and "created" is when the stage was begun; for the parent, "sent" is the stamp of the report.
+    An entry has the "id" of an MLflow run, and records what was sent to the MLflow run. For metrics.jsonl this is a cursor:
+    "offset" (in bytes), "tail" (checksum of the bytes before the offset) and "last" ({metric: samples of its latest value}). In
+    the entry of a stage, "sent" lists the pictures that were sent, and "created" is the time when the stage began. In the
+    parent's entry, "sent" is the stamp of the report that was sent.
     """
 
     def __init__(self, run_dir: Path, uri: str, stage_dirs: list[Path], forget: bool = False):
@@ -176,9 +181,9 @@ class _Sync:
         self.config = (yaml.safe_load(config.read_bytes()) if config.exists() else None) or {}
 
     def run(self) -> SyncResult:
-        """Sends everything that is new. Contacts the server only if a file has changed or this process has not done so yet."""
+        """Sends everything that is new. Contacts the server only if a file has changed, or on this process's first sync."""
         report, key = self.run_dir / "report" / "report.html", (self.run_dir, self.uri)
-        # Find the stages with changed files.
+        # Find the stages whose files have changed.
         files = (METRICS_FILE, "images", "stage.json", "../config.yaml")
         stamps = {p.name: [_file_stamp(p / file) for file in files] for p in self.stage_dirs}
         stamps["report.html"] = [_file_stamp(report), _file_stamp(report.with_name("stage.json"))]
@@ -207,23 +212,23 @@ class _Sync:
     def _get_or_create_run(
         self, entry: dict, uid: str, name: str, params: dict, created: float | None = None, parent_id: str = ""
     ) -> "Run | None":
-        """Returns MLflow's run of an entry; creates it if needed. Returns None if a user deleted the run in MLflow.
+        """Returns the MLflow run of an entry, and creates it if needed. Returns None if a user deleted it in MLflow.
 
         Args:
-            entry: The entry; its "id" is set.
-            uid: Identifies the run in MLflow by a tag.
-            name: Name of a new run.
-            params: Parameters of the run, nested; those that MLflow lacks are sent.
-            created: Start of a new run, Unix time in seconds.
-            parent_id: Id of the parent run; "" for the parent itself.
+            entry: The entry; its "id" is set if it is missing.
+            uid: Value of the tag that identifies the MLflow run.
+            name: Name of a new MLflow run.
+            params: Parameters of the MLflow run, nested. Parameters that MLflow lacks are sent.
+            created: Start of a new MLflow run, Unix time in seconds.
+            parent_id: Id of the parent MLflow run; "" for the parent itself.
         """
         from mlflow.entities import Param
 
         client = _client(self.uri)
         if "id" not in entry:
             experiment = self.store["experiment"] = self._get_or_create_experiment()
-            # Save the uid before creating the run that has it as a tag. If the process is killed before the run's id is saved,
-            # the next sync finds the run by the tag and does not create a second one.
+            # Save the uid before creating the MLflow run that has the uid as a tag. If the process is killed before the id is
+            # saved, the next sync finds the MLflow run by the tag and does not create a second MLflow run.
             self._save()
             existing = client.search_runs([experiment], f"tags.`track.uid` = '{uid}'", run_view_type=ALL_RUNS, max_results=1)
             tags, start = {"track.uid": uid, "track.dir": str(self.run_dir)}, int(created * 1000) if created else None
@@ -244,7 +249,7 @@ class _Sync:
         client, name = _client(self.uri), str(self.config.get("name", self.run_dir.name))
         if client.get_experiment_by_name(name) is None:
             artifacts = (self.run_dir.parent / "mlartifacts" / name).as_uri()
-            # This fails if a run with the same config name creates the experiment first. The check below finds other failures.
+            # This fails if another process creates the experiment first. The check below finds other failures.
             with contextlib.suppress(Exception):
                 client.create_experiment(name, artifacts if self.uri.startswith("sqlite:") else None)
         experiment = client.get_experiment_by_name(name)
@@ -255,16 +260,16 @@ class _Sync:
         return experiment.experiment_id
 
     def _sync_stage(self, stage_dir: Path) -> None:
-        """Sends the parameters, new metrics, new pictures and the status of one stage."""
+        """Sends one stage: its parameters, new metrics, new pictures and its status."""
         client, record, name = _client(self.uri), _read_json(stage_dir / "stage.json"), stage_dir.name
         entry, created = self.store["stages"].setdefault(name, {}), record.get("created")
-        # A stage that was made again with --fresh gets a new run in MLflow. The old run stays.
+        # A stage that was made again with --fresh gets a new MLflow run. The old MLflow run stays.
         if created and entry.get("created", created) != created:
             old = client.get_run(entry["id"]).info
             if (old.status, old.lifecycle_stage) == ("RUNNING", "active"):
                 client.set_terminated(entry["id"], "KILLED")
             entry = self.store["stages"][name] = {}
-        # Its parameters are its section of the config, and the values outside of sections.
+        # The parameters are the stage's section of the config, and the values outside of sections.
         section = self.config.get(name, self.config.get(name.split("-")[0], {}))
         params = {k: v for k, v in self.config.items() if not isinstance(v, dict)} | {name: section}
         uid, parent_id = f"{self.state['uid']}/{name}/{created}", self.store["parent"]["id"]
@@ -282,20 +287,20 @@ class _Sync:
         self._set_status(run, bool(record.get("done")), record)
 
     def _set_status(self, run: "Run", done: bool, record: dict) -> None:
-        """Sets the run's status to FINISHED, with the end time of the stage record, or to RUNNING."""
+        """Sets the status of an MLflow run to FINISHED, with the end time of the stage record, or to RUNNING."""
         if done and run.info.status != "FINISHED":
             end = record.get("finished")
             _client(self.uri).set_terminated(run.info.run_id, "FINISHED", int(end * 1000) if end else None)
-        elif not done and run.info.status != "RUNNING":  # a finished stage is trained for longer
+        elif not done and run.info.status != "RUNNING":  # a finished stage is being trained for longer
             _client(self.uri).update_run(run.info.run_id, "RUNNING")
 
 
 class _LineSender:
     """Sends the new values of one metrics.jsonl, and moves the entry's cursor after each batch that MLflow accepted.
 
-    A value is new if its samples are above the latest step that MLflow has of its metric. MLflow handles a request as one
-    transaction, so it has either all values of a request or none. The comparison is therefore exact, even if MLflow stored the
-    last request and its answer was lost.
+    A value is new if its number of samples is above the latest step that MLflow stores for its metric. MLflow handles a request
+    as one transaction: it stores either all values of a request or none. The comparison is therefore exact, even if MLflow
+    stored the last request but its answer was lost.
     """
 
     def __init__(self, uri: str, path: Path, entry: dict, run: "Run"):
@@ -306,7 +311,7 @@ class _LineSender:
         for metric in run.data.to_proto().metrics:
             self.last[metric.key] = max(metric.step, self.last.get(metric.key, -1))
         self.offset = entry.get("offset", 0)
-        # Another checksum means that a resume cut the file back; it may have grown since. Read it from the start.
+        # Another checksum means that a resume has cut the file back, and the file may have grown since. Read it from the start.
         if _checksum_before(path, self.offset) != entry.get("tail", 0):
             self.offset = 0
 
@@ -322,14 +327,14 @@ class _LineSender:
         return self.sent
 
     def _add(self, line: bytes) -> None:
-        """Adds the new values of a line to the batch, which is sent first if it would become too large."""
+        """Adds the new values of a line to the batch of values. If the batch would become too large, sends it first."""
         from mlflow.entities import Metric
 
         try:
             row = json.loads(line)
         except ValueError:  # a crash left this line incomplete
             row = {}
-        # Each value gets the time of its line. MLflow stores a value that arrives twice with the same time only once.
+        # Each value gets the time of its line. If a value arrives twice with the same time, MLflow stores it once.
         samples, time_ms = row.get("samples", -1), int(row.pop("time", 0) * 1000)
         new = {name: float(value) for name, value in row.items() if samples > self.last.get(name, -1)}
         if len(self.batch) + len(new) > MAX_METRICS:
@@ -354,7 +359,7 @@ def _file_stamp(path: Path) -> list[int] | None:
 
 
 def _checksum_before(path: Path, offset: int) -> int:
-    """Returns the checksum of the 256 bytes before an offset. They include the time of a line, so a changed file differs."""
+    """Returns the checksum of the 256 bytes before an offset. They include a line's time, so a rewritten file differs."""
     with open(path, "rb") as file:
         file.seek(max(0, offset - 256))
         return zlib.crc32(file.read(min(256, offset)))
@@ -371,9 +376,9 @@ def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 class Follower:
-    """A daemon thread that syncs a run regularly. It blocks neither the training nor the exit of the process.
+    """A daemon thread that syncs a run regularly. Blocks neither the training nor the exit of the process.
 
-    Memory stays bounded however long the server is down, because the unsent lines are in the file.
+    Unsent lines stay in the file, not in memory, so memory does not grow while the server is down.
 
     Args:
         run_dir: The run's directory.
@@ -391,7 +396,7 @@ class Follower:
         self._thread.start()
 
     def close(self, deadline: float = 15.0) -> bool:
-        """Syncs a last time and returns whether everything was sent. If not, prints a line.
+        """Syncs a last time and returns whether everything was sent. Prints a line if not.
 
         Args:
             deadline: Seconds after which the last sync is given up.
@@ -404,11 +409,11 @@ class Follower:
         return self._delivered
 
     def _loop(self) -> None:
-        failed = 0  # syncs in a row
+        failed = 0  # failed syncs in a row
         while True:
             closing = self._stop.wait(min(self.interval * 2**failed, 60.0))
             try:
-                # At the end, wait for another process that is syncing this run, to be sure that everything was sent.
+                # At the end, wait for any other process that is syncing this run, to be sure that everything is sent.
                 while (busy := sync(self.run_dir, self.uri).busy) and closing and time.monotonic() < self._deadline:
                     time.sleep(0.1)
                 if failed:

@@ -1,8 +1,8 @@
-"""Stage directories: what a result was made from, whether it is done, and a lock. Also durable writes of small files.
+"""The directory of a stage: the record stage.json and the directory's lock. Also durable writes of small files.
 
-stage.json in a stage's directory records the settings and inputs of the result. A stage continues only in a directory whose
-record fits; otherwise StageDir.check raises UserError. lesiongen/stages/base.py runs every stage through a StageDir, under the
-directory's lock.
+stage.json records the settings and inputs of the result, and whether the stage is done. Invariant: a stage continues in a
+directory only if the recorded settings and inputs equal the requested ones; otherwise StageDir.check raises UserError.
+lesiongen/stages/base.py locks the directory of a stage and updates its record.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from hpc.errors import UserError
 
 
 def fsync_dir(path: Path) -> None:
-    """Writes a directory's entries to the disk, so that new and renamed files are still there after a power failure."""
+    """Flushes a directory to the disk, so that new and renamed files in it survive a power failure."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -83,9 +83,10 @@ class StageDir:
 
     Attributes:
         path: The directory.
-        identity: Settings that determine the result, as plain data. Stored in full, so that a message can name a difference.
-        inputs: Digest of each artefact that the stage reads, by name; None for one that is not finished.
-        target: Amount of work that makes the stage done, such as samples. A larger target continues the same result.
+        identity: Settings that determine the result, as plain data. Stored in full, not as a digest, so that a message can
+            name the setting that differs.
+        inputs: Digest of each artefact (result of a stage) that this stage reads, by name; None for an unfinished artefact.
+        target: Amount of work after which the stage is done, such as a number of samples. A larger target continues the result.
     """
 
     path: Path
@@ -95,7 +96,7 @@ class StageDir:
 
     @property
     def record(self) -> dict | None:
-        """Content of stage.json, or None if there is none."""
+        """Content of stage.json, or None if the file does not exist."""
         return read_stage_record(self.path)
 
     @property
@@ -126,7 +127,7 @@ class StageDir:
             )
 
     def begin(self, config_yaml: str | None = None) -> None:
-        """Records identity and inputs before any work. A killed stage is then resumed only with the same ones.
+        """Records identity and inputs before any work, so that a killed stage can be resumed only with the same ones.
 
         Args:
             config_yaml: The resolved config, to be written as config.yaml. None writes no file.
@@ -146,10 +147,10 @@ class StageDir:
         self._write({**(self.record or {}), "done": True, "digest": digest, "target": self.target, "finished": time.time()})
 
     def delete(self) -> None:
-        """Deletes the directory, for --fresh. Does nothing if there is none.
+        """Deletes the directory, for --fresh. Does nothing if the directory does not exist.
 
         Raises:
-            UserError: The directory has files but no stage.json, or another process uses it.
+            UserError: The directory has files but no stage.json, or another process holds its lock.
         """
         if not self.path.exists():
             return
@@ -158,7 +159,7 @@ class StageDir:
                 f"{self.path} has no stage.json, so it is not the result of a stage, and --fresh does not delete it. "
                 "Delete or move it yourself, or choose another directory."
             )
-        # Rename first: a kill during the deletion must not leave a stage directory with some of its files.
+        # Rename first. If the process is killed during the deletion, no incomplete stage directory remains under this path.
         with lock(self.path):
             removed = self.path.with_name(f".{self.path.name}.removed-{os.getpid()}")
             self.path.rename(removed)
@@ -169,7 +170,7 @@ class StageDir:
 
 
 def read_stage_record(path: Path) -> dict | None:
-    """Reads stage.json of a stage directory. Returns None if there is none; raises UserError if it is damaged."""
+    """Reads stage.json of a stage directory. Returns None if the file does not exist; raises UserError if it is damaged."""
     try:
         return json.loads((path / "stage.json").read_text())
     except FileNotFoundError:
@@ -180,10 +181,10 @@ def read_stage_record(path: Path) -> dict | None:
 
 @contextlib.contextmanager
 def lock(path: Path, wait_s: float = 0.0) -> Iterator[None]:
-    """Locks a directory for the block. The operating system frees the lock when the process ends, even by a kill.
+    """Locks a directory inside the block. The operating system frees the lock when the process ends, also when it is killed.
 
     Args:
-        path: The directory; it is created if needed. The lock is on its file .lock, whose text names the process.
+        path: The directory; it is created if needed. The lock is on its file .lock, whose text names the locking process.
         wait_s: Seconds to wait for another process to free the lock.
 
     Raises:

@@ -1,9 +1,11 @@
-"""Checkpoints of the training loop: write, verify, choose, convert to another number of ranks.
+"""Checkpoints of the training loop: writing, verifying, finding the newest, converting to another number of ranks.
 
-Invariant: every directory step-N with a MANIFEST.json is complete. All ranks write and fsync step-N.tmp. Then rank 0 writes
-its MANIFEST.json and renames it to step-N; this rename is the commit. Directories without MANIFEST.json are ignored.
+Invariant: every directory step-N with a MANIFEST.json is complete. All ranks write and fsync files in step-N.tmp. Then rank 0
+writes step-N.tmp/MANIFEST.json and renames step-N.tmp to step-N; this rename is the commit. Directories without MANIFEST.json
+are ignored.
 
-There is no `latest` file. On a resume rank 0 verifies the checksums and chooses the newest sound checkpoint for all ranks.
+A checkpoint is sound if all its files match the checksums in its manifest. On a resume, rank 0 picks the newest sound
+checkpoint for all ranks. There is no `latest` file.
 """
 
 import json
@@ -31,7 +33,7 @@ def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, be
         step: Number of the optimizer step; part of the checkpoint's name.
         engine: The engine whose state is saved.
         state: The training loop's state, as plain data for JSON.
-        keep: How many of the newest checkpoints to keep.
+        keep: Number of newest checkpoints to keep.
         best: Step of the best checkpoint, which is kept too.
 
     Returns:
@@ -40,7 +42,7 @@ def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, be
     final, temporary = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
     dist.run_on_leader(_prepare, temporary)
     engine.save(temporary)
-    # Each rank fsyncs the files it wrote. DeepSpeed puts the rank into their names; rank 0 wrote all others.
+    # Each rank fsyncs the files that it wrote. DeepSpeed puts the rank into their names. Rank 0 wrote all other files.
     for path in temporary.rglob("*"):
         if path.is_file() and (dist.rank() == 0 or f"rank_{dist.rank()}_" in path.name):
             _fsync(path)
@@ -67,7 +69,7 @@ def _commit(temporary: Path, final: Path, header: dict) -> None:
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     entries = [manifest.describe(p) | {"name": str(p.relative_to(temporary))} for p in files]
     atomic_write(temporary / MANIFEST, json.dumps(header | {"files": entries}, indent=1).encode() + b"\n")
-    # A checkpoint of this step may exist: a damaged one, if training resumed from an older one, or an earlier save.
+    # A checkpoint of this step may exist already: from an earlier save, or a damaged one that the resume skipped.
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     fsync_dir(final.parent)
@@ -95,7 +97,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def verify(path: Path) -> list[str]:
-    """Compares a checkpoint's files with its manifest. Returns one line per problem, none for a sound checkpoint."""
+    """Compares a checkpoint's files with its manifest. Returns one line per problem, [] for a sound checkpoint."""
     try:
         return manifest.verify(path, read_manifest(path)["files"])
     except (OSError, ValueError, KeyError) as error:
@@ -103,7 +105,7 @@ def verify(path: Path) -> list[str]:
 
 
 def newest_sound(folder: Path) -> Path | None:
-    """Returns the newest sound checkpoint in a folder, or None. Rank 0 verifies and chooses for all ranks. Collective."""
+    """Returns the newest sound checkpoint in a folder, or None. Rank 0 verifies the files for all ranks. Collective."""
     return dist.run_on_leader(_newest_sound, folder)
 
 
@@ -118,8 +120,8 @@ def _newest_sound(folder: Path) -> Path | None:
 def needs_universal(path: Path, config: EngineConfig, world: int) -> bool:
     """Returns whether a checkpoint must be converted by to_universal() before the engine can load it.
 
-    Conversion is needed if the number of ranks or the ZeRO stage has changed. A change of ranks under ZeRO 0 needs none,
-    because each rank holds the whole state.
+    This is so if the number of ranks or the ZeRO stage has changed. Under ZeRO 0 the number of ranks does not matter, because
+    each rank holds the whole state.
 
     Args:
         path: The checkpoint.

@@ -3,8 +3,8 @@
 No other file imports deepspeed. The training loop builds an Engine and calls step(). The model's forward(batch) returns
 {"loss": scalar, "metrics": {name: scalar}, "statistics": flat fp32 vector or None}.
 
-Invariant: all ranks make the same decision with the same numbers. One all-reduce per step, before the optimizer's step,
-sums the flags, the metrics and the statistics (codebook counts and sums) over all ranks.
+Invariant: all ranks accept or skip the same steps. One all-reduce per step, before the optimizer's step, sums the flags, the
+metrics and the statistics (codebook counts and sums), so that all ranks decide from the same numbers.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ class Step:
 
 
 class Engine:
-    """Trains a model under DeepSpeed. Every rank owns one; the training loop calls it.
+    """Trains a model under DeepSpeed. The training loop makes one Engine on each rank and calls it.
 
     Attributes:
         config: The engine's config.
@@ -116,7 +116,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.module = self.deepspeed.module
         self.device = self.deepspeed.device
-        # ZeRO 1 to 3 store filters in flat buffers, which have no channels-last layout. There only images are converted.
+        # ZeRO 1 to 3 store filters in flat buffers, which have no channels-last layout. So they convert only the images.
         if config.channels_last and config.zero == 0:
             self.module.to(memory_format=torch.channels_last)
         self._broadcast_buffers()
@@ -135,8 +135,8 @@ class Engine:
         Args:
             micro_batches: The micro-batches of this rank.
             lr: The learning rate of this step.
-            flags: This rank's values to sum over all ranks, such as a request to stop.
-            decay: The weight of the old average in the new one, 0 to 1.
+            flags: Values of this rank that are summed over all ranks, such as a request to stop.
+            decay: The weight of the old average in the new average, 0 to 1.
         """
         totals, statistics = self._forward_backward(micro_batches)
 
@@ -169,7 +169,7 @@ class Engine:
         return Step(metrics, reduced_statistics, accepted, dict(zip(flags, summed_flags, strict=True)))
 
     def _forward_backward(self, micro_batches: list[dict]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Accumulates gradients; returns this rank's sums of loss and metrics, and of the statistics."""
+        """Accumulates gradients. Returns this rank's sums of the loss and metrics, and the sum of the statistics."""
         self._nonfinite.zero_()
         totals: dict[str, torch.Tensor] = {}
         statistics = None
@@ -181,17 +181,17 @@ class Engine:
             if out["statistics"] is not None:
                 statistics = out["statistics"] if statistics is None else statistics + out["statistics"]
             if number + 1 < len(micro_batches):
-                self.deepspeed.step()  # only counts the micro-batch; the call after the last one updates the weights
+                self.deepspeed.step()  # only counts the micro-batch; the next call, in step(), updates the weights
         return totals, statistics
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Copies the full fp32 weights and the buffers into a plain module. Collective.
+        """Copies the full fp32 weights and the buffers into a module. Collective.
 
-        The averaged weights are copied if averaging is on.
+        If averaging is on, the averaged weights are copied.
 
         Args:
-            module: A module of the same architecture, not managed by DeepSpeed.
+            module: A module of the same architecture, without DeepSpeed.
         """
         with self._averages_in_weights():
             for (name, source), target in zip(self._full_parameters(), module.parameters(), strict=True):
@@ -203,8 +203,8 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Writes the engine's state into a folder. Collective.
 
-        Every rank writes its part of engine/, DeepSpeed's own format. Rank 0 writes buffers.safetensors and, if averaging
-        is on, average.safetensors.
+        Every rank writes its part of engine/, in DeepSpeed's own format. Rank 0 writes buffers.safetensors and, if averaging is
+        on, average.safetensors.
         """
         self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
         if dist.rank() == 0:
@@ -227,8 +227,8 @@ class Engine:
                 instead of engine/.
         """
         if self.averages:
-            # Write the averages into the weights, which splits them among the ranks as ZeRO splits the weights, and copy
-            # them from there. load_checkpoint() below then overwrites the weights.
+            # Write the full averages into the weights, which splits the averages among the ranks as ZeRO splits the weights.
+            # Then copy this rank's part from the weights. load_checkpoint() below overwrites the weights.
             averages = load_file(folder / "average.safetensors")
             for name, parameter in self.module.named_parameters():
                 self._set_weights(parameter, averages[name].to(self.device))
@@ -250,14 +250,14 @@ class Engine:
             self.module.get_buffer(name).copy_(value)
 
     def _accumulate_nonfinite(self, gradient: torch.Tensor) -> None:
-        """Adds 0 for a finite gradient and NaN otherwise.
+        """Adds 0 to self._nonfinite for a finite gradient and NaN otherwise.
 
-        So finiteness is checked once per step without a device synchronisation.
+        So step() checks all gradients at once, without a device synchronisation for each gradient.
         """
         self._nonfinite += gradient.detach().sum(dtype=torch.float32) * 0
 
     def _gradient_norm(self) -> torch.Tensor:
-        """Returns the norm of the whole gradient. DeepSpeed reports the norm before clipping only under ZeRO 1 to 3."""
+        """Returns the norm of the whole gradient. DeepSpeed itself reports the norm before clipping only under ZeRO 1 to 3."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
     def _weights(self) -> list[torch.Tensor]:
@@ -268,7 +268,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _averages_in_weights(self) -> Iterator[None]:
-        """Swaps averages and weights inside the block, so that DeepSpeed gathers the averages under any ZeRO stage."""
+        """Swaps averages and weights inside the block, so that reading the weights under any ZeRO stage gives the averages."""
 
         def swap() -> None:
             with torch.no_grad():
@@ -300,7 +300,7 @@ class Engine:
         elif self.config.zero < 3:
             safe_set_full_fp32_param(parameter, full)
         else:
-            # Under ZeRO 3 safe_set_full_fp32_param() does not pad the weights, but all partitions have the same size. So
+            # Under ZeRO 3 all partitions have the same size, but safe_set_full_fp32_param() does not pad the weights to it. So
             # pad the weights here and set this rank's partition.
             size = parameter.partition_numel()
             padded = F.pad(full.flatten(), (0, size * self.world_size - full.numel()))
@@ -309,8 +309,8 @@ class Engine:
     def _match_moments_layout(self) -> None:
         """Gives each moment of the optimizer the memory layout of its parameter.
 
-        DeepSpeed loads moments in the layout they were saved in, which differs if channels_last has changed since. The
-        fused Adam kernel ignores strides, so it would pair weights with the moments of other weights.
+        DeepSpeed loads moments in the layout in which they were saved, which differs if channels_last has changed since. The
+        fused Adam kernel ignores strides, so the kernel would update a weight with the moments of another weight.
         """
         for parameter, state in self.optimizer.state.items():
             for key, value in state.items():
@@ -318,7 +318,7 @@ class Engine:
                     state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _broadcast_buffers(self) -> None:
-        """Copies rank 0's buffers to all ranks. deepspeed.initialize() does this only for parameters."""
+        """Copies rank 0's buffers to all ranks. deepspeed.initialize() copies only the parameters."""
         if self.world_size > 1:
             for buffer in self.module.buffers():
                 torch.distributed.broadcast(buffer, 0)

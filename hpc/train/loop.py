@@ -1,7 +1,8 @@
-"""The training loop, for tokenizers and priors alike. Its position in the data is one integer: samples seen.
+"""The training loop of tokenizers and priors. The position in the data is one integer: the number of samples seen.
 
-`train` tells the story of a run; `Trainer` holds what stays open during it. Data come from the task's stream, weights go to
-`checkpoints/` and through the task to `export/`, figures to the metrics log.
+`train` is the loop. `Trainer` owns the model, the engine and the logs, and has one method for each step of the loop. The
+stages tokenizer and prior call `train` with a task (hpc/train/task.py). Batches come from the task's stream. Checkpoints go to
+`checkpoints/`, the best weights through the task to `export/`, and metrics to the metrics log.
 """
 
 import contextlib
@@ -41,9 +42,9 @@ class TrainConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     log_every: int = volatile(1_000)
     eval_every: int = volatile(50_000)
-    patience: int = volatile(0)  # end training after so many samples without a better held-out figure; 0 = never
+    patience: int = volatile(0)  # end training after this many samples without a better held-out metric; 0 = never
     save_every: int = volatile(50_000)
-    keep: int = volatile(2)  # newest checkpoints kept, beside the best
+    keep: int = volatile(2)  # number of newest checkpoints to keep, in addition to the best
     max_bad_fraction: float = volatile(0.001)  # stop when more than this share of the samples cannot be read
 
     def __post_init__(self):
@@ -57,20 +58,20 @@ class TrainConfig:
 
 @dataclass
 class State:
-    """What a resumed run needs beside the engine's own state. Plain numbers, stored as JSON in each checkpoint's manifest.
+    """State of the loop that a resume needs in addition to the engine's state. Stored as JSON in each checkpoint's manifest.
 
     Attributes:
         samples: Samples seen.
         evaluated: Samples seen at the last evaluation.
-        best: The best held-out figure; None before the first finite one.
-        best_at: Samples seen when it was measured.
-        patience_from: Patience counts from here, or from `best_at` if that is later.
-        ended_length: `TrainConfig.samples` at the time when patience ran out; 0 while it has not.
-        skipped: Non-finite steps in a row.
-        skipped_total: Non-finite steps in all.
-        bad: Samples that were replaced because they could not be read.
+        best: The best held-out metric; None before the first finite value.
+        best_at: Samples seen at the evaluation that gave `best`.
+        patience_from: Samples seen when patience last started again. Patience counts from here, or from `best_at` if later.
+        ended_length: `TrainConfig.samples` of the training that ended because patience ran out; 0 otherwise.
+        skipped: Number of the latest steps in a row that were skipped because a loss or gradient was not finite.
+        skipped_total: Number of all skipped steps.
+        bad: Number of samples that were replaced because they could not be read.
         sums: Sum of each training metric since the last log line.
-        count: Steps in these sums.
+        count: Number of steps in these sums.
     """
 
     samples: int = 0
@@ -85,21 +86,32 @@ class State:
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
 
+    # Old name of a field in older checkpoints → its name now.
     FORMER_NAMES = {"patient_from": "patience_from", "ended_for": "ended_length"}  # noqa: RUF012 — not a field
 
     @classmethod
     def resume(cls, path: Path | None, length: int) -> "State":
-        """Reads the state of a checkpoint; a new state for None. length: `TrainConfig.samples` of the run that resumes."""
+        """Reads the state of a checkpoint.
+
+        Args:
+            path: The checkpoint; None gives a new state.
+            length: `TrainConfig.samples` of the training that resumes.
+        """
         if path is None:
             return cls()
         stored = checkpoint.read_manifest(path)["state"]
         state = cls(**{cls.FORMER_NAMES.get(name, name): value for name, value in stored.items()})
-        if 0 < state.ended_length < length:  # a longer training was asked for after patience ran out: patience starts again
+        if 0 < state.ended_length < length:  # now a longer training is requested: patience starts again
             state.patience_from, state.ended_length = state.samples, 0
         return state
 
     def account(self, step: Step, after: dict[str, float]) -> None:
-        """Adds one optimizer step to the counters and sums. after: metrics of what followed the step."""
+        """Adds one optimizer step to the counters and sums.
+
+        Args:
+            step: The result of the step.
+            after: The metrics from the task's after_step().
+        """
         self.skipped = 0 if step.accepted else self.skipped + 1
         self.skipped_total += not step.accepted
         self.bad += int(step.flags["bad"])
@@ -115,17 +127,17 @@ def train(
     """Trains until `config.samples`, or until patience runs out. Resumes from the newest sound checkpoint. Collective.
 
     Args:
-        task: What is trained.
-        config: How long, and how.
+        task: The tokenizer or prior to train, with its data.
+        config: Length, batch, optimizer, evaluations and checkpoints.
         folder: The stage's directory.
         topology: This process among the ranks.
-        seed: Seed of initial weights, dropout and data order.
+        seed: Seed of the initial weights and of dropout.
         what: Name of the training in messages.
-        ledger: Each rank also logs the keys of the samples that it trained on.
+        ledger: Whether each rank writes the keys of the samples that it trained on into ledger-<rank>.jsonl.
 
     Raises:
-        Stopped: A signal or the end of the allocation asked for a stop. A checkpoint was saved.
-        Diverged: Too many non-finite steps in a row, or no finite held-out figure at all.
+        Stopped: A signal or the end of the allocation requested a stop. A checkpoint was saved.
+        Diverged: Too many non-finite steps in a row, or the held-out metric was never finite.
         UserError: Too many samples cannot be read.
     """
     torch.manual_seed(seed)
@@ -145,7 +157,7 @@ def train(
             if state.ended_length or state.samples >= config.samples:
                 break
 
-            # One optimizer step. In it all ranks agree whether it is accepted, and whether any of them was asked to stop.
+            # Take one optimizer step. It tells all ranks whether the step is accepted and whether any rank was asked to stop.
             with trainer.speed.waiting():
                 micro_batches = list(itertools.islice(batches, config.engine.accumulation))
             step = trainer.step(micro_batches, stop=preemption.requested)
@@ -153,7 +165,7 @@ def train(
             if trainer.due(config.log_every, state.samples - config.batch):
                 trainer.log()
 
-            # Stop early, on all ranks after the same step.
+            # Stop early if any rank was asked to, on all ranks after the same step.
             if step.flags["stop"] and state.samples < config.samples:
                 trainer.save()
                 raise Stopped(f"{what} stopped by {preemption.reason or 'another rank'} at {state.samples:,} samples")
@@ -162,7 +174,7 @@ def train(
 
 
 class Trainer:
-    """What stays open during a training: model, engine, metrics log, watchdog, progress bar. `train` calls its methods."""
+    """Owns what one training needs: model, engine, metrics log, watchdog, progress bar. `train` calls its methods."""
 
     def __init__(
         self,
@@ -176,9 +188,13 @@ class Trainer:
         start: Path | None,
         ledger: bool,
     ):
-        """Builds the model and its engine, loads the checkpoint `start` if there is one, and cuts logs back to it.
+        """Builds the model and its engine. If there is a checkpoint, loads it and cuts the logs back to it.
 
-        Other arguments are those of `train`.
+        Args:
+            state: State of the loop at the checkpoint, or a new state.
+            start: The checkpoint; None for a training from scratch.
+
+        The other arguments are those of `train`.
         """
         self.task, self.config, self.folder, self.topology = task, config, folder, topology
         self.seed, self.what, self.state = seed, what, state
@@ -194,7 +210,7 @@ class Trainer:
         self.progress = progress_bar(config.samples, what, initial=state.samples, shown=topology.leader)
 
     def _build(self, start: Path | None) -> tuple[Engine, nn.Module, nn.Module]:
-        """The engine, its model, and an ordinary copy of the model for evaluation and export."""
+        """Returns the engine, its model, and a copy of the model without DeepSpeed for evaluation and export."""
         config, world = self.config, self.topology.world_size
         universal = start is not None and checkpoint.needs_universal(start, config.engine, world)
         if universal:
@@ -215,22 +231,22 @@ class Trainer:
         self.progress.close()
 
     def due(self, every: int, last: int) -> bool:
-        """Whether a multiple of `every` samples, or the end of training, has been reached since `last`."""
+        """Returns whether training has passed a multiple of `every` samples, or its end, since `last` samples."""
         samples = self.state.samples
         return samples // every > last // every or samples >= self.config.samples > last
 
     def step(self, micro_batches: list[dict], stop: bool) -> Step:
-        """Takes one optimizer step and accounts for it.
+        """Takes one optimizer step and adds its result to the state.
 
         Args:
             micro_batches: This rank's micro-batches, from the task's stream.
-            stop: This rank was asked to stop.
+            stop: Whether this rank was asked to stop.
         """
         config, state, engine = self.config, self.state, self.engine
         bad = [entry for batch in micro_batches for entry in batch.pop("bad", ())]
         journal.append(self.folder / "quarantine.jsonl", *bad)
         keys = [key for batch in micro_batches for key in batch.pop("key")]
-        # Seed dropout by the position, so that a resumed run draws the same numbers.
+        # Seed dropout by the position, so that a resumed training draws the same random numbers.
         torch.manual_seed(sample_seed(self.seed, state.samples) + self.topology.rank)
         step = engine.step(
             [_to(batch, engine.device) for batch in micro_batches],
@@ -246,7 +262,12 @@ class Trainer:
         return step
 
     def check(self) -> None:
-        """Ends a run that cannot go well, and tells the watchdog and the progress bar that a step has ended."""
+        """Checks the run after a step, and tells the watchdog and the progress bar that the step has ended.
+
+        Raises:
+            Diverged: Too many non-finite steps in a row.
+            UserError: Too many samples cannot be read.
+        """
         health.check_skipped(self.state.skipped, self.config.health)
         self._check_bad()
         self.watchdog.beat()
@@ -255,7 +276,7 @@ class Trainer:
 
     def _check_bad(self) -> None:
         state, limit = self.state, self.config.max_bad_fraction
-        # Count at least 1,000 samples: one bad sample among the first few says nothing about the data set.
+        # Early on, take the share of a whole epoch (at least 1,000 samples): a bad sample among the first few says little.
         if state.bad > limit * max(state.samples, self.task.size, 1_000):
             raise UserError(
                 f"{state.bad} of {state.samples} samples could not be read, above max_bad_fraction={limit}. They are listed in "
@@ -263,10 +284,10 @@ class Trainer:
             )
 
     def evaluate(self) -> None:
-        """Measures held-out figures, exports the weights if they are the best so far, ends training if patience has run out.
+        """Measures the held-out metrics, exports the weights if they are the best so far, and checks patience.
 
-        What ends by patience, or is the best, is saved at once: the best checkpoint is kept, and a checkpoint that was saved
-        at these samples before does not know of the end.
+        If the weights are the best, or if patience has run out, a checkpoint is saved at once: the best checkpoint is kept, and
+        an earlier checkpoint of the same step would not record that training has ended.
         """
         state, metric = self.state, self.task.metric
         with self.watchdog.allow_longer(), self.speed.paused():
@@ -281,7 +302,7 @@ class Trainer:
             if math.isfinite(metrics[metric]) and (state.best is None or metrics[metric] < state.best):
                 state.best, state.best_at = metrics[metric], state.samples
                 dist.run_on_leader(self.task.export, self.copy, metrics)
-            self.copy.to("cpu")  # a second model on the device would undo what ZeRO 3 saves
+            self.copy.to("cpu")  # a whole second model on the device would need the memory that ZeRO 3 saves
         state.evaluated = state.samples
         self._check_patience()
         if state.ended_length or state.best_at == state.samples:
@@ -290,7 +311,7 @@ class Trainer:
     def _check_patience(self) -> None:
         state, patience = self.state, self.config.patience
         if patience and state.samples - max(state.best_at, state.patience_from) >= patience:
-            state.ended_length = self.config.samples  # the same on all ranks, as they share the held-out figure
+            state.ended_length = self.config.samples  # the same on all ranks, because the held-out metric is
             if self.topology.leader:
                 print(
                     f"{self.what}: no better held-out {self.task.metric} since {state.best_at:,} samples (patience "
@@ -312,7 +333,7 @@ class Trainer:
         self.saved = state.samples
 
     def log(self) -> None:
-        """Logs the means of the training metrics since the last line, speed, stragglers, and the load of the machine."""
+        """Logs the mean training metrics since the last log line, the speed, a slow rank, and the load of the machine."""
         state, rate = self.state, self.speed.rate()
         # The learning rate of the step that has just ended.
         lr = learning_rate(self.config.optim, state.samples - self.config.batch, self.config.samples)
@@ -332,7 +353,7 @@ class Trainer:
 
 
 class Speed:
-    """Images per second and seconds spent waiting for data, since the last log line."""
+    """Measures images per second and seconds spent waiting for data, since the last log line."""
 
     def __init__(self):
         self.restart()
@@ -342,11 +363,11 @@ class Speed:
         self.began, self.images, self.waited = time.monotonic(), 0, 0.0
 
     def count(self, images: int) -> None:
-        """Adds images of a step that has ended."""
+        """Adds the images of a step that has ended."""
         self.images += images
 
     def rate(self) -> float:
-        """Images per second over all ranks."""
+        """Returns images per second over all ranks."""
         return self.images / max(time.monotonic() - self.began, 1e-9)
 
     @contextlib.contextmanager

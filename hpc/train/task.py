@@ -1,4 +1,4 @@
-"""What the training loop needs to know of the thing that is trained: a tokenizer or a prior implements this protocol."""
+"""The protocol between the training loop and what it trains. The stages tokenizer and prior implement it."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -8,13 +8,13 @@ from torch import nn
 
 
 class Task(Protocol):
-    """A training problem: model, data, held-out figures and export.
+    """A training problem: model, data, held-out metrics and export.
 
-    A task that knows what its samples cost may also have `tokens_per_sample` and `flops_per_sample`; the loop then logs tokens
-    per second and MFU (hpc/train/flops.py).
+    A task may also have the attributes `tokens_per_sample` and `flops_per_sample`; the loop then logs tokens per second and MFU
+    (hpc/train/flops.py).
 
     Attributes:
-        metric: Name of the held-out figure that selects the exported weights; lower is better.
+        metric: Name of the held-out metric that selects the exported weights; lower is better.
         size: Samples in an epoch.
     """
 
@@ -25,7 +25,7 @@ class Task(Protocol):
         """Builds the model, untrained. forward(batch) returns what hpc/train/engine.py asks for."""
 
     def prepare(self, module: nn.Module) -> None:
-        """Initialises the model from data, once, before the engine holds it. Every rank must come to the same weights."""
+        """Initialises the model from data, before the engine is built. Every rank must get the same weights."""
 
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
         """Yields this rank's micro-batches without end.
@@ -50,7 +50,7 @@ class Task(Protocol):
         """
 
     def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Measures held-out figures and draws pictures (name → PNG). Collective."""
+        """Measures held-out metrics and draws pictures (name → PNG). Collective."""
 
     def curves(self, rows: list[dict]) -> dict[str, bytes]:
         """Draws the metrics log so far (name → PNG). Only rank 0 calls it."""
@@ -60,5 +60,5 @@ class Task(Protocol):
 
         Args:
             module: An ordinary copy of the model with full weights.
-            metrics: The held-out figures of these weights.
+            metrics: The held-out metrics of these weights.
         """
