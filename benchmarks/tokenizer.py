@@ -223,7 +223,7 @@ def resident(what: str) -> int:
 
 
 def quality(args: argparse.Namespace) -> None:
-    """Trains each contender on the same batches and prints a table of held-out figures."""
+    """Trains each contender on the same batches and prints a table of held-out metrics."""
     packed = Packed([args.shards])
     data, held_out = ImageShards(packed, "train"), ImageShards(packed, "val")
     contenders = {f"ours, lr {lr:g}": lambda lr=lr: Ours(args.batch, lr) for lr in args.ours_lr}

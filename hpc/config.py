@@ -47,6 +47,18 @@ def volatile(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     return dataclasses.field(default=default, metadata={"volatile": True}, **kwargs)
 
 
+def added(default: Any) -> Any:
+    """Declares a config field that was added after stages had been recorded, and whose default changes no result.
+
+    The identity of a stage leaves such a field out while it has its default, so results made before the field existed stay
+    valid.
+
+    Args:
+        default: The field's default value: the behaviour before the field existed.
+    """
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Parses YAML into plain data.
 
@@ -225,16 +237,22 @@ def to_plain(config: Any, volatile: bool = True) -> Any:
 
     Args:
         config: A config dataclass, or a part of one.
-        volatile: Whether to include volatile fields. The identity of a stage leaves them out.
+        volatile: True for all fields. False for the identity of a stage, without volatile fields and without `added` fields
+            that have their default.
     """
     if dataclasses.is_dataclass(config):
-        fields = [f for f in dataclasses.fields(config) if volatile or not f.metadata.get("volatile")]
+        fields = [f for f in dataclasses.fields(config) if volatile or _in_identity(f, getattr(config, f.name))]
         return {f.name: to_plain(getattr(config, f.name), volatile) for f in fields}
     if isinstance(config, (list, tuple)):
         return [to_plain(v, volatile) for v in config]
     if isinstance(config, dict):
         return {k: to_plain(v, volatile) for k, v in config.items()}
     return config
+
+
+def _in_identity(field: dataclasses.Field, value: Any) -> bool:
+    """Whether a field with this value belongs to the identity of a stage."""
+    return not field.metadata.get("volatile") and not (field.metadata.get("added") and value == field.default)
 
 
 def to_yaml(config: Any) -> str:

@@ -1,10 +1,10 @@
 """The config of an experiment. One YAML file configures all stages of one run.
 
-Every section is a frozen dataclass, defined here or beside the code that it configures; `Experiment` joins them. An Experiment
-that exists has passed all checks that need no data. `load` makes one from a YAML file and command-line overrides.
+Every section is a frozen dataclass, defined here or beside the code that it configures; `Experiment` joins the sections. Its
+constructor makes all checks that need no data. `load` builds an Experiment from a YAML file and command-line overrides.
 
-Fields declared `volatile` change where, or for how long, a stage runs. They are not part of a stage's identity, so changing one
-does not make a finished stage stale.
+Fields declared `volatile` change only where, how fast or how long a stage runs. They are not part of a stage's identity, so a
+finished stage stays valid when they change.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from lesiongen.tokenizers.losses import LossConfig
 
 @dataclass(frozen=True)
 class InputsConfig:
-    """Results of other runs to use. The stages that would make them are then left out of this run."""
+    """Results of other runs to use. This run then leaves out the stages that would make them."""
 
     shards: tuple[str, ...] = ()  # run directories, directories of shards, or URLs of shards; several are read as one set
     tokenizer: str | None = None  # directory of the run whose tokenizer to use
@@ -59,7 +59,7 @@ class TokenizerConfig:
 class EncodeConfig:
     """The encode stage, which turns images into codes."""
 
-    augment: AugmentConfig = field(default_factory=AugmentConfig)  # views that the priors are trained on, and learn to generate
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # views that the priors learn; samples look like them
     # Times that each training image is encoded: once unaugmented, then as random views. Held-out images are encoded once.
     draws: int = 8
     batch: int = volatile(64)  # images that a rank encodes at once
@@ -76,7 +76,7 @@ class PriorConfig:
     model: PriorModel = field(default_factory=GPTConfig)  # architecture; model.kind chooses the class
     facts: tuple[str, ...] = ("label",)  # facts of an image that condition the prior, out of label, site, sex, age_band
     # auto = hold all codes in the device's memory if they take at most a quarter of a GPU's free memory, or on a CPU half of
-    # this rank's share of the memory; never = read them from files.
+    # this rank's share of the free memory; otherwise read them from files. never = always read them from files.
     resident: Literal["auto", "never"] = volatile("auto")
     stream: StreamConfig = field(default_factory=StreamConfig)  # how often each image, class and set is drawn
     train: TrainConfig = field(default_factory=_prior_training)  # length, batch, optimizer, evaluations, checkpoints
@@ -116,7 +116,7 @@ class SampleConfig:
     # Guidance from a level's first code to its last. constant = always `guidance`; linear, cosine = rises from 1 to `guidance`.
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     levels: dict[str, LevelSampling] = field(default_factory=dict)  # {level: settings that differ}, as in {top: {top_k: 100}}
-    batch: int = 64  # images that a rank generates at once; the same for any number of ranks, so the images are the same too
+    batch: int = 64  # images that a rank generates at once, for any number of ranks, so that the ranks do not change the images
     cuda_graphs: bool = volatile(False)  # on a GPU, record the kernels of one batch and replay them for the other batches
 
     def __post_init__(self):
@@ -209,7 +209,7 @@ class Experiment:
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """Names of the tokenizer's levels, coarse to fine. A prior is conditioned on the levels before its own."""
+        """Names of the tokenizer's levels, coarse to fine. The prior of a level is conditioned on the levels before it."""
         return tuple(reversed(self.tokenizer.model.names))
 
     def prior(self, level: str) -> PriorConfig:
@@ -233,7 +233,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def make(data: dict) -> Experiment:
-    """Makes an experiment from plain data, as YAML gives it.
+    """Builds an experiment from dicts and lists, as read from YAML.
 
     Raises:
         UserError: A key or value is wrong; the message names it.

@@ -1,8 +1,8 @@
 """Preprocess and augment images: pure functions of an image, a config and a random generator, on uint8 tensors.
 
 Images are [C, H, W] with C = 1 or 3: uint8 between functions, float in 0..255 inside them. Packing preprocesses each image
-once; the tokenizer and encode stages cut random views from the packed images. Decoders return images that are channels-last
-in memory. Nothing may copy them to another layout before the resize: antialiased resizing is three times as fast on this one.
+once; the tokenizer and encode stages cut random views from the packed images. Decoded images are channels-last in memory.
+Do not copy them to another layout before they are resized: antialiased resizing is three times as fast on channels-last images.
 """
 
 import math
@@ -16,8 +16,8 @@ from torchvision.transforms.v2 import functional as F
 GREY = (0.2989, 0.587, 0.114)  # luma weights of BT.601, rounded as in torchvision
 CHANNEL_HUES = torch.tensor([0.0, 2.0, 4.0]).view(3, 1, 1)  # hues of red, green and blue, in sixths of the colour circle
 OPERATIONS = ("crop", "dihedral", "hflip", "vflip", "rotate", "jitter", "noise")
-# Random numbers that every view draws, even for operations that are switched off. So one operation does not change the
-# numbers of another. The order decides the pixels of every view: append only.
+# Names of the random numbers that are drawn for every view, also for operations that are switched off. So switching one
+# operation on or off does not change the numbers of another. The order decides the pixels of every view: append only.
 DRAWS = (
     *("side", "top", "left", "symmetry", "brightness", "contrast", "saturation", "hue"),
     *("angle", "aspect", "one_of"),
@@ -37,7 +37,7 @@ class AugmentConfig:
     aspect: float = 1.0  # width / height of the crop is drawn from 1/aspect to aspect; 1 = square; needs crop below 1
     rotate: float = 0.0  # largest rotation in degrees, either way; 0 = off. The view stays inside the image: no empty corners
     rotate_p: float = 1.0  # probability of a rotation
-    dihedral: bool = True  # apply one of the 8 rotations and reflections of the square, drawn evenly: lesions have no upright
+    dihedral: bool = True  # apply one of the 8 rotations and reflections of the square, all equally likely
     hflip: float = 0.0  # probability of a horizontal flip
     vflip: float = 0.0  # probability of a vertical flip
     brightness: float = 0.0  # the brightness factor is drawn from 1 - brightness to 1 + brightness; 0 = off
@@ -47,7 +47,7 @@ class AugmentConfig:
     jitter_p: float = 1.0  # probability of the colour jitter
     noise: float = 0.0  # standard deviation of Gaussian noise, as a fraction of the range from black to white; 0 = off
     noise_p: float = 1.0  # probability of the noise
-    one_of: tuple[str, ...] = ()  # apply exactly one of these operations to each view, drawn evenly, as in [rotate, noise]
+    one_of: tuple[str, ...] = ()  # apply exactly one of these to each view, all equally likely, as in [rotate, noise]
 
     def __post_init__(self):
         if not 0 < self.crop <= self.crop_max <= 1:
@@ -71,7 +71,7 @@ class AugmentConfig:
                 )
 
     def probability(self, name: str) -> float:
-        """Returns the probability that a view gets an operation which `one_of` does not name."""
+        """Returns the probability of an operation that `one_of` does not name."""
         if name == "jitter":
             return self.jitter_p * any((self.brightness, self.contrast, self.saturation, self.hue))
         return {
@@ -167,14 +167,14 @@ def crop(
 ) -> torch.Tensor:
     """Cuts a window, which may be rotated, and resizes it with antialiasing. The defaults give the central square.
 
-    Cutting a rotated window needs its whole bounding box. If the box does not fit into the image, the window becomes
-    smaller. So its corners always show the photograph.
+    Cutting a rotated window needs its whole bounding box. If the box does not fit into the image, the window is made
+    smaller, so that no corner of the view is empty.
 
     Args:
         image_CHW: The image, uint8.
         size: Side of the result, in pixels.
         side: Side of the window, as a fraction of the image's short side.
-        ratio: Width / height of the window; the area does not depend on it.
+        ratio: Width / height of the window. It does not change the window's area.
         top: Vertical position of the window, from 0 (top edge of the image) to 1 (bottom edge).
         left: Horizontal position of the window, from 0 (left edge) to 1 (right edge).
         angle: Rotation in radians.
@@ -190,9 +190,9 @@ def crop(
     scale = min(growth, height / window_h, width / window_w)
     window_h, window_w = max(1, round(window_h * scale)), max(1, round(window_w * scale))
     top, left = round((height - window_h) * top), round((width - window_w) * left)
-    window = image_CHW[:, top : top + window_h, left : left + window_w]  # a view, so it stays channels-last
+    window = image_CHW[:, top : top + window_h, left : left + window_w]  # a slice without a copy, so still channels-last
     box = math.ceil(size * growth)
-    # torchvision's resize makes the same call, but first copies a channels-last window.
+    # Not torchvision's resize: it makes the same call, but first copies a channels-last window to another layout.
     exact = box == window_h == window_w
     out = window if exact else interpolate(window[None], (box, box), mode="bilinear", antialias=True)[0]
     return rotate(out, size, angle) if angle else out
@@ -201,7 +201,7 @@ def crop(
 def rotate(image_CHW: torch.Tensor, size: int, angle: float) -> torch.Tensor:
     """Rotates a square image counterclockwise with bilinear interpolation and keeps the centre.
 
-    Gives what torchvision's rotate and center_crop give, but computes only the pixels that are kept.
+    Gives the same result as torchvision's rotate followed by center_crop, but computes only the pixels that are kept.
 
     Args:
         image_CHW: A square image, uint8.
@@ -295,11 +295,11 @@ def noise(image_CHW: torch.Tensor, sigma: float, rng: torch.Generator) -> torch.
 def shades_of_grey(image_CHW: torch.Tensor, light: tuple[float, float, float] = (1, 1, 1), power: float = 6.0) -> torch.Tensor:
     """Scales the channels so that the estimated colour of the light becomes `light` (colour constancy).
 
-    The estimate is the Minkowski mean of each channel (Finlayson & Trezzi, Shades of Gray and Colour Constancy, 2004; for
-    dermoscopy Barata et al., 2015, also with p = 6). A high power makes dark hair, frames and corners irrelevant, but gives
-    reflections, labels and rulers the largest weight. The estimate therefore ignores clipped pixels, the brightest 2 %, and
-    the margin, where rulers lie. It must not ignore more: where a lesion fills the image, the lesion's colour would be
-    mistaken for the light's.
+    The colour of the light is estimated by the Minkowski mean of each channel (Finlayson & Trezzi, Shades of Gray and Colour
+    Constancy, 2004; for dermoscopy Barata et al., 2015, also with p = 6). With a high power, dark hair, frames and corners
+    hardly count, but reflections, labels and rulers get the largest weight. The estimate therefore ignores clipped pixels,
+    the brightest 2 %, and the margin, where rulers lie. Do not ignore more pixels: where a lesion fills most of the image,
+    its colour would be mistaken for the colour of the light.
 
     Args:
         image_CHW: The image, uint8.

@@ -1,8 +1,8 @@
-"""Build the sample order of a training stream: every image once an epoch, or classes and sets in chosen proportions.
+"""Build the sample order of a training stream: every image once per epoch, or classes and sets in given proportions.
 
-`order_for` returns the order that maps a position of the endless training sequence to (shard, ordinal in the shard). It needs
-only the number of images of each label in each shard, so it serves streams of images (lesiongen/data/stream.py) and of codes
-(lesiongen/stages/prior.py). However often a class or a set is drawn, each of its members comes once before any comes twice.
+The order that `order_for` returns maps a position of the endless training sequence to (shard, ordinal in the shard). To build
+it, only the number of images of each label in each shard is needed. So streams of images (lesiongen/data/stream.py) and of
+codes (lesiongen/stages/prior.py) use the same function.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from hpc.errors import UserError
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """How often a training stream draws each image. With the defaults, every image comes once an epoch."""
+    """How often a training stream draws each image. With the defaults, every image is drawn once per epoch."""
 
-    # From 0 to 1. 0 = classes are as frequent as in the data, 1 = all classes are equally frequent. Between the two, a class
-    # of n images is drawn in proportion to n^(1 - balance).
+    # From 0 to 1. A class of n images is drawn in proportion to n^(1 - balance): 0 = classes are as frequent as in the data,
+    # 1 = all classes are equally frequent.
     balance: float = 0.0
     weights: tuple[float, ...] = ()  # relative frequency of each set, in the order of inputs.shards; empty = by the sets' sizes
     # Number of streams that the global batch is divided into; must divide the batch. A rank reads only the shards of its own
@@ -35,13 +35,14 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class BalancedOrder:
-    """Sample order of a mixture of components. A component holds the images of one label, or of all labels, in some shards.
+    """Sample order of a mixture of components. A component is all images of one label, or of all labels, in some shards.
 
-    Offers the same size, epoch() and sample() as SampleOrder.
+    Within a component, every image comes once before any image comes twice. The class has the attribute and methods of
+    SampleOrder that data streams use: size, epoch() and sample().
 
     Attributes:
-        mixture: Decides which component, and which of its members, comes at a position.
-        shards: For each component, the shards that hold its members.
+        mixture: Decides which component, and which of its images, comes at a position.
+        shards: For each component, the shards that hold its images.
         labels: For each component, its label: -1 for unlabelled images, None for images of every label.
         find_member: (shard, label, j) → ordinal in the shard of the j-th image with this label.
     """
@@ -69,7 +70,7 @@ class BalancedOrder:
 
 @dataclass(frozen=True)
 class _Component:
-    """Images of one label (None: of every label) in some shards; counts: number of these images in each of the shards."""
+    """Images of one label (None: of every label) in some shards. `counts` is their number in each of these shards."""
 
     weight: float
     label: int | None
@@ -126,8 +127,8 @@ def _components(label_counts: list[dict[int, int]], shards: list[int], share: fl
     Args:
         label_counts: For each shard of the stream, the number of images of each label.
         shards: The shards to divide.
-        share: The fraction of the stream that these shards get; the weights of the components sum to it.
-        balance: As in StreamConfig. Unlabelled images keep the fraction that they have in the data.
+        share: Fraction of the stream that is drawn from these shards. The weights of the components sum to this fraction.
+        balance: As in StreamConfig. Unlabelled images are drawn as often as they occur in the data.
     """
     if not balance:
         return [_Component(share, None, tuple(shards), tuple(sum(label_counts[shard].values()) for shard in shards))]

@@ -1,8 +1,8 @@
 """Facts of an image that can condition a prior: label, site, sex and age band.
 
-Each fact has a vocabulary, the list of its values. The code store and the priors hold a fact as an index into its vocabulary,
-or -1 if the fact is unknown for the image. Packing fixes the vocabularies, the encode stage copies them into the code store,
-and every exported prior carries those of its facts.
+The vocabulary of a fact is the list of its values. The code store and the priors hold a fact as an index into its vocabulary,
+or -1 if the fact is unknown for the image. Packing writes the vocabularies into the manifest of the shards, the encode stage
+copies them into the code store, and each prior's export holds the vocabularies of the facts that the prior uses.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ FACTS = ("label", "site", "sex", "age_band")  # columns of the code store
 
 
 def vocabularies(store: CodeStore, names: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the vocabulary of each named fact. That of the label may be empty.
+    """Returns the vocabulary of each named fact. The vocabulary of "label" may be empty.
 
     Raises:
-        UserError: No image of the store has one of the other facts, so a prior cannot learn from it.
+        UserError: The vocabulary of another fact is empty, so a prior cannot be conditioned on that fact.
     """
     known = {name: store.manifest["vocabularies"].get(name, []) for name in FACTS}
     for name in names:
@@ -41,8 +41,8 @@ def count_combinations(store: CodeStore, names: Sequence[str]) -> list[str]:
         names: The facts.
 
     Returns:
-        A line for each combination: the index of each fact's value, in the order of `names`, then the number of images, as in
-        "0 1 73". Empty without facts.
+        A line for each combination, such as "0 1 73": the index of each fact's value, in the order of `names`, then the
+        number of images. An empty list if `names` is empty.
     """
     if not names:
         return []
@@ -56,10 +56,10 @@ def fact_indices(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, i
 
     Args:
         facts: The image's facts as its shard holds them; "dx" is the label, "age" is in years.
-        vocabularies: Values of each column.
+        vocabularies: The vocabulary of each column.
 
     Returns:
-        For each column, the index of the image's value; -1 for an unknown one. All indices fit into int16.
+        For each column, the index of the image's value, or -1 if the value is unknown. All indices fit into int16.
     """
     age = facts.get("age")
     values = {
@@ -71,9 +71,9 @@ def fact_indices(facts: dict, vocabularies: dict[str, list[str]]) -> dict[str, i
 
 
 class PriorFacts:
-    """The facts that one exported prior knows, and how they occur together in its training images.
+    """The facts that one exported prior is conditioned on, and how often each combination occurs in training.
 
-    The sample stage makes one for each level's prior and uses it to draw facts that the user left open.
+    The sample stage creates a PriorFacts for each level's prior and draws the facts that the user left open with it.
 
     Attributes:
         values: The vocabulary of each fact, in the order in which the prior expects the facts.
@@ -82,7 +82,7 @@ class PriorFacts:
     """
 
     def __init__(self, values: dict[str, list[str]], combinations: list[str]):
-        """Reads what the prior's export holds.
+        """Parses the lists in the prior's export.
 
         Args:
             values: The vocabulary of each fact, from `vocabularies`.
@@ -94,20 +94,21 @@ class PriorFacts:
         self._matches: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     def numbers(self, facts: dict[str, str]) -> list[int]:
-        """Returns the index of each fact's value, as the prior expects it; -1 for a fact that is missing or ""."""
+        """Returns the index of each fact's value, in the prior's order of facts; -1 for a fact that is missing or ""."""
         return [values.index(facts[name]) if facts.get(name) else -1 for name, values in self.values.items()]
 
     def complete(self, facts: dict[str, str], uniform: float) -> dict[str, str]:
-        """Draws the facts that are missing, all from one random training image that has the facts in `facts`.
+        """Draws the missing facts: draws one training image at random and copies its facts.
 
-        If no training image has all of these, the image is drawn from those with the same label, else from all images.
+        The image is drawn among the training images that have all facts in `facts`. If there are none, it is drawn among
+        those with the same label, and if there are none either, among all.
 
         Args:
             facts: The facts that are fixed; "" fixes a fact as unknown.
-            uniform: Random number in [0, 1).
+            uniform: Random number in [0, 1) that selects the image.
 
         Returns:
-            The drawn facts only; "" for one that is unknown for the drawn image.
+            The drawn facts only; "" for a fact that is unknown for the drawn image.
         """
         if all(name in facts for name in self.values) or not len(self.rows):
             return {}
@@ -117,13 +118,13 @@ class PriorFacts:
         return {name: values[i] if i >= 0 else "" for (name, values), i in drawn if name not in facts}
 
     def _matching(self, facts: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the combinations that `complete` draws from, and the cumulative sum of their counts. Caches the result."""
+        """Returns the combinations that complete() draws from, and the cumulative sum of their counts. Caches the result."""
         numbers = self.numbers(facts)
         is_fixed = [name in facts for name in self.values]
         key = tuple(i if fixed else -2 for i, fixed in zip(numbers, is_fixed, strict=True))
         if key not in self._matches:
             only_label = [fixed and name == "label" for name, fixed in zip(self.values, is_fixed, strict=True)]
-            # The last condition, no fact at all, matches every row.
+            # Compare all fixed facts, then the label alone, then no fact, which matches every row.
             for columns in (is_fixed, only_label, [False] * len(is_fixed)):
                 matching = (self.rows[:, columns] == np.array(numbers)[columns]).all(1)
                 if matching.any():
@@ -137,10 +138,10 @@ def refuse_unknown(facts: dict[str, str], priors: Sequence[PriorFacts]) -> None:
 
     Args:
         facts: The facts asked for; "" for unknown.
-        priors: The facts of every prior of the generator.
+        priors: The PriorFacts of every level.
 
     Raises:
-        UserError: No prior knows one of the facts, or its value.
+        UserError: No prior is conditioned on one of the facts, or its value is not in the fact's vocabulary.
     """
     known = {name: values for prior in priors for name, values in prior.values.items() if name != "label"}
     for name, value in facts.items():

@@ -1,8 +1,8 @@
-"""How many samples are copies of training images.
+"""Counts the samples that are copies of training images. The evaluate stage calls these functions.
 
 The distance of two images is their root mean square difference at 32 × 32 px, the smallest over the 8 symmetries of the square.
-A sample is a copy if it is nearer to the training set than 99 % of the held-out images are. So by definition about 1 % of the
-held-out images count as copies; that rate is the floor. The evaluate stage calls these functions.
+A sample is a copy if its distance to the nearest training image is smaller than that of 99 % of the held-out images. So about
+1 % of the held-out images count as copies by definition, and a copy rate of 1 % is no evidence of copying.
 
 Shapes: N images, C channels, H × W pixels.
 """
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 SIDE = 32
-PERCENTILE = 0.01
+PERCENTILE = 0.01  # quantile of the held-out distances that is the threshold
 INVISIBLE = 1 / 255  # one grey level: a sample nearer than this is a copy, whatever the held-out distances are
 QUERIES = 4096  # queries that are compared at once
 
@@ -44,7 +44,7 @@ def apply_symmetry(x_NCHW: torch.Tensor, form: int) -> torch.Tensor:
 def small(images_NCHW: torch.Tensor) -> torch.Tensor:
     """Shrinks uint8 images of any size to float [N, C, 32, 32] in [0, 1].
 
-    Each pixel is the mean of an area. So shrinking a rotated image gives the same as rotating a shrunk image.
+    Each pixel is the mean of an area, so rotating before or after this function gives the same result.
     """
     return F.interpolate(images_NCHW.float() / 255, (SIDE, SIDE), mode="area")
 
@@ -64,7 +64,7 @@ def nearest(
         train_NCHW: The training images, uint8.
         progress: A bar that counts training images.
         device: Device of the matrix products.
-        chunk: Training images that are compared at once; each takes the memory of 8 shrunk images.
+        chunk: Training images that are compared at once. Memory holds all 8 symmetries of each.
 
     Returns:
         The result, on the CPU.
@@ -87,8 +87,8 @@ def nearest(
             progress.update(len(part))
     best_candidate = best_candidate.cpu()
     index, form = best_candidate // 8, best_candidate % 8
-    # Compute the distances again, from the plain difference. The expanded square above loses the digits that distinguish a
-    # copy from an image that is only similar.
+    # Compute the smallest distances again, as the root mean square of the difference. Rounding errors of the expanded square
+    # above are too large to distinguish a copy from an image that is only similar.
     exact = [
         (q - apply_symmetry(small(train_NCHW[i : i + 1]), f).flatten()).square().mean().sqrt()
         for q, i, f in zip(queries, index.tolist(), form.tolist(), strict=True)
@@ -97,7 +97,7 @@ def nearest(
 
 
 def threshold(held_out_distance_N: torch.Tensor) -> float:
-    """Returns the distance below which an image is a copy: the 1st percentile of held-out images, at least one grey level."""
+    """Returns the distance below which an image is a copy: the 1st percentile of held-out distances, at least INVISIBLE."""
     return max(float(held_out_distance_N.double().quantile(PERCENTILE)), INVISIBLE)
 
 

@@ -1,7 +1,7 @@
 """Metrics and pictures of a tokenizer on a held-out split.
 
-The tokenizer stage measures the validation split at each evaluation; the evaluate stage measures the test split. The images are
-divided among the ranks, and all ranks get the same metrics.
+The tokenizer stage measures on the validation split, the evaluate stage on the test split. The images are divided among the
+ranks, and all ranks get the same metrics.
 
 Shapes: B images, C channels, H × W pixels or codes, K codes.
 """
@@ -20,7 +20,7 @@ from lesiongen.tokenizers.quantizer import Quantized
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 PERTURBED_IMAGES = 256  # images of each rank that are also decoded from partly wrong codes
-COLLAPSED = 0.02  # a level has collapsed if its perplexity is below this share of its codes
+COLLAPSED = 0.02  # a level has collapsed if its perplexity is below this share of its codes, or below 2
 SHOWN = 8  # images in the pictures
 
 
@@ -35,9 +35,9 @@ def evaluate_tokenizer(net: Tokenizer, data: ImageShards, batch_size: int) -> tu
 
     Returns:
         The metrics: psnr (dB), ssim, mse (for pixels in [-1, 1]), nmse (mse over the variance of the training pixels),
-        psnr_lost_to_wrong_codes (dB), and for each level collapsed/<level> (0 or 1), usage and perplexity, in all
+        psnr_lost_to_wrong_codes (dB), and for each level collapsed/<level> (0 or 1), usage and perplexity: over all images
         (usage/<level>) and for each class (usage/<level>/<class>).
-        The pictures, name → PNG; empty on a rank without images.
+        The pictures, name → PNG. A rank without images returns no pictures.
     """
     device = next(net.parameters()).device
     totals = _Totals(len(net.names), len(data.classes), net.entries)
@@ -67,12 +67,13 @@ def evaluate_tokenizer(net: Tokenizer, data: ImageShards, batch_size: int) -> tu
 
 
 class _Totals:
-    """Sums over the images that this rank has measured; after reduce(), over those of all ranks.
+    """Sums over the images of this rank; after reduce(), over the images of all ranks.
 
     Attributes:
         quality: PSNR, SSIM, squared error and images, [4].
         perturbed: PSNR lost to wrong codes, and the images it was measured on, [2].
-        counts: How often each code occurs in images of each class, [levels, classes + 1, K]. The last class is "unlabelled".
+        counts: How often each code occurs in images of each class, [levels, classes + 1, K]. The last row of each level counts
+            unlabelled images.
     """
 
     def __init__(self, levels: int, classes: int, entries: int):
@@ -89,7 +90,7 @@ class _Totals:
         return psnr_B
 
     def add_codes(self, label_B: torch.Tensor, levels: list[Quantized]) -> None:
-        """Adds the codes of each level. Label -1, for unlabelled images, counts in the last row."""
+        """Adds the codes of each level. Label -1 stands for unlabelled images."""
         _, classes, entries = self.counts.shape
         for counts, quantized in zip(self.counts, levels, strict=True):
             cells = (label_B % classes)[:, None] * entries + quantized.codes.flatten(1).cpu()
@@ -107,7 +108,7 @@ class _Totals:
         self.counts = counts.view_as(self.counts)
 
     def image_metrics(self, variance: float) -> dict[str, float]:
-        """Returns the means over all images. `variance` is that of the training pixels, in [0, 1]."""
+        """Returns the means over all images. `variance` is the variance of the training pixels in [0, 1]."""
         (psnr_sum, ssim_sum, mse_sum, number), (lost, perturbed_number) = self.quality.tolist(), self.perturbed.tolist()
         metrics = {"psnr": psnr_sum / number, "ssim": ssim_sum / number, "mse": mse_sum / number}
         metrics["nmse"] = metrics["mse"] / 4 / variance  # pixels in [-1, 1] have 4 times the squared error
@@ -115,7 +116,7 @@ class _Totals:
         return metrics
 
     def code_metrics(self, names: tuple[str, ...], classes: list[str]) -> dict[str, float]:
-        """Returns usage and perplexity of each level, in all and for each class that occurs."""
+        """Returns usage and perplexity of each level, over all images and for each class, and whether it has collapsed."""
         metrics: dict[str, float] = {}
         for name, by_class in zip(names, self.counts, strict=True):
             entries = by_class.shape[1]
@@ -134,7 +135,7 @@ def perturbed(codes_BHW: torch.Tensor, entries: int, seed_B: torch.Tensor, share
     Args:
         codes_BHW: The codes.
         entries: Number of codes, K.
-        seed_B: Ordinal of each image. The first one is the seed, so that a batch gets the same wrong codes at each evaluation.
+        seed_B: Ordinal of each image. The first ordinal is the seed, so that a batch gets the same errors at each evaluation.
         share: Share of the codes that are replaced.
 
     Returns:

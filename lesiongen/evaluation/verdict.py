@@ -1,6 +1,6 @@
-"""The report's verdict: one sentence for each question that a user asks of a run, with a mark.
+"""The verdict at the top of the report: marks and sentences about fidelity, diversity, copies and the priors of a run.
 
-All numbers come from metrics.json. Marks are "good", "fair", "poor", and "none" where no judgement is possible.
+All numbers come from metrics.json. Marks are "good", "fair" and "poor", or "none" where no judgement is possible.
 """
 
 Finding = tuple[str, str]  # mark, sentence
@@ -27,7 +27,7 @@ def verdict(metrics: dict) -> list[Finding]:
 
 
 def fidelity_mark(fidelity: dict) -> str:
-    """Marks fidelity by the classifier's accuracy above chance on samples, as a share of that on real images."""
+    """Marks fidelity by the ratio of the classifier's accuracy above chance on samples to that on real held-out images."""
     if fidelity["ratio"] is None or fidelity["real"] < fidelity["chance"] + 0.1:
         return "none"
     share = (fidelity["samples"] - fidelity["chance"]) / (fidelity["real"] - fidelity["chance"])

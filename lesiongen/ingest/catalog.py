@@ -14,9 +14,9 @@ from lesiongen.data.facts import AGE_BANDS
 from lesiongen.ingest import licences, sources
 from lesiongen.ingest.sources import IMAGE_SUFFIXES, Table, image_id
 
-# Files among the challenges' photographs that are none: masks of lesions, superpixels, dermoscopic attributes.
+# Names of files that the ISIC challenges put beside the photographs: masks of lesions, superpixels, dermoscopic attributes.
 MASKS = re.compile(r"_(segmentation|superpixels|attribute_[a-z_]+)$", re.IGNORECASE)
-# Name of a folder, or of a split in a CSV file → split
+# Name of a split, as a folder or a CSV file spells it → split
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -27,7 +27,7 @@ class Record:
     Attributes:
         image: Id of the image.
         path: Image file.
-        split: Split that the data come with, if any.
+        split: Split that the user's CSV file or folders give; "" if they give none.
         group: Group that `splits.assign` put the image in. All images of a group are in the same split.
     """
 
@@ -47,11 +47,11 @@ class Record:
 
     @property
     def own_group(self) -> str:
-        """Group by the metadata alone: the lesion, else the patient, else the image itself."""
+        """Group by the metadata alone: the id of the lesion, else of the patient, else of the image."""
         return self.lesion or self.patient or self.image
 
     def facts(self) -> dict:
-        """Returns the JSON member that is written beside the image in its shard."""
+        """Returns the facts that packing writes as JSON beside the image in its shard."""
         fields = asdict(self)
         del fields["path"], fields["split"]
         return {{"image": "image_id", "lesion": "lesion_id", "patient": "patient_id"}.get(k, k): v for k, v in fields.items()}
@@ -67,7 +67,7 @@ class Catalog:
         left_out: {"image", "reason"} of usable images whose licence is not among the allowed ones.
         pairs: Images that the metadata says show the same lesion.
         recognised: A line to print for each metadata file.
-        listed: Number of distinct images, in files or in rows.
+        listed: Number of distinct image ids among the files and the rows.
     """
 
     records: list[Record]
@@ -95,7 +95,7 @@ def read_catalog(
         columns: Our field → column, for a CSV file of no known layout.
         classes: Labels to accept; all if empty.
         allowed: Licences to accept; all if empty.
-        splits: CSV file of images and their splits. None uses folders named train, val and test, if the images are in such.
+        splits: CSV file of images and their splits. None reads the splits from the folders, see `_folder_splits`.
         rename: Label in the metadata → label to use.
 
     Raises:
@@ -171,7 +171,7 @@ def _image_files(images: Path) -> dict[str, Path]:
 
 
 def _folder_splits(images: Path, files: dict[str, Path]) -> dict[str, str]:
-    """Returns the splits of images in top folders named train, val or test, or as the ISIC challenges name theirs.
+    """Returns the split of each image, read from the name of its top folder: train, val, test, or a name of an ISIC challenge.
 
     Returns {} unless every image is in such a folder and there are at least two splits.
     """
@@ -186,12 +186,14 @@ def _folder_splits(images: Path, files: dict[str, Path]) -> dict[str, str]:
 
 
 def _table_of_folders(images: Path, files: dict[str, Path], below_split: bool) -> Table:
-    """Returns a table of images without metadata. An image in a folder of its class is labelled by the folder's name.
+    """Returns a table of images without metadata, labelled by their folders.
+
+    If the images are not sorted into several folders, one level deep, all of them get the label "lesion".
 
     Args:
         images: Folder of all images.
         files: Path of each image.
-        below_split: Whether the folders of classes are inside folders of splits.
+        below_split: Whether the class folders are inside folders of splits.
     """
     depth = 1 if below_split else 0
     parts = {image: path.relative_to(images).parts[depth:-1] for image, path in files.items()}
@@ -220,7 +222,7 @@ def _read_splits(path: Path) -> dict[str, str]:
 
 
 def _age(text: str) -> float | None:
-    """Returns an age in years, None where the text is no number from 0 to below 150."""
+    """Returns an age in years, or None if the text is not a number that is at least 0 and below 150."""
     try:
         age = float(text)
     except ValueError:
@@ -229,12 +231,12 @@ def _age(text: str) -> float | None:
 
 
 def vocabularies(records: list[Record], classes: list[str], before: dict[str, list[str]] | None = None) -> dict[str, list[str]]:
-    """Returns the values of each column that a prior can be conditioned on. A value's index is its number in code stores.
+    """Returns the vocabularies for the manifest: the values of label, age band, site, sex and licence (see data/facts.py).
 
     Args:
         records: The new images.
-        classes: All labels, in the order of their numbers.
-        before: Vocabularies of the images that are packed already. Their values keep their indices, new ones follow in
+        classes: All labels, in the order of their indices.
+        before: Vocabularies of the images that are packed already. Their values keep their indices; new values follow in
             alphabetical order.
     """
     before = before or {}

@@ -2,7 +2,7 @@
 
 Rank 0 reads the metadata, assigns splits and writes one work file for each shard. All ranks pack shards from work files,
 each with a pool of processes. Rank 0 merges the results into the manifest, which is written last: a directory without a
-manifest is not finished. A packing that was killed continues with the work files that have no result yet.
+manifest is not finished. If packing is killed and run again, only work files without a result are packed.
 """
 
 import csv
@@ -52,7 +52,7 @@ def pack(data: DataConfig, folder: Path, topology: Topology | None = None, appen
     """
     topology = topology or Topology()
     began = time.monotonic()
-    # Rank 0 plans the shards.
+    # Rank 0 assigns the splits and writes the work files.
     work_files = dist.run_on_leader(_prepare, data, folder, append)
     # Each rank packs its share.
     mine = work_files[topology.rank :: topology.world_size]
@@ -71,14 +71,14 @@ def pack(data: DataConfig, folder: Path, topology: Topology | None = None, appen
 
 
 def _default_processes(images: int, topology: Topology) -> int:
-    """Returns this rank's share of the node's cores, 1 for few images."""
+    """Returns this rank's share of the node's cores, or 1 for up to POOL_FROM images."""
     ranks_here = max(1, topology.world_size // topology.nodes)
     return max(1, len(os.sched_getaffinity(0)) // ranks_here) if images > POOL_FROM else 1
 
 
 @contextmanager
 def _pool(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """Yields a function like map() that uses so many processes. For one process it is map() itself.
+    """Yields a function like map() that runs in several processes, or map() itself if `processes` is below 2.
 
     Processes are spawned, because ranks run threads and a fork of a process with threads may deadlock.
     """
@@ -124,7 +124,7 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
 
 
 def _classes(data: DataConfig, records: list[Record], before: dict, append: bool) -> list[str]:
-    """Returns the class names in the order of their numbers. Old ones keep theirs, new ones follow in alphabetical order."""
+    """Returns the class names. Classes that are packed already keep their index; new classes follow in alphabetical order."""
     classes = list(before.get("classes", []))
     classes += sorted({*data.classes, *(r.dx for r in records if r.dx)} - set(classes))
     for label in classes:
@@ -134,7 +134,7 @@ def _classes(data: DataConfig, records: list[Record], before: dict, append: bool
 
 
 def _write_listed(folder: Path, listing: Catalog, rejected: list[dict], classes: list[str], vocabularies: dict) -> None:
-    """Writes what `_commit` needs of the metadata to work/listed.json."""
+    """Writes work/listed.json: the facts from the metadata that `_commit` puts into the manifest."""
     (folder / "work").mkdir(parents=True, exist_ok=True)
     listed = {"rejected": rejected, "left_out": listing.left_out, "listed": listing.listed, "classes": classes}
     listed["vocabularies"] = vocabularies
@@ -144,7 +144,7 @@ def _write_listed(folder: Path, listing: Catalog, rejected: list[dict], classes:
 def _write_work(
     data: DataConfig, folder: Path, members: dict[str, list[Record]], classes: list[str], shards: list[dict]
 ) -> list[tuple[str, int]]:
-    """Writes one work file for each new shard. Their numbers follow those of `shards`, which are packed already."""
+    """Writes one work file for each new shard. New shards are numbered after `shards`, which are packed already."""
     settings = {k: getattr(data, k) for k in ("size", "channels", "format", "quality")} | {"classes": classes}
     settings["preprocess"] = to_plain(data.preprocess)
     work_files = []
@@ -167,7 +167,7 @@ def _read_packed(folder: Path) -> tuple[dict, dict[str, tuple[str, ...]]]:
 
 
 def _suffix(before: dict) -> str:
-    """Returns the ending of file names that each packing writes: "" for the first packing, "-1" for the first append, …"""
+    """Returns the suffix of the names of this packing's lists: "" for the first packing, "-1" for the first append, …"""
     generation = len(before.get("catalogs", []))
     return f"-{generation}" if generation else ""
 

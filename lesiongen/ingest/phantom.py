@@ -1,7 +1,7 @@
 """Draws phantom lesions for demos and tests: pictures that look like dermoscopy.
 
 There are seven classes with HAM10000's names. Each is drawn with its textbook sign, strong enough to be visible at 64 px.
-They are drawings: no figure measured on them says anything about real lesions.
+They are drawings: metrics measured on them say nothing about real lesions.
 
 Invariant: everything that belongs to the lesion is a function of the lesion's coordinates (u, v) and its own random numbers,
 so that every view and size shows the same lesion. The centre of a lesion is (0, 0), and half a picture's width at zoom 1

@@ -1,7 +1,7 @@
 """Assigns images to train, val and test, so that all images of a group (lesion or patient) are in the same split.
 
 Invariant: an image's split never changes once the image is packed, whatever images or pairs are added later. `packing.pack`
-passes the catalog's records and writes the resulting splits into shards.
+passes the catalog's records to `assign` and writes the shards of each split.
 """
 
 import hashlib
@@ -15,15 +15,15 @@ from lesiongen.ingest.catalog import Record
 
 
 def split_of(group: str, val: float, test: float) -> str:
-    """Returns a group's split: a hash of its id, compared with thresholds. So new groups never move others.
+    """Returns a group's split by comparing a hash of its id with thresholds. So new groups never change the split of others.
 
     Args:
         group: Id of the group.
         val: Share of groups in val, 0 to 1.
         test: Share of groups in test, 0 to 1.
     """
-    # The prefix makes this hash independent of a plain hash of the id. Data that were themselves selected by a plain hash
-    # of their ids would otherwise all be in one split.
+    # The prefix makes this hash independent of a plain hash of the id. Without the prefix, images that were themselves
+    # selected by a plain hash of their ids could all fall into one split.
     u = int.from_bytes(hashlib.sha256(f"lesiongen split {group}".encode()).digest()[:8], "big") / 2**64
     return "test" if u < test else "val" if u < test + val else "train"
 
@@ -32,7 +32,7 @@ class Groups:
     """Union-find over group ids that never joins two groups with different fixed splits.
 
     Attributes:
-        parent: Group → group that it was joined to; root groups are missing.
+        parent: Group → group that it was joined to. Root groups have no entry.
         fixed_splits: Root group → its split, for groups whose split is already decided.
     """
 
@@ -51,7 +51,7 @@ class Groups:
         return root
 
     def fixed_split(self, group: str) -> str:
-        """Returns the fixed split of the joined group, "" if none."""
+        """Returns the fixed split of the group and those joined with it, or "" if their split is not decided."""
         return self.fixed_splits.get(self.find(group), "")
 
     def join(self, a: str, b: str) -> bool:
@@ -77,8 +77,9 @@ def assign(
 ) -> tuple[dict[str, list[Record]], list[dict]]:
     """Assigns each record a group and a split.
 
-    A group's split is the one that its packed images have, else the one that its images come with, else `split_of`. If the
-    data come with splits but without val or test, the missing splits are taken from the training images by `split_of`.
+    A group gets the split of its images that are packed already; else the split that the records give (Record.split); else
+    the split that `split_of` returns. If the records give splits but no val or no test, `split_of` takes the missing split
+    from the groups in train.
 
     Args:
         records: The new images.
@@ -92,7 +93,7 @@ def assign(
         {"image", "reason"} of each image that is rejected because it would join groups of different splits.
 
     Raises:
-        UserError: The images of one group come in different splits.
+        UserError: The records give images of one group different splits.
     """
     packed = packed or {}
     packed_splits = {name: split for own, group, split in packed.values() for name in (own, group)}
@@ -123,9 +124,9 @@ def assign(
 
 
 def _supplied_splits(records: list[Record], packed_splits: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns the split that each group comes with, and image → reason for images whose group is packed in another split.
+    """Returns the split that the records give each group, and image → reason for images whose group is packed in another split.
 
-    Raises UserError if images of one group come in different splits.
+    Raises UserError if the records give images of one group different splits.
     """
     supplied: dict[str, str] = {}
     rejected: dict[str, str] = {}
@@ -157,13 +158,13 @@ def _join_pairs(
     packed: dict[str, tuple[str, str, str]],
     rejected: dict[str, str],
 ) -> None:
-    """Joins the groups of each pair of images. Adds to `rejected`, image → reason, one image of each pair that cannot be."""
+    """Joins the groups of each pair. If a pair cannot be joined, adds one of its images to `rejected` (image → reason)."""
     for a, b in pairs:
-        # The splits of packed images are final, so two packed images cannot be joined any more.
+        # Skip pairs with an image that is not used, and pairs of two packed images, whose splits are final.
         if any(image not in group_of or image in rejected for image in (a, b)) or (a in packed and b in packed):
             continue
         if not groups.join(group_of[a], group_of[b]):
-            # Reject the new image; of two new images, the one in train.
+            # Reject the new image. If both are new, reject the one in train.
             new = [image for image in (a, b) if image not in packed]
             dropped = next((image for image in new if groups.fixed_split(group_of[image]) == "train"), new[0])
             other = b if dropped == a else a
@@ -195,7 +196,7 @@ def class_counts(rows: Iterable[tuple[str, str]], classes: list[str]) -> dict[st
         classes: Class names; those without images count 0.
 
     Returns:
-        Split → class → images. "" counts the unlabelled images, if there are any. Empty splits are missing.
+        {split: {class: number of images}}. The class "" counts unlabelled images, if there are any. Empty splits have no entry.
     """
     counters = {name: Counter() for name in SPLITS}
     for split, dx in rows:
@@ -204,7 +205,7 @@ def class_counts(rows: Iterable[tuple[str, str]], classes: list[str]) -> dict[st
 
 
 def small_class_warnings(rows: Iterable[tuple[str, str, str]], classes: list[str], minimum: int = 5) -> list[str]:
-    """Returns a warning for each class with too few held-out groups to measure anything on.
+    """Returns a warning for each class whose held-out groups are too few for reliable metrics.
 
     Args:
         rows: (split, dx, group) of each image.

@@ -1,10 +1,10 @@
 """Causal convolutions over a grid of codes: over whole grids in training, one position at a time in sampling.
 
-Both ways compute the same numbers; this is what makes cached sampling exact.
+Both compute the same function, so a sampler that uses the cache draws from exactly the distribution that was trained.
 
 Shapes: B batch, h × w grid, C channels, t = row·w + column. Channels come last, which suits linear layers, norms and single
-steps. Filters are stored flat, [out_channels, taps·C], with taps in raster order. So one step is a single matrix product with
-a flattened patch of the input, and a whole grid is one convolution with the same weights.
+positions. Filters are stored flat, [out_channels, taps·C], with taps in raster order. So one position is a single matrix
+product with a flattened patch of the input, and a whole grid is one convolution with the same weights.
 """
 
 import torch
@@ -15,7 +15,8 @@ from torch import nn
 class Window:
     """Cache of a convolution's latest input rows, while sampling.
 
-    The layers below create it in new_cache() and write to it. Columns beyond the grid stay 0, and so do rows above it.
+    The convolutions below create a Window in new_cache() and write to it. Columns outside the grid stay 0, and so do rows
+    above the grid.
 
     Attributes:
         inputs: [B, rows, left + width + right, C]; the last row is the current one.
@@ -38,7 +39,7 @@ class Window:
     def next_row(self) -> None:
         """Moves all rows up by one.
 
-        The last row keeps its old values, but each is overwritten before it is read.
+        The last row keeps its old values. Every value of the row is overwritten before it is read.
         """
         for i in range(self.inputs.shape[1] - 1):
             self.inputs[:, i] = self.inputs[:, i + 1]
@@ -52,15 +53,16 @@ class Window:
         self.inputs[:, -1, self.left : self.left + self.width] = x_BwC
 
     def patch(self, column: int, columns: int) -> torch.Tensor:
-        """Returns all rows of `columns` columns, from `left` columns before `column` on, flat: [B, rows·columns·C]."""
+        """Returns all rows of `columns` columns, the first of them at grid column `column` - left, as [B, rows·columns·C]."""
         return self.inputs[:, :, column : column + columns].flatten(1)
 
 
 class CausalConv(nn.Linear):
-    """Convolution that sees the rows above, and in its own row the positions to the left, with or without its own position.
+    """Convolution that sees the rows above, and in the current row the positions to the left, with or without its own position.
 
-    This is a masked convolution of van den Oord et al. 2016 (arXiv:1601.06759), with mask A (without its own position) or B
-    (with it). It is also the sum of PixelSNAIL's down shifted and down-right shifted convolutions. Masked taps have no weights.
+    This is a masked convolution of van den Oord et al. 2016 (arXiv:1601.06759), with mask A (without its own position) or
+    mask B (with it). A convolution of this class sees what PixelSNAIL's down shifted and down-right shifted convolutions see
+    together. Masked taps have no weights.
     """
 
     def __init__(self, in_channels: int, out_channels: int, rows: int, columns: int, include_self: bool = True):
@@ -69,9 +71,9 @@ class CausalConv(nn.Linear):
         Args:
             in_channels: Channels of the input, C.
             out_channels: Channels of the output.
-            rows: Rows that it sees: its own and `rows` - 1 above.
-            columns: Odd width of the filter. It reaches `columns` // 2 positions to each side.
-            include_self: Whether it sees its own position (mask B) or not (mask A).
+            rows: Height of the filter: the current row and `rows` - 1 rows above.
+            columns: Width of the filter, odd: `columns` // 2 positions to each side.
+            include_self: Whether the filter covers its own position (mask B) or not (mask A).
         """
         self.rows, self.include_self = rows, include_self
         self.left = columns // 2
@@ -88,9 +90,9 @@ class CausalConv(nn.Linear):
         """Applies the convolution to a whole grid, or to one position in sampling.
 
         Args:
-            x: Without a window the inputs of the whole grid, [B, h, w, C]. With a window the newest input that position t
-                sees, [B, C]: that of position t, or without include_self that of position t - 1 (None if t is 0).
-            window: Cache of the inputs so far; this call writes x to it. Positions must be passed in raster order.
+            x: Without a window, the inputs of the whole grid, [B, h, w, C]. With a window, the newest input that position t
+                sees, [B, C]: the input at position t, or without include_self the input at t - 1 (None if t is 0).
+            window: Cache of the inputs so far; this call writes x to it. Calls must go through the positions in raster order.
             t: The position; with a window only.
 
         Returns:
@@ -111,9 +113,9 @@ class CausalConv(nn.Linear):
 
 
 class RowConv(nn.Linear):
-    """Convolution that sees whole rows: its own and the rows above, to both sides.
+    """Convolution that sees positions to both sides, in the current row and in the rows above.
 
-    It is causal only because the caller passes a grid that is shifted down by one row.
+    This class alone is not causal. The caller makes it causal by passing a grid that is shifted down by one row.
     """
 
     def __init__(self, in_channels: int, out_channels: int, rows: int, columns: int):
@@ -122,8 +124,8 @@ class RowConv(nn.Linear):
         Args:
             in_channels: Channels of the input, C.
             out_channels: Channels of the output.
-            rows: Rows that it sees: its own and `rows` - 1 above.
-            columns: Odd width of the filter. It reaches `columns` // 2 positions to each side.
+            rows: Height of the filter: the current row and `rows` - 1 rows above.
+            columns: Width of the filter, odd: `columns` // 2 positions to each side.
         """
         super().__init__(in_channels * rows * columns, out_channels)
         self.in_channels, self.rows, self.side = in_channels, rows, columns // 2
@@ -136,7 +138,7 @@ class RowConv(nn.Linear):
         """Applies the convolution to a whole grid, or to the next row in sampling.
 
         Args:
-            x: The whole grid [B, h, w, C], or with a window the next row [B, w, C].
+            x: Without a window, the whole grid [B, h, w, C]. With a window, the next row [B, w, C].
             window: Cache of the rows so far; this call writes x to it.
 
         Returns:

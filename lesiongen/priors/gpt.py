@@ -1,4 +1,4 @@
-"""GPT prior over a grid of codes: SwiGLU, 2-D rotary positions, context at every position, static key-value cache.
+"""GPT prior over a grid of codes: SwiGLU, 2-D rotary positions, context added to every input, preallocated key-value cache.
 
 Shapes as in prior.py, and H heads, E head dimension.
 """
@@ -56,8 +56,8 @@ def apply_rotary(x_BTHE: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """
     pairs = x_BTHE.unflatten(-1, (-1, 2))
     table = table[:, None].to(pairs.dtype)
-    # Complex multiplication passes over the memory once. But there are no complex bf16 numbers, and torch.compile does not
-    # fuse complex operations.
+    # In fp32 use complex numbers: their multiplication passes over the memory once. PyTorch has no complex bf16 numbers, and
+    # torch.compile does not fuse complex operations, so these cases use real numbers.
     if pairs.dtype == torch.float32 and not torch.compiler.is_compiling():
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table)).flatten(-2)
     (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
@@ -67,8 +67,8 @@ def apply_rotary(x_BTHE: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 class SwiGLUGate(nn.Linear):
     """First half of SwiGLU: two linear maps, one of which gates the other.
 
-    The maps are separate products. A single product would make autograd concatenate the gradients of both results, which are
-    the largest tensors of the model.
+    The two maps are separate matrix products. With a single product, autograd would concatenate the gradients of both results,
+    which are the largest tensors of the model.
     """
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ class Block(nn.Module):
             cache[0][:, :, start : start + length], cache[1][:, :, start : start + length] = k, v
             k, v = cache[0][:, :, : start + length], cache[1][:, :, : start + length]
         dropout = self.dropout if self.training else 0.0
-        # No dropout inside attention: PyTorch would then leave its fused kernels, which is 5 times slower on a CPU.
+        # Attention has no dropout: with dropout PyTorch does not use its fused kernels, which is 5 times slower on a CPU.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         x_BTD = x_BTD + F.dropout(self.out(attended.transpose(1, 2).reshape(batch, length, width)), dropout)
         return x_BTD + F.dropout(self.down(self.gate(self.norm2(x_BTD))), dropout)
@@ -130,7 +130,7 @@ class GPT(Prior):
         super().__init__(config, grid, entries, facts, upper)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
-        # The rotary table. It is saved with the weights, because they work with no other table.
+        # The rotary table is saved with the weights, because weights work only with the table that they were trained with.
         self.register_buffer("table", rotary_table(grid, config.width // config.heads))
         self.apply(self._init)
         for block in self.blocks:

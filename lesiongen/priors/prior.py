@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpc.config import volatile
 
-MAX_LOGITS = 2**24  # logits in memory at once in the loss; more are computed in chunks, again in the backward pass
+MAX_LOGITS = 2**24  # logits that the loss holds at once; more are computed in chunks, and again in the backward pass
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class BasePriorConfig:
 class Prior(nn.Module, ABC):
     """Base class: the context, the training loss and sampling.
 
-    A subclass implements features() for training, and new_cache() and step() for sampling. Both ways must compute the same
-    features.
+    A subclass implements features() for training, and new_cache() and step() for sampling. features() and step() must compute
+    the same features.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Prior(nn.Module, ABC):
         facts: dict[str, int],
         upper: tuple[tuple[int, tuple[int, int]], ...] = (),
     ):
-        """Creates what all kinds of priors share.
+        """Creates the layers that all kinds of priors share: the embeddings of the context and the tokens, and the head.
 
         Args:
             config: Sizes and dropouts.
@@ -106,10 +106,10 @@ class Prior(nn.Module, ABC):
     def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
         """Computes the input of the head for all positions at once.
 
-        The features of position t depend on the tokens before t and on the context, on nothing else.
+        The features of position t may depend only on the tokens before t and on the context.
 
         Args:
-            codes_BT: Tokens of this level; `entries` stands for an unknown one.
+            codes_BT: Tokens of this level; `entries` stands for an unknown token.
             context_BTD: What context() returns.
 
         Returns:
@@ -118,24 +118,24 @@ class Prior(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self, context_BTD: torch.Tensor) -> Any:
-        """Allocates all memory that step() needs from one token to the next.
+        """Allocates what step() keeps from one token to the next, such as keys and values.
 
         Args:
             context_BTD: What context() returns; gives batch size, dtype and device.
 
         Returns:
-            The cache, which only the same class's step() reads.
+            The cache, in a form that only step() of the same class understands.
         """
 
     @abstractmethod
     def step(self, previous_B: torch.Tensor | None, context_BTD: torch.Tensor, cache: Any, t: int) -> torch.Tensor:
-        """Computes the features of one token while sampling. Tokens must come in raster order.
+        """Computes the features of one token while sampling. Must be called for the tokens in raster order.
 
         Args:
             previous_B: Token t - 1; None if t is 0.
             context_BTD: What context() returns.
             cache: What new_cache() returned; step() updates it.
-            t: Index of the token.
+            t: Index of the token to sample.
 
         Returns:
             [B, D].
@@ -225,7 +225,7 @@ class Prior(nn.Module, ABC):
         strengths = [guidance(t) for t in range(length)]
         guided = len(self.facts) > 0 and any(s != 1.0 for s in strengths)
         context_BTD = self.context(facts_BF, upper)
-        if guided:  # the second half of the batch is the same samples without facts
+        if guided:  # the second half of the batch repeats the samples without facts
             context_BTD = torch.cat([context_BTD, self.context(torch.full_like(facts_BF, -1), upper)])
         cache = self.new_cache(context_BTD)
         codes_BT = torch.zeros(batch, length, dtype=torch.long, device=facts_BF.device)

@@ -1,7 +1,8 @@
 """The description of a stage, and the one function that executes stages.
 
-A stage reads finished directories and writes one directory. Its stage.json records the settings and inputs that the result was
-made from. A stage that was killed can be run again and continues; a directory that was made from other settings is refused.
+A stage reads finished directories and writes one directory. The directory's stage.json records the settings and inputs that
+the result is made from. A stage that was killed can be run again and resumes. If the directory was made from other settings or
+inputs, the stage raises UserError.
 """
 
 import contextlib
@@ -27,11 +28,11 @@ class Stage:
     Attributes:
         name: Name of the stage, which is also its directory in the run.
         needs: Names of the artefacts that the stage reads.
-        identity: The settings that the result depends on, as plain data. They are kept readable, so that a message can name
-            the setting that differs.
+        identity: The settings that the result depends on, as plain data. They are stored in full, not as a digest, so that a
+            message can name the setting that differs.
         run: run(config, topology, folder) makes the result in `folder` and returns its digest. Every rank calls it.
         target: Amount of work after which the stage is done, such as samples. A larger target continues a finished stage.
-        trains: Whether the stage is a training, whose progress is counted in samples.
+        trains: Whether the stage trains a model. Its progress is then counted in samples.
         parallel: Whether several ranks make the stage faster.
         appends: Whether the stage adds to a finished directory. The directory's record stays valid until the new digest is
             written.
@@ -48,7 +49,7 @@ class Stage:
 
 
 def artefact(config: Experiment, name: str) -> Path:
-    """Returns the directory of a stage's result: in this run, or in the run that `inputs` names. For shards see `packed`."""
+    """Returns the directory of a stage's result, in this run or in the run that `inputs` names. For shards see `packed`."""
     other_run = getattr(config.inputs, name, None)
     if not other_run:
         return config.directory / name
@@ -74,7 +75,7 @@ def shards_identity(config: Experiment) -> dict:
 
 
 def shards_are_current(config: Experiment) -> bool:
-    """Returns whether finished shards exist that were packed with the settings of the config."""
+    """Returns whether finished shards exist that fit the config. Shards that `inputs.shards` names always count as such."""
     if config.inputs.shards:
         return True
     shards = StageDir(config.directory / "shards", shards_identity(config), {})
@@ -82,7 +83,7 @@ def shards_are_current(config: Experiment) -> bool:
 
 
 def stage_dir_of(config: Experiment, stage: Stage) -> StageDir:
-    """Returns the stage's directory in the run, with the settings and inputs it must be made from. Missing inputs are None."""
+    """Returns the stage's directory in the run, with its settings and the digests of its inputs; None for a missing input."""
     inputs = {name: digest_of(config, name) for name in stage.needs}
     return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target)
 
@@ -123,7 +124,7 @@ def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: Sta
             dist.run_on_leader(packed(config).refuse_leaks)
         else:
             dist.run_on_leader(require, config, name)
-    config_yaml = hpc_config.to_yaml(config) if stage_dir is None else None  # it describes a whole run
+    config_yaml = hpc_config.to_yaml(config) if stage_dir is None else None  # only a run's own directory gets a config.yaml
     stage_dir = stage_dir or stage_dir_of(config, stage)
     dist.run_on_leader(stage_dir.check)
     if not stage.appends and dist.run_on_leader(stage_dir.done):
@@ -135,7 +136,7 @@ def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: Sta
 
 
 def _open(resources: contextlib.ExitStack, stage_dir: StageDir, stage: Stage, config_yaml: str | None) -> None:
-    """Locks the directory until `resources` is closed, and records what the stage is made from."""
+    """Locks the directory until `resources` is closed, and records the stage's settings and inputs in stage.json."""
     # The ranks of a killed run may need a moment to end and release the lock.
     resources.enter_context(rundir.lock(stage_dir.path, wait_s=5))
     if not stage.appends:

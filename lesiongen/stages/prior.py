@@ -3,7 +3,7 @@
 The prior of a level is p(codes of the level | facts, codes of the coarser levels). The stage exports the weights that had the
 fewest bits per token on the validation split. The sample stage reads the export.
 
-Rows of the code store are named by (draw, shard, ordinal); arrays of rows have the shape [N, 3].
+A row of the code store, the codes and facts of one image, is addressed by (draw, shard, ordinal); [N, 3] for several rows.
 """
 
 import math
@@ -65,9 +65,9 @@ class PriorTask:
     """Model, data, evaluation and export of one level's prior, for the training loop; see hpc.train.task.Task.
 
     Attributes:
-        shape: Arguments that build the model, which follow from the code store.
+        shape: Arguments of the prior that follow from the code store, as model_shape() returns them.
         upper: Names of the coarser levels, coarse to fine.
-        tokens_per_sample: Codes of this level in an image, for the loop's speed metrics.
+        tokens_per_sample: Codes per image on this level, for the loop's speed metrics.
     """
 
     metric = "bits_per_token"
@@ -120,8 +120,8 @@ class PriorTask:
             position: Global position of the first sample.
             micro_batch: Samples in each micro-batch.
 
-        Returns:
-            Dicts as `batch` makes them, with "key", the names of the rows.
+        Yields:
+            Dicts as batch() returns them, with "key", the address of each row as text.
         """
         train_config = self.prior_config.train
         sets = [entry["set"] for entry in self.shards]
@@ -138,7 +138,7 @@ class PriorTask:
 
     @cached_property
     def labels(self) -> list[np.ndarray]:
-        """Labels of the images of each training shard. They are the same at every draw."""
+        """Labels of the images of each training shard. They are the same in every draw."""
         return [self.store.arrays("train", 0, entry["shard"])["label"] for entry in self.shards]
 
     def label_counts(self) -> list[dict[int, int]]:
@@ -147,7 +147,7 @@ class PriorTask:
         return [dict(zip(labels.tolist(), counts.tolist(), strict=True)) for labels, counts in tallies]
 
     def member(self, shard: int, label: int, number: int) -> int:
-        """Returns the ordinal in a training shard of a label's image `number`, counted from 0."""
+        """Returns the ordinal of image number `number`, from 0, among the images with this label in a training shard."""
         if (shard, label) not in self.members:
             self.members[shard, label] = np.flatnonzero(self.labels[shard] == label).astype(np.int32)
         return int(self.members[shard, label][number])
@@ -177,7 +177,7 @@ class PriorTask:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Measures bits per token on the validation split, on as many training images, and of a bigram. Collective.
+        """Measures bits per token on the validation split and on as many training images, and those of a bigram. Collective.
 
         Returns:
             The metrics, and a picture of samples (name → PNG).
@@ -214,7 +214,7 @@ class PriorTask:
         return float(dist.all_reduce_sum(total)) / math.log(2) / (len(rows_N3) * self.tokens_per_sample)
 
     def _bigram(self) -> float:
-        """Measures the bits per token of a bigram that is fitted on all draws of the training codes."""
+        """Measures the bits per token on the validation split of a bigram that is fitted on all draws of the training split."""
         column = f"codes.{self.level}"
 
         def files(split: str) -> Iterator[np.ndarray]:
@@ -227,8 +227,8 @@ class PriorTask:
     def _sample_picture(self, net: Prior) -> dict[str, bytes]:
         """Draws a grid of samples of this level, class after class. Collective.
 
-        The other levels and the other facts are those of held-out images. Every rank samples its share, so that large grids
-        do not take long.
+        The codes of the other levels and the facts other than the label are those of held-out images. Every rank samples its
+        share, so that large grids do not take long.
 
         Returns:
             {"samples": PNG} on every rank.
@@ -257,7 +257,7 @@ class PriorTask:
         return {"samples": images.encode_png(images.tile_images(to_uint8(net.decode_codes(levels)).cpu(), 8))}
 
     def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
-        """Writes the weights, what sampling needs to know of the prior, and a model card.
+        """Writes the weights, the description that the sample stage reads, and a model card.
 
         Args:
             module: The model, with full weights.
@@ -285,7 +285,8 @@ class PriorTask:
 def check_codes(config: Experiment, store: CodeStore) -> None:
     """Raises UserError if the codes were made by another tokenizer or from other shards than the run's.
 
-    Only the tokenizer that wrote the codes can decode them, and only their shards say which images are held out.
+    Only the tokenizer that made the codes can decode them, and only the shards that they were made from tell which images are
+    held out.
     """
     for name, made_from in (("tokenizer", store.manifest["tokenizer"]), ("shards", store.manifest["image_shards"])):
         present = digest_of(config, name)

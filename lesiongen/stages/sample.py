@@ -1,11 +1,11 @@
 """sample: priors + tokenizer → synthetic images.
 
-The stage writes PNGs whose text chunks say how they were made, a metadata.csv with the same facts, a README.md and a contact
-sheet. The images do not depend on the number of ranks.
+The stage writes PNGs whose text chunks hold facts, seed and models, a metadata.csv with the same values, a README.md and a
+contact sheet. The images do not depend on the number of ranks.
 
-The user may leave facts open, such as site, sex or age. They are drawn together from the training images of the sample's label,
-so that samples vary as the data do. Do not pass "unknown" for facts the user left open. In training, "unknown" mostly marks
-poor records, so it would bias the samples.
+The user may leave facts open, such as site, sex or age. The stage then draws all open facts of a sample from one training image
+of the sample's label, so that samples vary as the data do. Do not pass "unknown" for facts the user left open. In training,
+"unknown" mostly marks poor records, so it would bias the samples.
 """
 
 import csv
@@ -41,7 +41,7 @@ from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
-PER_CLASS = 8  # samples of a class in the contact sheet, and images in a row of it
+PER_CLASS = 8  # samples of each class in the contact sheet, and images in each of its rows
 
 
 def stage(config: Experiment) -> Stage:
@@ -80,7 +80,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
                 for i, path, image in zip(members, paths, decoded, strict=True):
                     text = provenance | facts[i] | {"seed": str(sampling.seed), "index": str(i)}
                     atomic_write(path, png_with(image, text))
-            # Only rank 0 shows a bar. The other ranks are about as fast, so their batches are counted with its own.
+            # Only rank 0 shows a bar. All ranks are about equally fast, so rank 0 counts each of its batches once per rank.
             progress.update(len(members) * (topology.world_size if topology.leader else 1))
     dist.barrier()
     readme = card("samples", config.name, provenance, data, {})
@@ -88,7 +88,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
 
 
 def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str]:
-    """Returns the digests of the models that make the samples.
+    """Returns what every sample's PNG and metadata row say of its origin: the software and the digests of the models.
 
     Args:
         config: The run's config.
@@ -119,18 +119,18 @@ def _sampler(sampling: SampleConfig, level: str, index: int, prior: Prior) -> Le
 def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[str, str]]:
     """Decides the label and the facts that each sample shows.
 
-    Each prior in turn draws the facts it knows that are still open. A prior that knows the label comes first, so that facts
-    are drawn from images of that label.
+    The priors draw one after the other; each draws those of its own facts that are still open. Priors that are conditioned on
+    the label draw first, so that facts are drawn from images of that label.
 
     Args:
         sampling: The settings; `labels` and `facts` fix facts for all samples.
-        priors: The facts of each level's prior, coarse to fine. Levels may know different facts.
+        priors: The PriorFacts of each level, coarse to fine. Levels may be conditioned on different facts.
 
     Returns:
         For each sample {"label": …, "sex": …, …}; "" means unknown.
 
     Raises:
-        UserError: No prior knows a label, a fact or a value in the settings.
+        UserError: No prior was trained with a label, a fact or a value in the settings.
     """
     refuse_unknown(sampling.facts, priors)
     labels = assign_labels(sampling, next((prior.values["label"] for prior in priors if "label" in prior.values), []))
@@ -147,17 +147,17 @@ def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[st
 
 
 def assign_labels(sampling: SampleConfig, classes: list[str]) -> list[str]:
-    """Divides the samples among the labels in the settings, in blocks of equal size; among all classes if none is named.
+    """Divides the samples among the labels in blocks of equal size. Uses `sampling.labels`, or all classes if it is empty.
 
     Args:
         sampling: The settings.
-        classes: The labels that the generator knows.
+        classes: The labels that the priors were trained with.
 
     Returns:
-        The label of each sample; "" if the generator knows no labels.
+        The label of each sample; "" if the priors were trained without labels.
 
     Raises:
-        UserError: The generator does not know one of the labels.
+        UserError: The priors were not trained with one of the labels.
     """
     for label in sampling.labels:
         if label not in classes:
@@ -169,8 +169,8 @@ def assign_labels(sampling: SampleConfig, classes: list[str]) -> list[str]:
 def file_name(index: int, label: str) -> str:
     """Returns the file name of a sample.
 
-    Characters of the label that a file system may refuse are replaced. Two labels may become the same; the index still tells
-    the samples apart.
+    Characters of the label that a file system may refuse are replaced. Even if two labels then look alike, the index keeps the
+    names different.
     """
     safe = re.sub(r"[^\w.-]+", "_", label)[:60]
     return f"{index:06d}-{safe or 'any'}.png"
@@ -183,7 +183,7 @@ def decode_samples(net: Tokenizer, samplers: dict[str, LevelSampler], facts: dic
     Args:
         net: The tokenizer.
         samplers: The sampler of each level, coarse to fine.
-        facts: The facts for each level's prior, as its numbers, [B, F].
+        facts: For each level, the facts as PriorFacts.numbers() of its prior gives them, [B, F].
         members: Global indices of the samples.
 
     Returns:

@@ -87,7 +87,7 @@ class TokenizerTask:
             position: Global position of the first sample.
             micro_batch: Images in each micro-batch.
 
-        Returns:
+        Yields:
             Dicts with image uint8 [B, C, H, W], slot and position [B], and the lists key and bad.
         """
         config = self.config.tokenizer

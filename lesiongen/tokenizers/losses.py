@@ -1,4 +1,4 @@
-"""ReconstructionLoss losses: a weighted sum of the terms that a config names. Images x, y: [B, C, H, W] in [-1, 1].
+"""Reconstruction losses: a weighted sum of the terms that a config names. Images x, y: [B, C, H, W] in [-1, 1].
 
 The tokenizers' Objective owns a ReconstructionLoss. All terms are computed in fp32, except LPIPS, which runs under the caller's
 autocast.

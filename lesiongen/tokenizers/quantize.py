@@ -1,11 +1,12 @@
-"""The kinds of vector quantizers; interface and shapes are in quantizer.py.
+"""The kinds of vector quantizers. quantizer.py defines the interface and the shapes.
 
 The codebook is learned by moving averages (ema), by moving averages on the unit sphere (cosine) or by the optimizer
 (gradient). Finite scalar quantization (fsq) has no codebook.
 
-vector-quantize-pytorch has all four kinds, but is not used. Its forward() moves the codebook itself, once per micro-batch and
-before the step is known to be accepted, and it revives codes from each process's own random numbers. Its FSQ would fit the
-interface, but six packages for 30 lines are not worth it. The tests compare the numbers where the library is installed.
+The library vector-quantize-pytorch has all four kinds, but is not used: its forward() updates the codebook once per
+micro-batch, before the step is known to be accepted, and each process revives codes with its own random numbers. Its FSQ
+would fit the interface, but the library brings six packages and would save 30 lines. Where it is installed, a test checks
+that both give the same results.
 """
 
 import torch
@@ -19,13 +20,13 @@ from lesiongen.tokenizers.quantizer import Quantizer, QuantizerConfig, StraightT
 class EMAQuantizer(Quantizer):
     """Codebook learned by exponential moving averages (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1).
 
-    Dead codes are revived from the current batch (Dhariwal et al. 2020, Jukebox, arXiv:2005.00341). All codes start dead, so
-    the first accepted step sets them to real vectors.
+    Dead codes, which hardly any vector is nearest to, are set to vectors of the current batch (Dhariwal et al. 2020, Jukebox,
+    arXiv:2005.00341). All codes start dead, so the first accepted step sets all of them to vectors of the encoder.
 
     Statistics: counts of each code [K], sum of each code's vectors [K, D], revival candidates.
 
-    The codebook and its averages are fp32 buffers, not parameters. Otherwise an engine with fp32 master copies would
-    overwrite every update with stale values.
+    The codebook and its averages are fp32 buffers, not parameters: a training engine that keeps fp32 master copies of
+    parameters would overwrite every update with the old values.
 
     Attributes:
         codebook: [K, D].
@@ -59,8 +60,9 @@ class EMAQuantizer(Quantizer):
         sizes = [self.entries, self.entries * self.dim, self.candidate_count * self.dim]
         counts, sums, candidates = statistics.split(sizes)
         mean_count = counts.sum() / self.entries
-        # Move the averages. The decay is small at first: the encoder's vectors then move by more than their spread within a
-        # few steps, and with a long average the codes they leave behind would not count as dead.
+        # Move the averages. The decay is small at first, which makes the averages short. Early in training the encoder's
+        # vectors move by more than their spread within a few steps, and long averages would still count the codes that the
+        # vectors have left as used.
         decay = min(self.decay, (1 + float(self.updates)) / (10 + float(self.updates)))
         self.updates += 1
         self.count.lerp_(counts, 1 - decay)
@@ -72,8 +74,8 @@ class EMAQuantizer(Quantizer):
         number = int(dead.sum())
         if number:
             vectors = self.pick_revival_vectors(number, counts, candidates)
-            # Start the average exactly at the threshold, so that a revived code without any vector is revived again at the
-            # next step.
+            # Set the count of a revived code exactly to the threshold. If no vector is nearest to the code at the next step,
+            # the code is dead again and is set to another vector.
             self.codebook[dead] = vectors
             self.count[dead] = self.revive_below * mean_count
             self.total[dead] = vectors * self.revive_below * mean_count
@@ -99,14 +101,14 @@ class CosineQuantizer(EMAQuantizer):
 class GradientQuantizer(Quantizer):
     """Codebook trained by the optimizer (van den Oord et al. 2017, arXiv:1711.00937, equation 3).
 
-    The codebook loss has weight 1, the commitment loss its own weight.
+    The codebook loss has weight 1, the commitment loss has the weight `commitment`.
 
-    As published, few codes stay in use: Adam moves a code by at most about the learning rate per step, and the encoder's
-    vectors move away from nearly all codes faster than that. This class does two things about it. It scales the codebook's
-    learning rate up, see ScaledCodebook. And it adds a loss that pulls idle codes to vectors of the batch, their targets
-    (after Zheng and Vedaldi 2023, arXiv:2307.15139, who overwrite the codes; here only the optimizer writes a parameter).
+    With the published method few codes stay in use: Adam moves a code by at most about the learning rate per step, and the
+    encoder's vectors move away from nearly all codes faster than that. This class therefore raises the codebook's learning
+    rate, see ScaledCodebook, and adds a loss that pulls idle codes to targets, which are vectors of the batch (after Zheng and
+    Vedaldi 2023, arXiv:2307.15139, who overwrite the codes; here only the optimizer changes a parameter).
 
-    Statistics: counts of each code [K], revival candidates.
+    Statistics: counts of each code [K], revival candidates. The metric "revived" counts the codes that get a new target.
 
     Attributes:
         book: The codebook's parameter.
@@ -153,8 +155,9 @@ class GradientQuantizer(Quantizer):
         counts, candidates = statistics.split([self.entries, self.candidate_count * self.dim])
         self.count.lerp_(counts, 1 - self.decay)
         idle = self.count < self.revive_below * self.count.mean()
-        # A code that has just become idle gets a target. Other idle codes get a new one every TARGET_STEPS steps, not all at
-        # the same step: long enough to come near the target, short enough that the encoder still produces such vectors.
+        # A code that has just become idle gets a target, and while it stays idle a new target every TARGET_STEPS steps. This
+        # is long enough to come near the target, and short enough that the encoder still produces vectors like it. The steps
+        # differ between codes, so that not all targets change at once.
         renewed = (torch.arange(self.entries, device=idle.device) + self.updates.long()) % self.TARGET_STEPS == 0
         retargeted = idle & (renewed | ~self.idle)
         self.updates += 1
@@ -165,14 +168,14 @@ class GradientQuantizer(Quantizer):
 
     def initialise_codebook(self, centres_KD: torch.Tensor, vectors_per_centre: float) -> None:
         self.book.weight.copy_(centres_KD / ScaledCodebook.SCALE)
-        self.count.fill_(1.0)  # equal for all codes, so that none is idle; real counts soon replace it
+        self.count.fill_(1.0)  # equal for all codes, so that none is idle; the first updates replace it
 
 
 class ScaledCodebook(nn.Embedding):
-    """The codebook of GradientQuantizer, stored as weight = codebook / SCALE. So the codebook moves SCALE times as fast.
+    """The codebook of GradientQuantizer, stored as weight = codebook / SCALE, so that it is trained SCALE times as fast.
 
-    It is a module of its own because ZeRO 3 gathers parameters only around modules that return plain tensors, and Quantizer
-    returns a dataclass. It is an nn.Embedding because the optimizer applies no weight decay to embeddings.
+    The codebook is a module of its own because ZeRO 3 gathers parameters only around modules that return plain tensors, and
+    Quantizer returns a dataclass. It is an nn.Embedding because the optimizer applies no weight decay to embeddings.
     """
 
     SCALE = 30.0
@@ -190,8 +193,8 @@ class ScaledCodebook(nn.Embedding):
         Returns:
             Codes [N], their vectors [N, D], and the loss that pulls idle codes to their targets.
         """
-        # The value is weight · SCALE, but the codebook's gradient reaches the weight unscaled. So the codebook's learning rate
-        # is SCALE times that of other parameters, under SGD as under Adam.
+        # The codebook is weight · SCALE, but its gradient reaches the weight unscaled. So the codebook's learning rate is SCALE
+        # times that of other parameters, with SGD as well as with Adam.
         book_KD = StraightThrough.apply(self.weight, self.weight.detach() * self.SCALE)
         codes_N = nearest(z_ND, book_KD.detach())
         idle_loss = ((book_KD - target_KD).square() * idle_K[:, None]).mean()
@@ -201,8 +204,9 @@ class ScaledCodebook(nn.Embedding):
 class FSQuantizer(Quantizer):
     """Finite scalar quantization (Mentzer et al. 2023, arXiv:2309.15505).
 
-    A vector is projected to a few bounded dimensions, each rounded to one of its L levels. The code is the mixed radix number
-    of the rounded values; the first dimension is the least significant digit. There is no codebook, no loss and no revival.
+    A vector is projected to a few bounded dimensions, each of which is rounded to one of L values (fsq_levels; not the levels
+    of a tokenizer). The code is the mixed radix number of the rounded values; the first dimension is the least significant
+    digit. There is no codebook, no loss and no revival.
     """
 
     def __init__(self, config: QuantizerConfig, batch: int):
@@ -214,15 +218,15 @@ class FSQuantizer(Quantizer):
 
     def to_code_space(self, z_ND: torch.Tensor) -> torch.Tensor:
         """Projects [N, D] to [N, len(levels)], bounded so that rounding gives integers from -⌊L/2⌋ to ⌈L/2⌉ - 1."""
-        half = (self.levels - 1) * 1.001 / 2  # slightly larger, so that the outer levels can be reached
+        half = (self.levels - 1) * 1.001 / 2  # slightly larger, so that the outer values can be reached
         offset = (self.levels + 1) % 2 / 2
         return torch.tanh(self.down(z_ND) + torch.atanh(offset / half)) * half - offset
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q_ND = z_ND.detach().round()
         codes_N = ((q_ND.long() + self.levels // 2) * self.radix).sum(1)
-        # A NaN gives an arbitrary code. Keep it in range, so that counting codes does not fail. The NaN itself reaches the loss
-        # through the quantized vectors, and the training loop then skips the step.
+        # A NaN gives an arbitrary code. Clamp it to a valid code, so that counting codes does not fail. The NaN itself reaches
+        # the loss through the quantized vectors, and the training engine then skips the step.
         codes_N = codes_N.clamp(0, self.entries - 1)
         return self.from_code_space(StraightThrough.apply(z_ND, q_ND)), codes_N, z_ND.new_zeros(())
 

@@ -1,8 +1,9 @@
 """Interface of the vector quantizers. Shapes: B batch, D code dimension, H W grid, N = B·H·W vectors, K entries.
 
-forward() writes no buffer. It returns fp32 statistics. The training loop sums them over micro-batches and ranks, and passes
-the sum to update() after each accepted step. So gradient accumulation, activation checkpointing, skipped steps and
-compilation do not change how codebooks are trained. quantize.py holds the kinds of quantizers.
+forward() writes no buffer and returns fp32 statistics. The training loop sums the statistics over micro-batches and ranks, and
+passes the sum to update() after each accepted step (a step whose loss and gradients are finite). So gradient accumulation,
+activation checkpointing, skipped steps and compilation do not change how codebooks are trained. quantize.py holds the kinds of
+quantizers.
 """
 
 import math
@@ -27,8 +28,8 @@ class QuantizerConfig:
     # How gradients pass from quantized vectors to the encoder; fsq always uses straight-through.
     estimator: Literal["straight-through", "rotation"] = "straight-through"
     commitment: float = 0.25  # weight of the loss that pulls the encoder's vectors to their codes; fsq has no such loss
-    decay: float = 0.99  # per step, of the moving averages of ema and cosine, and of gradient's counts
-    revive_below: float = 0.1  # revive a code that is used less than this fraction of the average code; not for fsq
+    decay: float = 0.99  # decay per step of the moving averages: of codes in ema and cosine, of counts in gradient
+    revive_below: float = 0.1  # revive a code that is used less often than this fraction of the mean use; not for fsq
     fsq_levels: tuple[int, ...] = (8, 8, 8)  # number of values in each of fsq's dimensions; their product is `entries`
     kmeans: bool = False  # initialise the codebook with k-means centres of the untrained encoder's vectors
 
@@ -56,7 +57,7 @@ class Quantized:
         x: Quantized vectors [B, D, H, W], equal to lookup(codes), with a gradient for the encoder.
         codes: Index of each vector's entry, [B, H, W].
         loss: What the quantizer adds to the training loss, a scalar that includes its weights.
-        statistics: What update() needs, flat fp32 [statistics_size]; None outside training.
+        statistics: Input of update(), flat fp32 [statistics_size]; None outside training.
     """
 
     x: torch.Tensor
@@ -66,9 +67,9 @@ class Quantized:
 
 
 class Quantizer(nn.Module):
-    """Base class: the interface, and what all kinds with a `codebook` [K, D] share.
+    """Base class: the interface, and the code that all kinds with a `codebook` [K, D] share.
 
-    Its statistics are the counts of each code, [K]. Subclasses append more.
+    The statistics of this class are the counts of each code, [K]. Subclasses append further values.
     """
 
     def __init__(self, config: QuantizerConfig, batch: int):
@@ -81,7 +82,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.entries, self.dim = config.entries, config.dim
         self.commitment, self.rotate = config.commitment, config.estimator == "rotation"
-        # Each sample of the global batch gives equally many revival candidates, so that there are at least K in all.
+        # Revival candidates per sample: K / batch, rounded up, so that the global batch gives at least K of them.
         self.candidates_per_sample = -(-self.entries // batch)
         self.candidate_count = self.candidates_per_sample * batch
 
@@ -113,7 +114,7 @@ class Quantizer(nn.Module):
             return Quantized(x_ND.view_as(z_BHWD).movedim(-1, 1), codes_N.view(z_BHWD.shape[:-1]), loss, statistics)
 
     def to_code_space(self, z_ND: torch.Tensor) -> torch.Tensor:
-        """Maps the encoder's vectors to the space in which they are compared with codes. Here it changes nothing."""
+        """Maps the encoder's vectors to the space in which they are compared with codes. Here: returns them unchanged."""
         return z_ND
 
     def quantize(self, z_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -127,7 +128,7 @@ class Quantizer(nn.Module):
         return x_ND, codes_N, loss
 
     def apply_estimator(self, z_ND: torch.Tensor, q_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Connects quantized vectors with the encoder's, so that gradients reach the encoder.
+        """Lets gradients of the quantized vectors reach the encoder's vectors, by the estimator that the config names.
 
         Args:
             z_ND: The encoder's vectors, in code space.
@@ -190,11 +191,11 @@ class Quantizer(nn.Module):
         return candidates.flatten()
 
     def pick_revival_vectors(self, number: int, counts_K: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """Picks the vectors to which codes are revived, the same ones on every rank.
+        """Picks the vectors that unused codes are set to. Every rank picks the same vectors.
 
         Args:
             number: How many vectors to pick, at most K.
-            counts_K: Counts of each code in the global batch. The most used code decides which candidate comes first.
+            counts_K: Counts of each code in the global batch. The index of the most used code selects the first candidate.
             candidates: Sum of revival_candidates() over the global batch.
 
         Returns:
@@ -202,7 +203,7 @@ class Quantizer(nn.Module):
         """
         row = torch.arange(number, device=counts_K.device)
         if number < self.entries:
-            # Neighbouring rows belong to one sample. A stride that is coprime to most sizes spreads the picks over samples.
+            # Neighbouring rows are from the same sample. A stride of 97, coprime to most sizes, spreads the picks over samples.
             row = (row * 97 + int(counts_K.argmax())) % self.candidate_count
         return candidates.view(-1, self.dim)[row]
 
@@ -237,8 +238,8 @@ class Quantizer(nn.Module):
 class StraightThrough(torch.autograd.Function):
     """Straight-through estimator: returns q, and passes q's gradient to z unchanged.
 
-    The usual z + (q - z).detach() rounds. This does no arithmetic, so the result is exactly q, and codes decode to the same
-    images as in training.
+    The usual formula z + (q - z).detach() has rounding errors. This class does no arithmetic, so the result is exactly q, and
+    the decoder gets the same vectors in training as from lookup().
     """
 
     @staticmethod
@@ -248,20 +249,21 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient_ND: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Returns the gradients for z, [N, D], and for q, which gets none."""
+        """Returns the gradient for z, [N, D], and None for q."""
         return gradient_ND, None
 
 
 def random_codebook(config: QuantizerConfig) -> torch.Tensor:
-    """Returns a normal random codebook [K, D] with entries of about length 1; the same for the same number of entries."""
+    """Returns a codebook [K, D] of Gaussian vectors of about length 1. The seed is K, so equal configs give equal codebooks."""
     generator = torch.Generator().manual_seed(config.entries)
     return torch.randn(config.entries, config.dim, generator=generator) * config.dim**-0.5
 
 
 def rotate_onto(z_ND: torch.Tensor, q_ND: torch.Tensor) -> torch.Tensor:
-    """Rotates and rescales z onto q, with rotation and scale constant (Fifty et al. 2024, arXiv:2410.06424, section 4.2).
+    """Rotates and rescales z onto q (Fifty et al. 2024, arXiv:2410.06424, section 4.2).
 
-    The value is q, up to rounding. The gradient is rotated back and rescaled, so that its angle to z equals its angle to q.
+    The result is q, up to rounding. Rotation and scale count as constants, so the backward pass rotates the gradient back and
+    rescales it: the gradient for z has the same angle to z as the gradient for q has to q.
 
     Args:
         z_ND: The encoder's vectors.

@@ -1,8 +1,9 @@
 """VQ-VAE-2 (Razavi, van den Oord, Vinyals 2019, arXiv:1906.00446) with any number of levels; the tokenizer of report 002.
 
 Images are [B, C, H, W] in [-1, 1]. Levels are ordered from fine to coarse: ("codes",), ("bottom", "top"), ("bottom",
-"middle", "top"), ("bottom", "middle1", "middle2", "top") and so on. The grid of level i is the image's size divided by
-∏strides[:i+1]. Each level is encoded given all coarser levels.
+"middle", "top"), ("bottom", "middle1", "middle2", "top") and so on. The side of the grid of level i is the image's side divided
+by the product of strides[:i+1]. The vectors of a level are computed from its features and the quantized vectors of all coarser
+levels.
 """
 
 import math
@@ -24,7 +25,7 @@ class VQVAE2Config(QuantizerConfig, ConvConfig):
     """Config of a VQ-VAE-2."""
 
     kind: Literal["vqvae2"] = "vqvae2"
-    strides: tuple[int, ...] = (4, 2)  # of each level over the next finer one (the first: over the image); powers of two
+    strides: tuple[int, ...] = (4, 2)  # powers of two: downsampling to each level from the next finer one, or from the image
 
     def __post_init__(self):
         QuantizerConfig.__post_init__(self)
@@ -57,14 +58,14 @@ class VQVAE2Config(QuantizerConfig, ConvConfig):
 class VQVAE2(Tokenizer):
     """A chain of encoders, a quantizer for each level, and one decoder for all levels.
 
-    Modules in a list belong to levels 0, 1, …, fine to coarse.
+    The modules of each list are in the order of the levels, fine to coarse.
     """
 
     def __init__(self, config: VQVAE2Config, channels: int, batch: int):
         """Builds the networks.
 
         Args:
-            config: Sizes and kinds of the parts.
+            config: Sizes of the layers, kind of the quantizers.
             channels: Colour channels of the images.
             batch: Global batch size.
         """

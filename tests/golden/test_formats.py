@@ -7,11 +7,13 @@ put the new digest here.
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from hpc.config import digest, from_plain
 from hpc.train.loop import State
 from lesiongen import priors, tokenizers
+from lesiongen.data import augment
 from lesiongen.experiment import PriorConfig, TokenizerConfig, load
 from lesiongen.stages import stages
 
@@ -72,6 +74,15 @@ def test_what_a_stage_is_made_from(path):
     """Names and defaults of config fields: with another digest every run made before is stale."""
     config = load(str(CONFIGS / path), ["data.images=IMAGES", "data.metadata=null"])
     assert digest({name: stage.identity for name, stage in stages(config).items()}) == IDENTITIES[path]
+
+
+def test_draws_of_a_view():
+    """Noise continues the generator where the draws end, so neither their order nor their number may change."""
+    names = "side top left symmetry brightness contrast saturation hue angle aspect one_of"
+    assert tuple(f"{names} crop dihedral hflip vflip rotate jitter noise".split()) == augment.DRAWS
+    rng = torch.Generator().manual_seed(0)
+    augment.augment(torch.zeros(3, 16, 16, dtype=torch.uint8), 16, augment.AugmentConfig(), rng)
+    assert torch.rand(1, generator=rng).item() == pytest.approx(0.16102945804595947)
 
 
 def test_a_checkpoint_with_former_names_resumes(tmp_path):

@@ -1,6 +1,6 @@
 """Strict configs: every mistake is named, what is saved reads back, and fingerprints cover what matters."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,20 @@ def test_numbers_people_write(tmp_path):
     (tmp_path / "x.yaml").write_text("data: {images: here}\ntokenizer: {train: {samples: 80_000, optim: {lr: 3e-4}}}\n")
     made = experiment.load(str(tmp_path / "x.yaml"), ["seed=1e3"])
     assert (made.name, made.tokenizer.train.samples, made.tokenizer.train.optim.lr, made.seed) == ("x", 80000, 3e-4, 1000)
+
+
+def test_a_field_that_was_added_leaves_the_fingerprint_alone_until_it_is_used():
+    @dataclass(frozen=True)
+    class Before:
+        sigma: float = 1.0
+
+    @dataclass(frozen=True)
+    class After(Before):
+        cutout: float = c.added(0.0)
+
+    assert c.to_plain(After(), volatile=False) == c.to_plain(Before(), volatile=False)
+    assert c.to_plain(After(cutout=0.5), volatile=False) == {"sigma": 1.0, "cutout": 0.5}
+    assert c.to_plain(After()) == {"sigma": 1.0, "cutout": 0.0}
 
 
 def test_length_and_place_leave_the_fingerprint_alone():

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from hpc.config import from_plain, to_yaml
+from lesiongen import priors
 from lesiongen.priors import make
 from lesiongen.priors import prior as module
 from lesiongen.priors.gated_pixelcnn import GatedPixelCNNConfig
@@ -25,6 +26,7 @@ PRIORS = {
     "pixelsnail": PixelSNAILConfig(residual_blocks=2, heads=2, kernel=3, **COMMON),
     "pixelsnail without attention": PixelSNAILConfig(residual_blocks=1, attention=False, kernel=5, **COMMON),
 }
+assert {config.kind for config in PRIORS.values()} == priors.PRIORS.keys(), "a prior without contract tests"
 NONE = torch.zeros(1, 0, dtype=torch.long)  # no facts
 
 
