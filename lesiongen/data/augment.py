@@ -17,11 +17,12 @@ GREY = (0.2989, 0.587, 0.114)  # luma weights of BT.601, rounded as in torchvisi
 CHANNEL_HUES = torch.tensor([0.0, 2.0, 4.0]).view(3, 1, 1)  # hues of red, green and blue, in sixths of the colour circle
 OPERATIONS = ("crop", "dihedral", "hflip", "vflip", "rotate", "jitter", "noise")
 # Names of the random numbers that are drawn for every view, also for operations that are switched off. So switching one
-# operation on or off does not change the numbers of another. The order decides the pixels of every view: append only.
+# operation on or off does not change the numbers of another. Never change this list: noise continues the same generator after
+# these draws, so one more number would change every noisy view. A new operation draws from a generator of its own.
 DRAWS = (
     *("side", "top", "left", "symmetry", "brightness", "contrast", "saturation", "hue"),
     *("angle", "aspect", "one_of"),
-    *OPERATIONS,  # decides whether the operation is applied
+    *("crop", "dihedral", "hflip", "vflip", "rotate", "jitter", "noise"),  # decide whether the operation is applied
 )
 
 
@@ -218,9 +219,14 @@ def rotate(image_CHW: torch.Tensor, size: int, angle: float) -> torch.Tensor:
     return _to_uint8(out[0])
 
 
-def dihedral(image_CHW: torch.Tensor, symmetry: int) -> torch.Tensor:
-    """Applies one of the 8 symmetries of the square, numbered 0 to 7; 0 is the identity."""
-    out = torch.rot90(image_CHW, symmetry % 4, (-2, -1))
+def dihedral(x: torch.Tensor, symmetry: int) -> torch.Tensor:
+    """Applies one of the 8 symmetries of the square to the last two dimensions.
+
+    Args:
+        x: One image or a batch.
+        symmetry: From 0 to 7: symmetry % 4 quarter turns, then a flip if symmetry ≥ 4; 0 is the identity.
+    """
+    out = torch.rot90(x, symmetry % 4, (-2, -1))
     return out.flip(-1) if symmetry >= 4 else out
 
 

@@ -16,6 +16,8 @@ from torch import nn
 from torchvision.transforms.v2 import functional as T
 from tqdm import tqdm
 
+from lesiongen.data.images import to_float
+
 SIDE = 64  # pixels
 BATCH = 64
 
@@ -137,11 +139,6 @@ def balanced_order(labels_N: torch.Tensor, number: int, rng: torch.Generator) ->
         rounds = [members[torch.randperm(len(members), generator=rng)] for _ in range(-(-per_class // len(members)))]
         columns.append(torch.cat(rounds)[:per_class])
     return torch.stack(columns, 1).flatten()[:number]
-
-
-def to_float(images_NCHW: torch.Tensor) -> torch.Tensor:
-    """Converts uint8 pixels to float in [-1, 1]."""
-    return images_NCHW.float() / 127.5 - 1
 
 
 def augment_batch(x_BCHW: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from lesiongen.data.augment import dihedral
+
 SIDE = 32
 PERCENTILE = 0.01  # quantile of the held-out distances that is the threshold
 INVISIBLE = 1 / 255  # one grey level: a sample nearer than this is a copy, whatever the held-out distances are
@@ -27,18 +29,12 @@ class Nearest:
     Attributes:
         distance: Distance to the training image, float [N], for pixels in [0, 1].
         index: Index of the training image, int64 [N].
-        form: Symmetry (see apply_symmetry) that brings the training image nearest to the query, int64 [N].
+        form: Symmetry (see augment.dihedral) that brings the training image nearest to the query, int64 [N].
     """
 
     distance: torch.Tensor
     index: torch.Tensor
     form: torch.Tensor
-
-
-def apply_symmetry(x_NCHW: torch.Tensor, form: int) -> torch.Tensor:
-    """Applies one of the 8 symmetries of the square: form % 4 quarter turns, then a flip if form ≥ 4."""
-    rotated = torch.rot90(x_NCHW, form % 4, (-2, -1))
-    return rotated.flip(-1) if form >= 4 else rotated
 
 
 def small(images_NCHW: torch.Tensor) -> torch.Tensor:
@@ -75,7 +71,7 @@ def nearest(
     parts = [(slice(i, i + QUERIES), queries[i : i + QUERIES].to(device)) for i in range(0, len(queries), QUERIES)]
     for first in range(0, len(train_NCHW), chunk):
         part = small(train_NCHW[first : first + chunk].to(device))
-        candidates = torch.stack([apply_symmetry(part, form).flatten(1) for form in range(8)], 1).flatten(0, 1)
+        candidates = torch.stack([dihedral(part, form).flatten(1) for form in range(8)], 1).flatten(0, 1)
         norms = candidates.square().sum(1)
         for rows, query in parts:
             # |query - candidate|² without |query|², which is the same for all candidates.
@@ -90,7 +86,7 @@ def nearest(
     # Compute the smallest distances again, as the root mean square of the difference. Rounding errors of the expanded square
     # above are too large to distinguish a copy from an image that is only similar.
     exact = [
-        (q - apply_symmetry(small(train_NCHW[i : i + 1]), f).flatten()).square().mean().sqrt()
+        (q - dihedral(small(train_NCHW[i : i + 1]), f).flatten()).square().mean().sqrt()
         for q, i, f in zip(queries, index.tolist(), form.tolist(), strict=True)
     ]
     return Nearest(torch.stack(exact) if exact else torch.empty(0), index, form)

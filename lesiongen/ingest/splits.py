@@ -169,7 +169,6 @@ def _join_pairs(
             dropped = next((image for image in new if groups.fixed_split(group_of[image]) == "train"), new[0])
             other = b if dropped == a else a
             rejected[dropped] = f"shows the lesion of {other}, which is in {groups.fixed_split(group_of[other])}"
-    return rejected
 
 
 def refuse_empty(groups: dict[str, int], val: float, test: float) -> None:

@@ -20,6 +20,7 @@ from hpc.run.metrics_log import MetricsLog, metric_name, read_metrics
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
+from lesiongen.data.augment import dihedral
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation import classifier, copies, plots, report
@@ -155,7 +156,7 @@ def _data_metrics(shards: Packed, samples: SampleImages) -> dict:
 
 def _neighbours(nearest: copies.Nearest, closest: list[int], train: RealImages, samples: SampleImages) -> bytes:
     """Draws the samples `closest` to the training images as PNG, each above its nearest training image, turned to match."""
-    training = [copies.apply_symmetry(train.full([nearest.index[i]]), int(nearest.form[i])) for i in closest]
+    training = [dihedral(train.full([nearest.index[i]]), int(nearest.form[i])) for i in closest]
     return images.encode_png(images.tile_images(torch.cat([samples.full(closest), *training]), len(closest)))
 
 

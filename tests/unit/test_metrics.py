@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lesiongen.data.augment import dihedral
 from lesiongen.data.similarity import psnr, ssim
 from lesiongen.evaluation import classifier, copies
 from lesiongen.evaluation.codes import bigram_bits, usage_and_perplexity
@@ -69,10 +70,10 @@ def test_fidelity_compares_the_same_classes_and_says_why_it_cannot():
 @pytest.mark.parametrize("side", [32, 50])
 def test_a_turned_copy_is_found(form: int, side: int):
     train = noise(20, side)
-    found = copies.nearest(copies.apply_symmetry(train[7:8], form), train, chunk=3)
+    found = copies.nearest(dihedral(train[7:8], form), train, chunk=3)
     assert found.index.tolist() == [7]
     assert float(found.distance) < 1e-6
-    assert torch.equal(copies.apply_symmetry(train[found.index], int(found.form)), copies.apply_symmetry(train[7:8], form))
+    assert torch.equal(dihedral(train[found.index], int(found.form)), dihedral(train[7:8], form))
 
 
 def test_copies_are_counted_and_noise_is_not():
@@ -84,7 +85,7 @@ def test_copies_are_counted_and_noise_is_not():
     rate = copies.copy_rate(found.distance, below)
     assert (rate["copies"], rate["number"]) == (5, 25)
     assert found.index[20:].tolist() == [0, 1, 2, 3, 4]
-    gaps = [copies.small(samples[:1]) - copies.small(copies.apply_symmetry(train, form)) for form in range(8)]
+    gaps = [copies.small(samples[:1]) - copies.small(dihedral(train, form)) for form in range(8)]
     plain = min(float(gap.square().mean((1, 2, 3)).min()) for gap in gaps)
     assert float(found.distance[0]) == pytest.approx(plain**0.5, rel=1e-5)
 
