@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from hpc.errors import UserError
+from hpc.errors import LeaderFailed, UserError
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=12)
 
+_control: dist.ProcessGroup | None = None  # gloo group for Python objects and barriers; None = the default group is gloo
 _store: dist.Store | None = None  # key-value store of the process group; leave() counts ranks in it
 
 
@@ -106,8 +107,9 @@ def from_slurm(env: Mapping[str, str]) -> Topology:
 
 def first_host(nodelist: str) -> str:
     """Returns the first host of a Slurm node list: "a01" for "a[01-03,7],b2"."""
-    prefix, ranges, suffix = re.match(r"([^\[,]+)(?:\[([^\]]*)\])?([^,\[]*)", nodelist).groups()
-    return prefix + re.split(r"[,-]", ranges)[0] + suffix if ranges else prefix
+    # The first element ends at the first comma outside brackets; it may have several pairs of brackets, as in "r[1-2]n[01-16]".
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist).group()
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
 
 
 def init(topology: Topology, timeout_s: float = 300.0) -> None:
@@ -120,9 +122,10 @@ def init(topology: Topology, timeout_s: float = 300.0) -> None:
     Raises:
         TimeoutError: Rank 0 cannot be reached, or ranks are missing; the message names them.
     """
-    global _store
+    global _store, _control
     if dist.is_initialized():
         return
+    refuse_shared_gpus(topology)
     if topology.device.type == "cuda":
         torch.cuda.set_device(topology.device)
     backend = "nccl" if topology.device.type == "cuda" else "gloo"
@@ -137,6 +140,38 @@ def init(topology: Topology, timeout_s: float = 300.0) -> None:
     }
     # A long timeout: in run_on_leader() the other ranks wait while rank 0 works alone, for example verifies a checkpoint.
     dist.init_process_group(backend, store=_store, rank=topology.rank, world_size=topology.world_size, timeout=LONGEST_WAIT)
+    # Python objects and barriers go over gloo: over NCCL they would take GPU memory and wait for the kernels before them.
+    _control = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if backend == "nccl" else None
+
+
+def hide_gpus() -> None:
+    """Makes this process, and those that it starts, use the CPU. Call it before anything has used a GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def refuse_shared_gpus(topology: Topology) -> None:
+    """Raises UserError if two ranks of this machine would share a GPU: NCCL cannot join them.
+
+    Only what this process sees can be checked. If each task sees its own GPU only, every task sees one GPU.
+    """
+    count = torch.cuda.device_count() if topology.device.type == "cuda" else 0
+    ranks_here = topology.world_size // topology.nodes
+    if 1 < count < ranks_here or (count == 1 and ranks_here > 1 and os.environ.get("LOCAL_WORLD_SIZE")):
+        raise UserError(
+            f"{ranks_here} ranks on {socket.gethostname()} would share {count} GPU{'s' * (count > 1)}. Start at most one rank "
+            "per GPU (local.ranks, or tasks_per_node in the cluster file), or train on the CPU (local.device=cpu)."
+        )
+
+
+def set_group_timeouts() -> None:
+    """Gives every process group the longest timeout, also groups that libraries have made.
+
+    DeepSpeed makes groups with torch's default of 10 to 30 minutes. An evaluation on one rank may take longer; the watchdog
+    (hpc/train/health.py), whose limit is below this timeout, decides what is a hang.
+    """
+    if world_size() > 1:
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT, group)
 
 
 def _join(topology: Topology, timeout: timedelta) -> dist.Store:
@@ -151,14 +186,17 @@ def _join(topology: Topology, timeout: timedelta) -> dist.Store:
             "its node accepts connections on this port."
         ) from None
     store.set(f"joined/{topology.rank}", socket.gethostname())
-    deadline = time.monotonic() + timeout.total_seconds()
-    while missing := [r for r in range(topology.world_size) if not store.check([f"joined/{r}"])]:
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"after {timeout.total_seconds():.0f} s these ranks of {topology.world_size} have not joined: "
-                f"{', '.join(map(str, missing))}. Look at their logs: a node may be down, or a task failed to start."
-            )
-        time.sleep(0.05)
+    # The last rank to join sets "all": each rank waits for one key, so that joining costs rank 0 the same for many ranks.
+    if store.add("joined", 1) == topology.world_size:
+        store.set("all", "")
+    try:
+        store.wait(["all"], timeout)
+    except dist.DistStoreError:
+        missing = [r for r in range(topology.world_size) if not store.check([f"joined/{r}"])]
+        raise TimeoutError(
+            f"after {timeout.total_seconds():.0f} s these ranks of {topology.world_size} have not joined: "
+            f"{', '.join(map(str, missing))}. Look at their logs: a node may be down, or a task failed to start."
+        ) from None
     return store
 
 
@@ -184,7 +222,7 @@ def leave(timeout_s: float = 60.0) -> None:
 def barrier() -> None:
     """Waits until every rank has called barrier(). Collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+        dist.barrier(_control)
 
 
 def broadcast(value: T, source: int = 0) -> T:
@@ -197,7 +235,7 @@ def broadcast(value: T, source: int = 0) -> T:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source)
+    dist.broadcast_object_list(box, src=source, group=_control)
     return box[0]
 
 
@@ -206,7 +244,7 @@ def gather(value: T) -> list[T]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_control)
     return values
 
 
@@ -227,23 +265,24 @@ def run_on_leader(function: Callable[..., T], *arguments: Any) -> T:
         *arguments: The function's arguments; used on rank 0 only.
 
     Raises:
-        UserError: The function raised UserError. On ranks other than 0: the function raised any error.
+        UserError: The function raised UserError.
+        LeaderFailed: On ranks other than 0: the function raised any other error. That is no mistake of the user, so the ranks
+            fail with exit code 1 and the stage is tried again.
         Exception: On rank 0: the function raised this error.
     """
-    outcome = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if world_size() == 1:
+        return function(*arguments)
+    error, value = None, None
+    if rank() == 0:
         try:
-            outcome = (True, function(*arguments))
-        except UserError as error:
-            outcome = (False, str(error))
-        except Exception as error:
-            if not dist.is_initialized() or dist.get_world_size() == 1:
-                raise
-            broadcast((False, f"rank 0 failed: {error!r}"))
-            raise
-    ok, value = broadcast(outcome)
-    if not ok:
-        raise UserError(value)
+            value = function(*arguments)
+        except Exception as raised:
+            error = raised
+            message = str(raised) if isinstance(raised, UserError) else f"rank 0 failed: {raised!r}"
+            value = UserError(message) if isinstance(raised, UserError) else LeaderFailed(message)
+    failed, value = broadcast((error is not None, value))
+    if failed:
+        raise error or value
     return value
 
 

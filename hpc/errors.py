@@ -12,6 +12,10 @@ class UserError(ValueError):
     """A mistake that the user can correct. The message is one paragraph: what is wrong, where, what to do."""
 
 
+class LeaderFailed(RuntimeError):
+    """An unexpected error on rank 0 ended work that the other ranks waited for. Raised on the other ranks."""
+
+
 class Stopped(Exception):
     """A signal or the end of the allocation stopped the training early. All state is saved; the same command resumes."""
 

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from hpc import errors
+from hpc import dist, errors
 from hpc.config import apply_overrides, digest
 from hpc.errors import UserError
 from launch import executors, pipeline, status
@@ -134,6 +134,8 @@ def reconstruct(options: argparse.Namespace) -> int:
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"{missing[0]} does not exist. Give image files or folders of images.")
     config = experiment.load(options.config, overrides)
+    if config.local.device == "cpu":
+        dist.hide_gpus()
     out = Path(options.out) if options.out else config.directory / "reconstructions"
     means = write_reconstructions(config, paths, out)
     print(f"{means['images']} images: PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.3f}; see {out / 'pairs.png'}")

@@ -68,6 +68,11 @@ class Resources:
     def __post_init__(self):
         if min(self.nodes, self.tasks_per_node, self.cpus_per_task, self.minutes) < 1 or self.mem_gb <= 0:
             raise ValueError("nodes, tasks_per_node, cpus_per_task, minutes and mem_gb must be above 0")
+        if 0 < self.gpus_per_node < self.tasks_per_node:
+            raise ValueError(
+                f"tasks_per_node={self.tasks_per_node} ranks would share gpus_per_node={self.gpus_per_node} GPUs; "
+                "request one GPU per task"
+            )
 
     @property
     def ranks(self) -> int:

@@ -10,7 +10,7 @@ from hpc import dist, errors
 from hpc.dist import Topology
 from hpc.run import mlflow_sync
 from hpc.run.rundir import StageDir
-from hpc.train import allocator, preempt
+from hpc.train import allocator, math_modes, preempt
 from launch.endings import exit_code_of, print_error
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
@@ -30,7 +30,10 @@ def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: S
     Raises:
         Exception: Whatever the stage raises.
     """
+    if config.local.device == "cpu":
+        dist.hide_gpus()
     allocator.keep_freed_memory(topology.device)
+    math_modes.allow_tf32(topology.device)
     uri = mlflow_sync.default_uri(config.directory)
     # MLflow's default store is a SQLite file, and SQLite breaks on the parallel file systems of clusters. A Slurm job
     # therefore sends to an MLflow server only; without a server, `lesiongen ui` reads metrics.jsonl instead.

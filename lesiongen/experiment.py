@@ -152,6 +152,7 @@ class LocalConfig:
     """How ranks are started on this machine."""
 
     ranks: int = volatile(1)  # processes to start on this machine for each stage that can use several
+    device: Literal["auto", "cpu"] = volatile("auto")  # auto: the GPU where there is one; cpu: the CPU in any case
     join_seconds: float = volatile(300.0)  # seconds to wait until all ranks are connected, here and on a cluster
 
     def __post_init__(self):

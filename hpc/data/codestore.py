@@ -11,6 +11,7 @@ with the files that are missing.
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -47,6 +48,9 @@ def write_codes(folder: Path, split: str, draw: int, shard: int, arrays: dict[st
     atomic_write(folder / file_name(split, draw, shard), save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
 
 
+MAX_MAPPED = 256  # files mapped at once: each takes a file descriptor, of which a process often has 1,024
+
+
 class CodeStore:
     """Reads a finished store. Files are mapped into memory, so rows in the page cache are read without a system call.
 
@@ -61,7 +65,7 @@ class CodeStore:
         self.folder = Path(folder)
         self.manifest = manifest.read(self.folder)
         self.levels = self.manifest["levels"]
-        self._mapped: dict[tuple[str, int, int], dict[str, np.ndarray]] = {}
+        self._mapped: OrderedDict[tuple[str, int, int], dict[str, np.ndarray]] = OrderedDict()  # least recently used first
 
     def shards(self, split: str) -> list[dict]:
         """Returns the manifest's entries of a split at draw 0, sorted by shard.
@@ -87,6 +91,9 @@ class CodeStore:
         key = split, draw, shard
         if key not in self._mapped:
             self._mapped[key] = _map_file(self.folder / file_name(*key))
+            if len(self._mapped) > MAX_MAPPED:  # arrays that a caller still holds stay valid
+                self._mapped.popitem(last=False)
+        self._mapped.move_to_end(key)
         return self._mapped[key]
 
     def gather_rows(

@@ -5,6 +5,7 @@ unreadable samples in journals; launch/ keeps the submitted jobs and how their r
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from hpc.run.rundir import atomic_write
@@ -34,13 +35,13 @@ def read(path: Path) -> list[dict]:
     return entries
 
 
-def cut_back(path: Path, samples: int) -> None:
+def cut_back(path: Path, is_known: Callable[[dict], bool]) -> None:
     """Removes the entries after a checkpoint. The resumed training writes them again, so they would be there twice.
 
     Args:
-        path: The journal; nothing happens if it does not exist. Each entry has a key "samples".
-        samples: Samples seen at the checkpoint. Entries with more are removed.
+        path: The journal; nothing happens if it does not exist.
+        is_known: Whether the checkpoint knows of an entry. Other entries are removed.
     """
     if path.exists():
-        remaining = [e for e in read(path) if e["samples"] <= samples]
+        remaining = [entry for entry in read(path) if is_known(entry)]
         atomic_write(path, "".join(json.dumps(e) + "\n" for e in remaining).encode())

@@ -39,15 +39,22 @@ class MetricsLog:
     def __init__(self, stage_dir: Path, enabled: bool = True):
         self.stage_dir, self.enabled = Path(stage_dir), enabled
 
-    def resume(self, samples: int) -> None:
+    def resume(self, samples: int, evaluated: int | None = None) -> None:
         """Removes the lines and pictures that are newer than a checkpoint, and incomplete lines.
 
         Args:
             samples: Samples seen at the checkpoint; 0 for a training from scratch, -1 to remove everything.
+            evaluated: Samples seen at the last evaluation that the checkpoint knows of. Lines of later evaluations are removed,
+                because the resumed run evaluates again. None for a log without evaluations.
         """
         if not self.enabled:
             return
-        journal.cut_back(self.stage_dir / METRICS_FILE, samples)
+
+        def is_known(row: dict) -> bool:
+            limit = evaluated if evaluated is not None and any(name.startswith("val/") for name in row) else samples
+            return row["samples"] <= limit
+
+        journal.cut_back(self.stage_dir / METRICS_FILE, is_known)
         for picture in self.stage_dir.glob("images/*.png"):
             count = picture.stem.rpartition("-")[2]
             if count.isdecimal() and int(count) > samples:

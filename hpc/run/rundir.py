@@ -57,6 +57,19 @@ def atomic_write(path: Path, content: bytes) -> None:
     fsync_dir(path.parent)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Removes the temporary files of atomic_write() that a killed process has left in a directory.
+
+    Call it under the directory's lock, while no other process writes there.
+
+    Args:
+        path: The directory; its subdirectories are searched too.
+    """
+    for leftover in path.rglob(".*.tmp"):
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
+
+
 def environment() -> dict:
     """Returns the versions of Python and packages, the git commit, the machine and the command line, for stage.json."""
     versions = {}

@@ -42,15 +42,22 @@ def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, be
     final, temporary = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
     dist.run_on_leader(_prepare, temporary)
     engine.save(temporary)
-    # Each rank fsyncs the files that it wrote. DeepSpeed puts the rank into their names. Rank 0 wrote all other files.
-    for path in temporary.rglob("*"):
-        if path.is_file() and (dist.rank() == 0 or f"rank_{dist.rank()}_" in path.name):
-            _fsync(path)
-    dist.barrier()
-    header = {"step": step, "world": engine.world_size, "zero": engine.config.zero, "state": state}
+    # Each rank fsyncs and checksums the files that it wrote, so that no rank reads the whole checkpoint.
+    mine = [path for path in sorted(temporary.rglob("*")) if path.is_file() and _writer(path) == dist.rank()]
+    for path in mine:
+        _fsync(path)
+    entries = [manifest.describe(path) | {"name": str(path.relative_to(temporary))} for path in mine]
+    entries = sorted((entry for part in dist.gather(entries) for entry in part), key=lambda entry: entry["name"])
+    header = {"step": step, "world": engine.world_size, "zero": engine.config.zero, "state": state, "files": entries}
     dist.run_on_leader(_commit, temporary, final, header)
     dist.run_on_leader(_delete_old, folder, keep, best)
     return final
+
+
+def _writer(path: Path) -> int:
+    """The rank that wrote a file of a checkpoint: DeepSpeed puts the rank into the names; rank 0 writes all other files."""
+    match = re.search(r"zero_pp_rank_(\d+)_", path.name)
+    return int(match.group(1)) if match else 0
 
 
 def _prepare(temporary: Path) -> None:
@@ -65,10 +72,12 @@ def _fsync(path: Path) -> None:
 
 
 def _commit(temporary: Path, final: Path, header: dict) -> None:
-    """Writes the manifest (the header and the checksum of each file), then renames the directory."""
-    files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    entries = [manifest.describe(p) | {"name": str(p.relative_to(temporary))} for p in files]
-    atomic_write(temporary / MANIFEST, json.dumps(header | {"files": entries}, indent=1).encode() + b"\n")
+    """Writes the manifest, then renames the directory."""
+    missing = [e["name"] for e in header["files"] if not (temporary / e["name"]).exists()]
+    assert not missing, f"files that other ranks have written are not visible on rank 0: {missing[:5]}"
+    for directory in {path.parent for path in temporary.rglob("*")}:
+        fsync_dir(directory)
+    atomic_write(temporary / MANIFEST, json.dumps(header, indent=1).encode() + b"\n")
     # A checkpoint of this step may exist already: from an earlier save, or a damaged one that the resume skipped.
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
@@ -110,6 +119,8 @@ def newest_sound(folder: Path) -> Path | None:
 
 
 def _newest_sound(folder: Path) -> Path | None:
+    for leftover in folder.glob("step-*.tmp"):  # of a save that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     for path in reversed(committed(folder)):
         if not (lines := verify(path)):
             return path
@@ -129,33 +140,31 @@ def needs_universal(path: Path, config: EngineConfig, world: int) -> bool:
         world: The number of ranks that will load the checkpoint.
 
     Raises:
-        UserError: The checkpoint was saved under ZeRO 1 to 3 and the engine uses ZeRO 0.
+        UserError: The checkpoint's ZeRO stage cannot be resumed under the engine's. The stages form three groups, 0, 1 and 2,
+            and 3; DeepSpeed carries no optimizer state from one group to another.
     """
     header = read_manifest(path)
-    if header["zero"] > 0 and config.zero == 0:
+    saved, group = header["zero"], {0: (0,), 1: (1, 2), 2: (1, 2), 3: (3,)}
+    if config.zero not in group[saved]:
+        stages = " or ".join(map(str, group[saved]))
         raise UserError(
-            f"{path} was saved under ZeRO {header['zero']} and cannot be resumed under ZeRO 0. "
-            "Set train.engine.zero to 1, 2 or 3."
+            f"{path} was saved under ZeRO {saved} and cannot be resumed under ZeRO {config.zero}: DeepSpeed cannot convert it. "
+            f"Set train.engine.zero={stages}, or train anew from the start (--fresh)."
         )
-    same = header["world"] == world and header["zero"] == config.zero
-    return not same and (header["zero"] > 0 or config.zero > 0)
+    return saved > 0 and (header["world"] != world or saved != config.zero)
 
 
 def to_universal(path: Path) -> None:
     """Converts a checkpoint's engine state to DeepSpeed's universal format, in the subdirectory universal/. Collective.
 
     Raises:
-        UserError: The checkpoint was saved under ZeRO 0, or DeepSpeed's converter fails.
+        UserError: DeepSpeed's converter fails.
     """
     dist.run_on_leader(_to_universal, path)
 
 
 def _to_universal(path: Path) -> None:
     header = read_manifest(path)
-    if header["zero"] == 0:
-        raise UserError(
-            f"{path} was saved under ZeRO 0 and cannot be resumed under another ZeRO stage. Set train.engine.zero=0."
-        )
     target = path / "universal"
     if target.exists():
         return

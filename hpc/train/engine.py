@@ -113,7 +113,10 @@ class Engine:
         self.micro_batch = config.micro_batch(batch, self.world_size)
         self.config, self.optimizer = config, optimizer
         settings = _deepspeed_config(config, batch, self.micro_batch, universal)
+        if config.precision == "bf16":
+            _autocast_forward(module)
         self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        dist.set_group_timeouts()
         self.module = self.deepspeed.module
         self.device = self.deepspeed.device
         # ZeRO 1 to 3 store filters in flat buffers, which have no channels-last layout. So they convert only the images.
@@ -324,6 +327,17 @@ class Engine:
                 torch.distributed.broadcast(buffer, 0)
 
 
+def _autocast_forward(module: nn.Module) -> None:
+    """Makes the module's forward run under bf16 autocast over fp32 parameters.
+
+    DeepSpeed's own setting, torch_autocast, is not used: from ZeRO 1 on it exchanges the weights and gradients of linear layers
+    and convolutions in bf16, so the result would depend on the ZeRO stage. Under ZeRO 3 it fails for a module that runs twice
+    in a forward pass, because autocast caches the bf16 weights. The cache is therefore off.
+    """
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    module.forward = torch.autocast(device_type, torch.bfloat16, cache_enabled=False)(module.forward)
+
+
 def _deepspeed_config(config: EngineConfig, batch: int, micro_batch: int, universal: bool) -> dict:
     settings = {
         "train_batch_size": batch,
@@ -338,8 +352,6 @@ def _deepspeed_config(config: EngineConfig, batch: int, micro_batch: int, univer
     }
     if config.offload:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    if config.precision == "bf16":
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if universal:
         settings["checkpoint"] = {"load_universal": True}
     return settings

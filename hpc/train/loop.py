@@ -200,11 +200,11 @@ class Trainer:
         self.seed, self.what, self.state = seed, what, state
         self.engine, self.module, self.copy = self._build(start)
         self.log_file = metrics_log.MetricsLog(folder, enabled=topology.leader)
-        self.log_file.resume(state.samples)
+        self.log_file.resume(state.samples, state.evaluated)
         self.ledger = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
         if self.ledger:
-            journal.cut_back(self.ledger, state.samples)
-        self.saved = state.samples
+            journal.cut_back(self.ledger, lambda entry: entry["samples"] <= state.samples)
+        self.saved, self.save_seconds = state.samples, 0.0
         self.speed = Speed()
         self.watchdog = health.Watchdog(folder, topology.rank, config.health.hang_minutes * 60)
         self.progress = progress_bar(config.samples, what, initial=state.samples, shown=topology.leader)
@@ -286,10 +286,12 @@ class Trainer:
     def evaluate(self) -> None:
         """Measures the held-out metrics, exports the weights if they are the best so far, and checks patience.
 
-        If the weights are the best, or if patience has run out, a checkpoint is saved at once: the best checkpoint is kept, and
-        an earlier checkpoint of the same step would not record that training has ended.
+        A checkpoint is saved first: an evaluation may take long or fail, and the best checkpoint is kept. A run that is killed
+        during the evaluation resumes from it and evaluates again.
         """
         state, metric = self.state, self.task.metric
+        if self.saved < state.samples:
+            self.save()
         with self.watchdog.allow_longer(), self.speed.paused():
             self.engine.copy_to(self.copy.to(self.engine.device))
             metrics, pictures = self.task.evaluate(self.copy)
@@ -305,7 +307,7 @@ class Trainer:
             self.copy.to("cpu")  # a whole second model on the device would need the memory that ZeRO 3 saves
         state.evaluated = state.samples
         self._check_patience()
-        if state.ended_length or state.best_at == state.samples:
+        if state.ended_length:  # record that patience has run out: a longer training must start a new patience
             self.save()
 
     def _check_patience(self) -> None:
@@ -320,7 +322,7 @@ class Trainer:
 
     def save(self) -> None:
         """Saves a checkpoint. Collective."""
-        state, batch = self.state, self.config.batch
+        state, batch, began = self.state, self.config.batch, time.monotonic()
         with self.watchdog.allow_longer(), self.speed.paused():
             checkpoint.save(
                 self.folder / "checkpoints",
@@ -330,7 +332,7 @@ class Trainer:
                 self.config.keep,
                 best=state.best_at // batch,
             )
-        self.saved = state.samples
+        self.saved, self.save_seconds = state.samples, time.monotonic() - began
 
     def log(self) -> None:
         """Logs the mean training metrics since the last log line, the speed, a slow rank, and the load of the machine."""
@@ -339,6 +341,8 @@ class Trainer:
         lr = learning_rate(self.config.optim, state.samples - self.config.batch, self.config.samples)
         counters = {"lr": lr, "skipped_steps": state.skipped_total, "bad_samples": state.bad}
         counters |= {"epoch": state.samples / self.task.size, "images_per_second": rate}
+        if self.save_seconds:
+            counters["checkpoint_seconds"], self.save_seconds = self.save_seconds, 0.0
         counters |= flops.throughput(self.task, rate, self.topology.world_size, self.topology.device)
         waits = dist.gather((self.speed.waited, socket.gethostname()))
         if late := health.find_straggler([seconds for seconds, _ in waits], [host for _, host in waits]):

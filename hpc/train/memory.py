@@ -69,7 +69,7 @@ def peak_activations(make: Callable[[], tuple[nn.Module, dict]], bf16: bool = Fa
             # Free each weight's gradient at once; the caller counts weights and gradients.
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with LiveBytes() as live:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 loss = module(batch)["loss"]
             loss.backward()
     return live.peak

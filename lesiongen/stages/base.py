@@ -139,5 +139,6 @@ def _open(resources: contextlib.ExitStack, stage_dir: StageDir, stage: Stage, co
     """Locks the directory until `resources` is closed, and records the stage's settings and inputs in stage.json."""
     # The ranks of a killed run may need a moment to end and release the lock.
     resources.enter_context(rundir.lock(stage_dir.path, wait_s=5))
+    rundir.remove_leftovers(stage_dir.path)
     if not stage.appends:
         stage_dir.begin(config_yaml)
