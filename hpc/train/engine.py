@@ -70,13 +70,13 @@ class Step:
     """The result of one optimizer step, identical on every rank.
 
     Attributes:
-        metrics: Means over the global batch, and "gradient_norm" before clipping.
+        metrics: Means over the global batch, and "gradient_norm" before clipping, which may still be on the device.
         statistics: The model's statistics, summed over micro-batches and ranks.
         accepted: False if the weights were not updated because a loss or gradient was not finite.
         flags: The flags given to step(), summed over ranks.
     """
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | torch.Tensor]
     statistics: torch.Tensor | None
     accepted: bool
     flags: dict[str, float]
@@ -145,7 +145,7 @@ class Engine:
 
         # Sum the non-finite flag, the caller's flags, the metrics and the statistics over the ranks in one all-reduce.
         nonfinite = (~torch.isfinite(self._nonfinite + totals["loss"])).float()
-        scalars = [nonfinite, *(torch.tensor(float(v), device=self.device) for v in flags.values()), *totals.values()]
+        scalars = [nonfinite, *torch.tensor([float(v) for v in flags.values()], device=self.device).unbind(), *totals.values()]
         packed = torch.stack([s.reshape(()).float() for s in scalars])
         if statistics is not None:
             packed = torch.cat([packed, statistics])
@@ -167,7 +167,7 @@ class Engine:
         summed_flags, summed_metrics = sums[: len(flags)], sums[len(flags) :]
         count = self.world_size * self.config.accumulation
         metrics = {name: value / count for name, value in zip(totals, summed_metrics, strict=True)}
-        metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm() if norm is None else norm)
+        metrics["gradient_norm"] = self.deepspeed.get_global_grad_norm() if norm is None else norm
         reduced_statistics = packed[len(scalars) :] if statistics is not None else None
         return Step(metrics, reduced_statistics, accepted, dict(zip(flags, summed_flags, strict=True)))
 

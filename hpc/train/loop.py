@@ -83,7 +83,7 @@ class State:
     skipped: int = 0
     skipped_total: int = 0
     bad: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float | torch.Tensor] = field(default_factory=dict)
     count: int = 0
 
     # Old name of a field in older checkpoints → its name now.
@@ -105,8 +105,11 @@ class State:
             state.patience_from, state.ended_length = state.samples, 0
         return state
 
-    def account(self, step: Step, after: dict[str, float]) -> None:
+    def account(self, step: Step, after: dict[str, torch.Tensor]) -> None:
         """Adds one optimizer step to the counters and sums.
+
+        Metrics on the device are summed there, so that the host does not wait for the device at each step; read_sums() reads
+        them.
 
         Args:
             step: The result of the step.
@@ -118,7 +121,14 @@ class State:
         if step.accepted:
             self.count += 1
             for name, value in (step.metrics | after).items():
+                value = value.detach().double() if isinstance(value, torch.Tensor) else value
                 self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def read_sums(self) -> None:
+        """Replaces the sums on the device by numbers, in one transfer."""
+        on_device = {name: value for name, value in self.sums.items() if isinstance(value, torch.Tensor)}
+        if on_device:
+            self.sums |= dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True))
 
 
 def train(
@@ -323,6 +333,7 @@ class Trainer:
     def save(self) -> None:
         """Saves a checkpoint. Collective."""
         state, batch, began = self.state, self.config.batch, time.monotonic()
+        state.read_sums()
         with self.watchdog.allow_longer(), self.speed.paused():
             checkpoint.save(
                 self.folder / "checkpoints",
@@ -347,6 +358,7 @@ class Trainer:
         waits = dist.gather((self.speed.waited, socket.gethostname()))
         if late := health.find_straggler([seconds for seconds, _ in waits], [host for _, host in waits]):
             counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}
+        state.read_sums()
         means = {f"train/{name}": total / state.count for name, total in state.sums.items()}
         self._log_row(means | counters | metrics_log.system_metrics())
         state.sums, state.count = {}, 0

@@ -29,11 +29,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
         inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        if function is torch.ops.aten.bincount.default:
-            # The length of the result depends on the input's values, which a fake tensor lacks. Use the smallest length.
-            out = args[0].new_empty((kwargs or {}).get("minlength", 0))
-        else:
-            out = function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             # A view shares the storage of an input and needs no memory.
             if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in inputs:

@@ -38,7 +38,7 @@ class Task(Protocol):
             Dicts of tensors for the model, with "key" (names of the samples) and maybe "bad" (samples that were replaced).
         """
 
-    def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, float]:
+    def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Updates the model after an accepted optimizer step, outside the optimizer.
 
         Args:

@@ -171,7 +171,7 @@ class PriorTask:
             "upper": [columns[f"codes.{name}"] for name in self.upper],
         }
 
-    def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, float]:
+    def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Does nothing and returns no metrics: only the optimizer changes a prior."""
         return {}
 

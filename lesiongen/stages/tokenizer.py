@@ -95,7 +95,7 @@ class TokenizerTask:
         batches = self.data.train(position, config.train.batch, micro_batch, config.augment, seed, workers, config.stream)
         return ({k: batch[k] for k in ("image", "slot", "position", "key", "bad")} for batch in batches)
 
-    def after_step(self, module: nn.Module, statistics: torch.Tensor) -> dict[str, float]:
+    def after_step(self, module: nn.Module, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """Updates the codebooks from the statistics of the global batch. Returns the metrics of each level's codebook."""
         return module.net.update(statistics)
 

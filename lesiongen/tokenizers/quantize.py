@@ -56,30 +56,29 @@ class EMAQuantizer(Quantizer):
         return torch.cat([counts, sums.flatten(), self.revival_candidates(z_ND, slot_B, position_B)])
 
     @torch.no_grad()
-    def update(self, statistics: torch.Tensor) -> dict[str, float]:
+    def update(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         sizes = [self.entries, self.entries * self.dim, self.candidate_count * self.dim]
         counts, sums, candidates = statistics.split(sizes)
         mean_count = counts.sum() / self.entries
         # Move the averages. The decay is small at first, which makes the averages short. Early in training the encoder's
         # vectors move by more than their spread within a few steps, and long averages would still count the codes that the
         # vectors have left as used.
-        decay = min(self.decay, (1 + float(self.updates)) / (10 + float(self.updates)))
+        updates = self.updates.double()
+        weight = (1 - ((1 + updates) / (10 + updates)).clamp(max=self.decay)).float()
         self.updates += 1
-        self.count.lerp_(counts, 1 - decay)
-        self.total.lerp_(sums.view_as(self.total), 1 - decay)
+        self.count.lerp_(counts, weight)
+        self.total.lerp_(sums.view_as(self.total), weight)
         mean = self.to_code_space(self.total / self.count.clamp(min=1e-30)[:, None])
         self.codebook.copy_(torch.where(self.count[:, None] > 1e-30, mean, self.codebook))
         # Revive dead codes.
         dead = self.count < self.revive_below * mean_count
-        number = int(dead.sum())
-        if number:
-            vectors = self.pick_revival_vectors(number, counts, candidates)
-            # Set the count of a revived code exactly to the threshold. If no vector is nearest to the code at the next step,
-            # the code is dead again and is set to another vector.
-            self.codebook[dead] = vectors
-            self.count[dead] = self.revive_below * mean_count
-            self.total[dead] = vectors * self.revive_below * mean_count
-        return usage_metrics(counts, number)
+        vectors = self.pick_revival_vectors(dead, counts, candidates)
+        # Set the count of a revived code exactly to the threshold. If no vector is nearest to the code at the next step, the
+        # code is dead again and is set to another vector.
+        self.codebook.copy_(torch.where(dead[:, None], vectors, self.codebook))
+        self.count.copy_(torch.where(dead, self.revive_below * mean_count, self.count))
+        self.total.copy_(torch.where(dead[:, None], vectors * self.revive_below * mean_count, self.total))
+        return usage_metrics(counts, dead.sum())
 
     def initialise_codebook(self, centres_KD: torch.Tensor, vectors_per_centre: float) -> None:
         super().initialise_codebook(centres_KD, vectors_per_centre)
@@ -151,7 +150,7 @@ class GradientQuantizer(Quantizer):
         return torch.cat([counts, self.revival_candidates(z_ND, slot_B, position_B)])
 
     @torch.no_grad()
-    def update(self, statistics: torch.Tensor) -> dict[str, float]:
+    def update(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         counts, candidates = statistics.split([self.entries, self.candidate_count * self.dim])
         self.count.lerp_(counts, 1 - self.decay)
         idle = self.count < self.revive_below * self.count.mean()
@@ -161,10 +160,10 @@ class GradientQuantizer(Quantizer):
         renewed = (torch.arange(self.entries, device=idle.device) + self.updates.long()) % self.TARGET_STEPS == 0
         retargeted = idle & (renewed | ~self.idle)
         self.updates += 1
-        if number := int(retargeted.sum()):
-            self.target[retargeted] = self.pick_revival_vectors(number, counts, candidates)
+        vectors = self.pick_revival_vectors(retargeted, counts, candidates)
+        self.target.copy_(torch.where(retargeted[:, None], vectors, self.target))
         self.idle.copy_(idle)
-        return usage_metrics(counts, number)
+        return usage_metrics(counts, retargeted.sum())
 
     def initialise_codebook(self, centres_KD: torch.Tensor, vectors_per_centre: float) -> None:
         self.book.weight.copy_(centres_KD / ScaledCodebook.SCALE)

@@ -164,7 +164,9 @@ class Quantizer(nn.Module):
         Returns:
             [statistics_size].
         """
-        return torch.bincount(codes_N, minlength=self.entries).float()
+        # Not torch.bincount: on a GPU its result has a length that the host must wait for.
+        counts_K = torch.zeros(self.entries, device=codes_N.device)
+        return counts_K.scatter_add_(0, codes_N, torch.ones_like(codes_N, dtype=torch.float32))
 
     def revival_candidates(self, z_ND: torch.Tensor, slot_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
         """Selects vectors of the batch from which unused codes can be revived, some from each sample.
@@ -190,25 +192,26 @@ class Quantizer(nn.Module):
         candidates[(slot_B[:, None] * self.candidates_per_sample + number_M).flatten()] = z_ND[source_BM.flatten()]
         return candidates.flatten()
 
-    def pick_revival_vectors(self, number: int, counts_K: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    def pick_revival_vectors(self, unused_K: torch.Tensor, counts_K: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Picks the vectors that unused codes are set to. Every rank picks the same vectors.
 
+        All of it stays on the device: to read how many codes are unused would wait for the GPU at each step.
+
         Args:
-            number: How many vectors to pick, at most K.
+            unused_K: Which codes need a vector, bool.
             counts_K: Counts of each code in the global batch. The index of the most used code selects the first candidate.
             candidates: Sum of revival_candidates() over the global batch.
 
         Returns:
-            [number, D].
+            A vector for each code, [K, D]; those of used codes mean nothing.
         """
-        row = torch.arange(number, device=counts_K.device)
-        if number < self.entries:
-            # Neighbouring rows are from the same sample. A stride of 97, coprime to most sizes, spreads the picks over samples.
-            row = (row * 97 + int(counts_K.argmax())) % self.candidate_count
-        return candidates.view(-1, self.dim)[row]
+        row_K = unused_K.long().cumsum(0).sub(1).clamp(min=0)
+        # Neighbouring rows are from the same sample. A stride of 97, coprime to most sizes, spreads the picks over samples.
+        spread_K = (row_K * 97 + counts_K.argmax()) % self.candidate_count
+        return candidates.view(-1, self.dim)[torch.where(unused_K.all(), row_K, spread_K)]
 
     @torch.no_grad()
-    def update(self, statistics: torch.Tensor) -> dict[str, float]:
+    def update(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """Updates the buffers after an accepted step, in the same way on every rank.
 
         Args:
@@ -280,7 +283,7 @@ def rotate_onto(z_ND: torch.Tensor, q_ND: torch.Tensor) -> torch.Tensor:
     return scale * (z_ND - 2 * along * middle_ND + 2 * (z_ND * from_ND).sum(1, keepdim=True) * to_ND)
 
 
-def usage_metrics(counts_K: torch.Tensor, revived: float = 0.0) -> dict[str, float]:
+def usage_metrics(counts_K: torch.Tensor, revived: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
     """Summarises how codes were used in one global batch.
 
     Args:
@@ -288,8 +291,9 @@ def usage_metrics(counts_K: torch.Tensor, revived: float = 0.0) -> dict[str, flo
         revived: Number of codes that were revived.
 
     Returns:
-        "usage", the fraction of codes used at all; "perplexity", exp(entropy) of the distribution of codes; "revived".
+        Scalars on the device: "usage", the fraction of codes used at all; "perplexity", exp(entropy) of the distribution of
+        codes; "revived".
     """
     p = counts_K / counts_K.sum()
     perplexity = torch.exp(-(p * torch.log(p + 1e-10)).sum())
-    return {"usage": float((counts_K > 0).float().mean()), "perplexity": float(perplexity), "revived": float(revived)}
+    return {"usage": (counts_K > 0).float().mean(), "perplexity": perplexity, "revived": counts_K.new_zeros(()) + revived}

@@ -81,7 +81,7 @@ class Tokenizer(nn.Module, ABC):
         device = next(self.parameters()).device
         return quantizer.lookup(torch.arange(quantizer.entries, device=device)[None, None])[0, :, 0].T
 
-    def update(self, statistics: torch.Tensor) -> dict[str, float]:
+    def update(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """Updates the quantizers after an accepted step.
 
         Args:

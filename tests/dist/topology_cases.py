@@ -1,4 +1,4 @@
-"""One leg of a training on some ranks: from scratch or from a checkpoint, with or without one at its end."""
+"""Trains a leg on each rank: some steps, from scratch or from a checkpoint, that may end with a checkpoint."""
 
 import dataclasses
 import hashlib
@@ -10,18 +10,20 @@ import torch
 from hpc import dist
 from hpc.train import checkpoint
 from hpc.train.engine import Engine, EngineConfig, Step
-from hpc.train.optim import OptimConfig, learning_rate, build_optimizer
+from hpc.train.optim import OptimConfig, build_optimizer, learning_rate
 from lesiongen import experiment
 from lesiongen.data.packed import Packed
 from lesiongen.stages.tokenizer import TokenizerTask
 
 BATCH, TOTAL = 16, 96  # samples
-DECAY = 0.6  # of averages; short, so that a wrong one shows in a few steps
+DECAY = 0.6  # of averaged weights per step; far from 1, so that an error shows after a few steps
 RATES = {"adamw": 1e-3, "adam": 1e-3, "sgd": 1e-2}
 
 
 @dataclasses.dataclass
 class Leg:
+    """Result of some steps of a training. The lists have an item for each step or for each rank."""
+
     losses: list[float]
     norms: list[float]
     weights: np.ndarray  # as exported
@@ -30,11 +32,16 @@ class Leg:
 
 
 class Trainer:
-    """The tiny tokenizer and its engine, from scratch or from the newest checkpoint in `load`."""
+    """A tiny tokenizer and its engine, from scratch or from the newest checkpoint in `load`."""
 
-    def __init__(self, topology, run: str, engine: dict, name: str = "adamw", load: str | None = None):
+    def __init__(
+        self, topology, run: str, engine: dict, name: str = "adamw", load: str | None = None, model: dict | None = None
+    ):
         config = experiment.load(f"{run}/config.yaml")
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
+        if model:
+            own = dataclasses.replace(config.tokenizer, model=dataclasses.replace(config.tokenizer.model, **model))
+            config = dataclasses.replace(config, tokenizer=own)
         self.task = TokenizerTask(config, Packed([Path(run) / "shards"]), Path(run) / "unused")
         self.optim = OptimConfig(name=name, lr=RATES[name], weight_decay=0.1, schedule="piecewise", pieces=(1, 1, 0.5))
         settings = EngineConfig(**engine)
@@ -42,7 +49,7 @@ class Trainer:
         universal = start is not None and checkpoint.needs_universal(start, settings, topology.world_size)
         if universal:
             checkpoint.to_universal(start)
-        torch.manual_seed(1 if start else 0)  # other weights than the saved ones, so that loading makes them equal
+        torch.manual_seed(1 if start else 0)  # initial weights differ from the saved ones: loading must restore them
         self.module = self.task.build()
         self.engine = Engine(self.module, build_optimizer(self.module, self.optim), settings, BATCH, universal)
         self.seen = checkpoint.read_manifest(start)["state"]["samples"] if start else 0
@@ -51,7 +58,7 @@ class Trainer:
         self.batches = self.task.stream(self.seen, self.engine.micro_batch)
 
     def step(self, poison: bool = False) -> Step:
-        """poison: a NaN in the images of this rank."""
+        """Trains for one step. poison: put NaN into the images of this rank."""
         micro = [next(self.batches) for _ in range(self.engine.config.accumulation)]
         for batch in micro:
             batch.pop("key"), batch.pop("bad")
@@ -65,6 +72,7 @@ class Trainer:
 
 
 def leg(topology, run: str, engine: dict, steps: int, name: str = "adamw", load: str | None = None, save: str | None = None):
+    """Trains for some steps, from the newest checkpoint in `load` if given, and saves a checkpoint to `save` if given."""
     trainer = Trainer(topology, run, engine, name, load)
     metrics = [trainer.step().metrics for _ in range(steps)]
     if save:
@@ -73,7 +81,7 @@ def leg(topology, run: str, engine: dict, steps: int, name: str = "adamw", load:
     trainer.engine.copy_to(plain)
     weights = np.concatenate([p.detach().flatten().numpy() for p in plain.parameters()])
     own = b"".join(q.codebook.numpy().tobytes() for q in trainer.module.net.quantizers)
-    chosen = trainer.engine.optimizer
-    settings = [g["weight_decay"] for g in chosen.param_groups], {float(s["step"]) for s in chosen.state.values()}
+    optimizer = trainer.engine.optimizer
+    settings = [g["weight_decay"] for g in optimizer.param_groups], {float(s["step"]) for s in optimizer.state.values()}
     books, settings = dist.gather(hashlib.sha256(own).hexdigest()), dist.gather(settings)
-    return Leg([m["loss"] for m in metrics], [m["gradient_norm"] for m in metrics], weights, books, settings)
+    return Leg([m["loss"] for m in metrics], [float(m["gradient_norm"]) for m in metrics], weights, books, settings)
