@@ -1,8 +1,8 @@
-"""Data shared by the tests: phantom lesions, packed once per session."""
+"""Fixtures of all tests: phantom images, a run with packed shards, and pools of rank processes."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # ranks share two cores; and sums come out alike whatever the machine
+os.environ["OMP_NUM_THREADS"] = "1"  # ranks do not compete for cores, and sums round alike on every machine
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 from pathlib import Path
@@ -16,7 +16,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
-    """Folder with images/ and metadata.csv: 7 classes × 12 lesions, 48 px."""
+    """Returns a folder with images/ and metadata.csv: 7 classes with 12 lesions each, 48 px."""
     from lesiongen.ingest import phantom
 
     folder = tmp_path_factory.mktemp("phantoms")
@@ -26,13 +26,14 @@ def phantoms(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_images() -> Path:
+    """Returns the folder of real images. Skips the test if this machine does not have it."""
     if not SHARED.exists():
         pytest.skip("the real images are not on this machine")
     return SHARED
 
 
 def tiny(phantoms: Path, runs: Path, **more) -> list[str]:
-    """Overrides that make the demo's config take seconds: 32 px, grids 8² + 4²."""
+    """Returns overrides with which a run of the demo's config takes seconds: images of 32 px, code grids of 8×8 and 4×4."""
     settings = {
         "name": "tiny",
         "runs": runs,
@@ -74,7 +75,7 @@ def tiny(phantoms: Path, runs: Path, **more) -> list[str]:
 
 @pytest.fixture(scope="session")
 def pools():
-    """pools(world) → Ranks, started once and again after a failure."""
+    """pools(world) returns `world` rank processes. All tests share them; they are started again after a failure."""
     started: dict[int, Ranks] = {}
 
     def get(world: int) -> Ranks:
@@ -92,7 +93,7 @@ DEMO = str(Path(__file__).parent.parent / "configs" / "demo.yaml")
 
 @pytest.fixture(scope="session")
 def packed(phantoms, tmp_path_factory) -> Path:
-    """A run directory whose shards are packed."""
+    """Returns a run directory in which only the pack stage has run."""
     from launch.__main__ import main
 
     runs = tmp_path_factory.mktemp("packed")

@@ -1,5 +1,7 @@
-"""A pool of rank processes that stays for the session: DeepSpeed takes seconds to import. A case that takes over 120 s
-is ended, with every rank's stack printed."""
+"""Rank processes that run for the whole test session, because importing DeepSpeed takes seconds.
+
+If a call takes longer than TIMEOUT_S, every rank prints its stack and is killed.
+"""
 
 import faulthandler
 import multiprocessing
@@ -32,6 +34,8 @@ def _rank(rank: int, world: int, port: int, pipe) -> None:
 
 
 class Ranks:
+    """`world` processes on this machine that form one process group."""
+
     def __init__(self, world: int):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -39,14 +43,14 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(rank, world, port, theirs))
+            our_end, rank_end = context.Pipe()
+            process = context.Process(target=_rank, args=(rank, world, port, rank_end))
             process.start()
-            self.pipes.append(ours)
+            self.pipes.append(our_end)
             self.processes.append(process)
 
     def run(self, function, *arguments) -> list:
-        """function(topology, *arguments) on every rank; the results in rank order. A failure on any rank fails."""
+        """Calls function(topology, *arguments) on every rank. Returns the results in rank order. Fails if any rank fails."""
         for pipe in self.pipes:
             pipe.send((function, arguments))
         results, deadline = [], time.monotonic() + TIMEOUT_S

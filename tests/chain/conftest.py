@@ -1,4 +1,4 @@
-"""Shared by the tests of MLflow."""
+"""Fixtures of the MLflow tests."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from hpc.run import mlflow_sync
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One `runs` for all sqlite tests, since making a store takes seconds; a space in its path, as people have."""
+    """Returns one `runs` folder for all SQLite tests, because creating a store takes seconds. Its path has a space."""
     patch = pytest.MonkeyPatch()
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in mlflow_sync.MLFLOW_ENVIRONMENT:

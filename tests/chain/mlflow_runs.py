@@ -1,4 +1,4 @@
-"""Runs that MLflow is told of, and what its stores then hold."""
+"""Helpers of the MLflow tests: they write run directories, and read back what MLflow's stores hold."""
 
 import json
 import time
@@ -20,18 +20,20 @@ def make_run(runs, name, stages=("tokenizer",), lines=4, experiment=None):
 
 
 def extend(stage, counts, offset=0.0):
+    """Logs a loss and a system metric at each of these numbers of samples."""
     log = MetricsLog(stage)
     for count in counts:
         log.log(count // 10, count, {"train/loss": 1 / count + offset, "system/cpu_percent": 50.0})
 
 
-def mark(stage, **record):
+def write_stage_record(stage, **record):
     stage.mkdir(exist_ok=True)
     (stage / "stage.json").write_text(json.dumps({"done": False, "created": 1.7e9} | record))
 
 
 def new_process():
-    mlflow_sync._checked.clear()  # all that a process remembers between two syncs
+    """Makes the next sync behave as in a new process."""
+    mlflow_sync._checked.clear()  # the only state that a process keeps between two syncs
 
 
 def client_of(run, uri=None):
@@ -39,6 +41,7 @@ def client_of(run, uri=None):
 
 
 def entry_of(run, stage="tokenizer", uri=None):
+    """Returns the entry of mlflow.json for a stage, or for the run as a whole if `stage` is None."""
     store = json.loads((run / "mlflow.json").read_text())["stores"][uri or default_uri(run)]
     return store["stages"][stage] if stage else store["parent"]
 

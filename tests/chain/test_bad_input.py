@@ -1,4 +1,4 @@
-"""Each mistake gets one clear paragraph and exit code 2, or a counted rejection; what was there stays as it was."""
+"""Each mistake in the input gives one clear message and exit code 2, or a listed rejection. Earlier results stay unchanged."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ HEADER = ["image_id", "lesion_id", "dx"]
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """60 small images of two classes, and their CSV."""
+    """Returns a folder with 60 small images of two classes and their CSV."""
     (tmp_path / "images").mkdir()
     rows = []
     for i in range(60):
@@ -58,6 +58,7 @@ def rejected(folder: Path) -> dict[str, str]:
 
 
 def refused(capsys, *words: str) -> None:
+    """Checks that stderr holds exactly one message of the command, all these words, and no traceback."""
     error = capsys.readouterr().err
     assert all(w in error for w in words), error
     assert "Traceback" not in error
@@ -133,7 +134,7 @@ def test_too_many_rejections_stop_the_stage(folder, capsys):
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of 60 bytes that claims side × side pixels."""
+    """Returns a PNG of 60 bytes that claims side × side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -213,7 +214,7 @@ def test_other_settings_for_finished_shards_are_refused(folder, capsys):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own that is soon full: returns (path, resize)."""
+    """Mounts a small file system, which the test fills up. Yields (path, resize)."""
 
     def mount(*options: str) -> int:
         return subprocess.run(["mount", "-t", "tmpfs", "-o", *options, "tmpfs", str(path)], capture_output=True).returncode
@@ -249,7 +250,7 @@ def test_a_full_disk_and_then_a_larger_one(folder, small_disk, capfd):
 
 @pytest.mark.parametrize("size", ["400k", "700k"])
 def test_a_disk_that_fills_up_in_training(packed, phantoms, small_disk, capfd, size):
-    """Wherever it strikes, checkpoint or log, the same command goes on once there is room."""
+    """The disk fills up while a checkpoint or a log is written. When there is room again, the same command must resume."""
     disk, resize = small_disk
     assert resize(size) == 0
     more = [f"inputs.shards={packed}", "tokenizer.train.save_every=32", "tokenizer.train.samples=96"]

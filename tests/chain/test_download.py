@@ -1,4 +1,4 @@
-"""lesiongen download against a local host with small archives laid out as the real ones, which tests cannot reach."""
+"""`lesiongen download` from a local server with small archives that have the layout of the real ones."""
 
 import hashlib
 import io
@@ -19,13 +19,13 @@ from lesiongen.ingest import catalog, download
 from lesiongen.ingest.public import SETS, DataSet, File
 from tests.faults.test_storage import Server
 
-HOT = {"nv": "0,1,0,0,0,0,0", "mel": "1,0,0,0,0,0,0"}
+ONE_HOT = {"nv": "0,1,0,0,0,0,0", "mel": "1,0,0,0,0,0,0"}
 
 
 def picture(n: int) -> bytes:
     out = io.BytesIO()
     Image.frombytes("RGB", (24, 24), os.urandom(24 * 24 * 3)).save(out, "JPEG", quality=95)
-    return out.getvalue() + bytes([n % 256]) * 20_000  # long enough to be cut
+    return out.getvalue() + bytes([n % 256]) * 20_000  # so long that a transfer can be cut in the middle
 
 
 def zipped(files: dict[str, bytes | str]) -> bytes:
@@ -43,7 +43,7 @@ def pictures(folder: str, first: int, number: int) -> bytes:
 
 
 def host_of(name: str) -> dict[str, bytes]:
-    """Everything the owners' hosts hold of a data set, small."""
+    """Returns {file name: content} of a public data set, as its owner's servers offer it, but with few and small images."""
     if name == "isic-2016":
         part = "ISBI2016_ISIC_Part3_"
         return {
@@ -62,7 +62,7 @@ def host_of(name: str) -> dict[str, bytes]:
     files = {"ISIC2018_Task3_Training_LesionGroupings.csv": b"image,lesion_id,diagnosis_confirm_type\nISIC_0000000,HAM_7,x\n"}
     for k, split in enumerate(("Training", "Validation", "Test")):
         stem = f"ISIC2018_Task3_{split}"
-        rows = [f"ISIC_{10 * k + n:07d},{HOT['mel' if n else 'nv']}" for n in range(3)]
+        rows = [f"ISIC_{10 * k + n:07d},{ONE_HOT['mel' if n else 'nv']}" for n in range(3)]
         table = "\n".join(["image,MEL,NV,BCC,AKIEC,BKL,DF,VASC", *rows])
         files[f"{stem}_GroundTruth.zip"] = zipped({f"{stem}_GroundTruth/{stem}_GroundTruth.csv": table})
         files[f"{stem}_Input.zip"] = pictures(f"{stem}_Input", 10 * k, 3)
@@ -71,7 +71,7 @@ def host_of(name: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def host(monkeypatch):
-    """A host of one small data set of two files; `SETS` says what is true of them."""
+    """A server with a small data set, "toy", of two files. SETS lists their true sizes and checksums."""
     table, archive = b"image,dx\nISIC_0000000,nv\nISIC_0000001,mel\n", pictures("Train_Data", 0, 2)
     files = (
         File("table.csv", (), len(table), "sha256:" + hashlib.sha256(table).hexdigest()),
@@ -84,12 +84,14 @@ def host(monkeypatch):
 
 
 def unpublished(monkeypatch) -> None:
+    """Removes the sizes and checksums of the data set "toy" from SETS."""
     files = tuple(replace(f, bytes=None, checksum=None) for f in SETS["toy"].files)
     monkeypatch.setitem(SETS, "toy", replace(SETS["toy"], files=files))
 
 
 def ranges(server: Server, path: str) -> list[str]:
-    return [wanted for method, there, wanted in server.log if there == path and method == "GET"]
+    """Returns the Range header of each GET request for a path, "" if the request had none."""
+    return [requested_range for method, logged_path, requested_range in server.log if logged_path == path and method == "GET"]
 
 
 def names(folder: Path) -> list[str]:
@@ -100,13 +102,13 @@ def names(folder: Path) -> list[str]:
 def test_each_set_comes_whole_and_pack_understands_it(name, tmp_path, monkeypatch, capsys):
     files = host_of(name)
     assert sorted(files) == sorted(f.name for f in SETS[name].files)
-    real = tuple(replace(f, bytes=None, checksum=None) for f in SETS[name].files)
-    monkeypatch.setitem(SETS, name, replace(SETS[name], files=real))
+    unchecked = tuple(replace(f, bytes=None, checksum=None) for f in SETS[name].files)
+    monkeypatch.setitem(SETS, name, replace(SETS[name], files=unchecked))
     with Server({f"/mirror/{k}": v for k, v in files.items()}) as server:
         download.download(name, tmp_path, server.url + "/mirror/")
         before = len(server.log)
         download.download(name, tmp_path, server.url + "/mirror")
-        assert len(server.log) == before, "nothing is fetched twice"
+        assert len(server.log) == before, "the second call sent requests"
     out = capsys.readouterr().out
     assert f"lesiongen pack --images {tmp_path}/images --metadata {tmp_path}/metadata --out {tmp_path}/shards" in out
     licence = (tmp_path / "LICENCE.txt").read_text()
@@ -248,10 +250,10 @@ def test_unpacking_goes_on_and_mends(tmp_path):
     (tmp_path / "x.zip").write_bytes(pictures("d", 0, 3))
     assert download.unpack(tmp_path / "x.zip", tmp_path) == {"images/x": 4}
     first, second = tmp_path / "images/x/ISIC_0000000.jpg", tmp_path / "images/x/ISIC_0000001.jpg"
-    kept = first.stat().st_ino
+    inode = first.stat().st_ino
     second.write_bytes(b"half")
     download.unpack(tmp_path / "x.zip", tmp_path)
-    assert first.stat().st_ino == kept and second.stat().st_size > 20_000
+    assert first.stat().st_ino == inode and second.stat().st_size > 20_000
 
 
 def test_wrong_names_and_places(host, tmp_path):

@@ -1,4 +1,4 @@
-"""hpc/run/mlflow_sync.py against the real MLflow and its sqlite store."""
+"""Tests hpc/run/mlflow_sync.py with the real MLflow and its SQLite store."""
 
 import json
 import math
@@ -12,7 +12,18 @@ import pytest
 from hpc.run import mlflow_sync
 from hpc.run.metrics_log import MetricsLog
 from hpc.run.mlflow_sync import Follower, default_uri, sync
-from tests.chain.mlflow_runs import CONFIG, client_of, entry_of, expected, extend, history, make_run, mark, new_process, runs_of
+from tests.chain.mlflow_runs import (
+    CONFIG,
+    client_of,
+    entry_of,
+    expected,
+    extend,
+    history,
+    make_run,
+    new_process,
+    runs_of,
+    write_stage_record,
+)
 
 pytest.importorskip("sqlalchemy", reason="the http-only mlflow-skinny has no store of its own")
 
@@ -20,7 +31,7 @@ pytest.importorskip("sqlalchemy", reason="the http-only mlflow-skinny has no sto
 def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     run = make_run(runs, "two", ("tokenizer", "prior-top"))
-    mark(run / "tokenizer", done=True, finished=1.7e9 + 60)
+    write_stage_record(run / "tokenizer", done=True, finished=1.7e9 + 60)
     log = MetricsLog(run / "prior-top")
     log.log(9, 90, {"bad": math.nan, "worse": math.inf})
     log.image("samples", 90, b"first")
@@ -54,11 +65,11 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     picture = artifacts / children["prior-top"].info.run_id / "artifacts/images/samples-000000090.png"
     assert picture.read_bytes() == b"first"
 
-    # The rest of the run: another picture, the report, all done. A changed parameter keeps its first value.
+    # The run ends: one more picture, the report, all stages done. MLflow keeps the first value of a changed parameter.
     (run / "config.yaml").write_text(CONFIG.format(name="two").replace("width: 128", "width: 256\n  depth: 4"))
     MetricsLog(run / "prior-top").image("samples", 100, b"second")
-    mark(run / "prior-top", done=True)
-    mark(run / "report", done=True)
+    write_stage_record(run / "prior-top", done=True)
+    write_stage_record(run / "report", done=True)
     (run / "report" / "report.html").write_text("<p>one")
     assert sync(run, default_uri(run)) == mlflow_sync.SyncResult(0, 1)
     page = artifacts / parent.info.run_id / "artifacts/report.html"
@@ -70,21 +81,21 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
     assert page.read_text() == "<p>second"
 
-    # A longer training of a finished stage goes on in the same run.
-    mark(run / "tokenizer", done=False)
+    # A longer training of a finished stage continues the same MLflow run.
+    write_stage_record(run / "tokenizer", done=False)
     extend(run / "tokenizer", [50])
     assert sync(run, default_uri(run)).metrics == 4
     assert len(runs_of(run)) == 3
     status = {r.info.run_name: r.info.status for r in runs_of(run)}
     assert status == {"two": "RUNNING", "tokenizer": "RUNNING", "prior-top": "FINISHED"}
 
-    assert capfd.readouterr() == ("", ""), "MLflow and alembic are to be quiet"
+    assert capfd.readouterr() == ("", ""), "MLflow or alembic printed something"
     assert list(tmp_path.iterdir()) == [], "MLflow left something in the working directory"
 
 
 @pytest.mark.parametrize("what", ["cursor", "ids", "wrong ids", "nothing but the uid"])
 def test_a_crash_between_sending_and_the_cursor(runs, what):
-    """mlflow.json is put back to what it was before the send, as a crash leaves it, or to what an older copy says."""
+    """Resets mlflow.json to its content before the second sync, as after a crash. Some cases also change or remove entries."""
     run = make_run(runs, f"crash-{what.replace(' ', '-')}")
     state = run / "mlflow.json"
     sync(run, default_uri(run))
@@ -94,14 +105,14 @@ def test_a_crash_between_sending_and_the_cursor(runs, what):
     store = old["stores"][default_uri(run)]
     if what == "ids":
         del store["stages"]["tokenizer"], store["parent"]["id"]
-    elif what == "wrong ids":  # the store was replaced by another
+    elif what == "wrong ids":  # as after the database was replaced by another
         store["parent"]["id"] = store["stages"]["tokenizer"]["id"] = "0" * 32
     elif what == "nothing but the uid":
         old["stores"] = {}
     state.write_text(json.dumps(old))
     extend(run / "tokenizer", [80])
     new_process()
-    assert sync(run, default_uri(run)).metrics == 4, "only the line that is new"
+    assert sync(run, default_uri(run)).metrics == 4, "sync must send only the new line"
     assert history(run) == expected(run)
     assert len(expected(run)) == 8
     assert len(runs_of(run)) == 2
@@ -121,7 +132,7 @@ def test_the_cursor_in_another_process(runs):
 
 
 def test_a_lost_answer_and_a_refused_request(runs, monkeypatch):
-    """The second of three requests is refused; when it is sent again its answer is lost; then all is well."""
+    """The second of three requests fails. The next sync repeats it, but the answer is lost. The third sync sends the rest."""
     run = make_run(runs, "lost", lines=600)
     sync(run, default_uri(run))
     extend(run / "tokenizer", range(6010, 12010, 10))  # 2,400 values: three requests
@@ -146,7 +157,7 @@ def test_a_lost_answer_and_a_refused_request(runs, monkeypatch):
 
 
 def test_a_resume_doubles_no_point(runs):
-    """Cut back and trained again: what was sent stays as it was, and goes on where it ended."""
+    """After a resume, some samples are logged again. MLflow must keep the points that it has, and get only the later ones."""
     run = make_run(runs, "resume", lines=6)
     sync(run, default_uri(run))
     before = history(run)
@@ -156,13 +167,13 @@ def test_a_resume_doubles_no_point(runs):
     extend(run / "tokenizer", [40], offset=1.0)
     assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
     log.resume(20)
-    extend(run / "tokenizer", range(70, 160, 10), offset=2.0)  # longer than ever before the next sync
+    extend(run / "tokenizer", range(70, 160, 10), offset=2.0)  # beyond the samples that MLflow has
     assert sync(run, default_uri(run)).metrics == 9 * 4
     assert history(run) == before + [(count, 1 / count + 2.0) for count in range(70, 160, 10)]
 
 
 def test_two_lines_at_one_count_and_a_torn_one(runs):
-    """Held-out figures come in a line of their own, at the same samples as the training's, perhaps a sync later."""
+    """Held-out metrics have a line of their own with the samples of the training metrics. They may be sent one sync later."""
     run = make_run(runs, "lines", lines=1)
     sync(run, default_uri(run))
     log = MetricsLog(run / "tokenizer")
@@ -180,11 +191,11 @@ def test_two_lines_at_one_count_and_a_torn_one(runs):
 
 def test_fresh_is_another_run_and_a_deleted_one_stays_deleted(runs):
     run = make_run(runs, "fresh")
-    mark(run / "tokenizer", created=1.7e9)
+    write_stage_record(run / "tokenizer", created=1.7e9)
     sync(run, default_uri(run))
     first = entry_of(run)["id"]
     MetricsLog(run / "tokenizer").resume(0)
-    mark(run / "tokenizer", created=1.8e9)
+    write_stage_record(run / "tokenizer", created=1.8e9)
     extend(run / "tokenizer", [10, 20], offset=5.0)
     assert sync(run, default_uri(run)).metrics == 8
     assert history(run) == [(10, 5.1), (20, 5.05)]
@@ -202,12 +213,12 @@ def test_fresh_is_another_run_and_a_deleted_one_stays_deleted(runs):
 
 
 def test_runs_of_one_name_and_many_at_once(runs):
-    """Two runs of one experiment, each followed from two sides while it writes: what two priors side by side do."""
+    """Two runs of one experiment log while two followers send each of them, as when two priors train at the same time."""
     both = [make_run(runs, name, ("tokenizer", "prior-top"), experiment="shared") for name in ("a", "b")]
-    trackers = [MetricsLog(run / stage) for run in both for stage in ("tokenizer", "prior-top")]
+    logs = [MetricsLog(run / stage) for run in both for stage in ("tokenizer", "prior-top")]
     followers = [Follower(run, default_uri(run), interval=0.01) for run in both for _ in range(2)]
     for count in range(50, 650, 10):
-        for log in trackers:
+        for log in logs:
             log.log(count // 10, count, {"train/loss": 1 / count})
         time.sleep(0.005)
     assert all(follower.close() for follower in followers)

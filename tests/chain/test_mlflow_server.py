@@ -1,4 +1,4 @@
-"""The Follower and `lesiongen ui` beside real servers: killed in the middle, deaf, and as a user starts them."""
+"""The Follower and `lesiongen ui` with real servers: one is killed, one never answers, one shows runs."""
 
 import http.client
 import json
@@ -41,7 +41,7 @@ def answers(port):
 
 
 class Server:
-    """A real one, whose store outlives it."""
+    """A real MLflow server. A server that is started after a kill has the same store."""
 
     def __init__(self, folder):
         self.folder, self.port, self.process = folder, free_port(), None
@@ -90,19 +90,19 @@ def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
         train(50)
         wait_for(lambda: arrived() > 10)
         assert run_link(run, server.uri).startswith(f"{server.uri}/#/experiments/")
-        stop = threading.Timer(0.1, server.kill)  # in the middle of the sending
-        stop.start()
+        timer = threading.Timer(0.1, server.kill)  # kill the server while the follower sends
+        timer.start()
         train(200)
-        stop.join()
+        timer.join()
         wait_for(lambda: follower.failures > 1)
         before = time.monotonic()
         assert not follower.close(deadline=3)
         assert time.monotonic() - before < 4
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 2
-        assert "Training continues" in said[0]
-        assert "did not receive the last metrics" in said[1]
-        assert slowest < 0.5, "log() waited for the server"  # it is a write to a file; half a second is a busy machine
+        messages = capsys.readouterr().err.splitlines()
+        assert len(messages) == 2
+        assert "Training continues" in messages[0]
+        assert "did not receive the last metrics" in messages[1]
+        assert slowest < 0.5, "log() waited for the server"  # log() only writes to a file; 0.5 s allows for a busy machine
         sent = arrived()
         train(10)
 
@@ -123,29 +123,29 @@ def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
 
 
 def test_a_server_that_hangs_does_not_hold_up_the_exit(runs, tmp_path):
-    """It takes the connection and never answers."""
+    """The server accepts the connection and never answers."""
     run = make_run(tmp_path, "hang")
-    with socket.create_server(("127.0.0.1", 0)) as deaf:
+    with socket.create_server(("127.0.0.1", 0)) as silent_server:
         code = (
             "import mlflow, sys, time; from hpc.run.mlflow_sync import Follower\n"
             "follower = Follower(sys.argv[1], sys.argv[2], interval=0.01)\n"
             "time.sleep(0.3); before = time.monotonic()\n"
             "assert not follower.close(deadline=0.5); print(time.monotonic() - before); print(time.time())\n"
         )
-        uri = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        uri = f"http://127.0.0.1:{silent_server.getsockname()[1]}"
         done = subprocess.run(
             [sys.executable, "-c", code, str(run), uri], capture_output=True, text=True, timeout=60, check=True
         )
-        ended = time.time()
-    closing, left = map(float, done.stdout.split())
-    assert 0.4 < closing < 1.5
-    assert ended - left < 2.0
+        ended_at = time.time()
+    close_seconds, left_at = map(float, done.stdout.split())
+    assert 0.4 < close_seconds < 1.5
+    assert ended_at - left_at < 2.0
     assert "did not receive the last metrics" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_serve_shows_what_is_there_and_what_comes(tmp_path):
-    """What `lesiongen ui` does, on a store that does not exist yet, beside a run that goes on."""
+    """Runs the function behind `lesiongen ui` without an existing store, while a run continues to log."""
     runs, port = tmp_path / "runs", free_port()
     run = make_run(runs, "ham")
     MetricsLog(run / "tokenizer").image("recon", 10, b"a picture")
@@ -157,11 +157,11 @@ def test_serve_shows_what_is_there_and_what_comes(tmp_path):
         assert process.stdout.readline() == f"MLflow shows {runs} at http://127.0.0.1:{port} (Ctrl-C ends it)\n"
         wait_for(lambda: (run / "mlflow.json").exists() and '"offset"' in (run / "mlflow.json").read_text())
         child = entry_of(run)["id"]
-        where = f"/get-artifact?path=images/recon-000000010.png&run_uuid={child}"
-        wait_for(lambda: get(port, where) == (200, b"a picture"))
+        picture_path = f"/get-artifact?path=images/recon-000000010.png&run_uuid={child}"
+        wait_for(lambda: get(port, picture_path) == (200, b"a picture"))
         extend(run / "tokenizer", [50])
-        url = f"/api/2.0/mlflow/metrics/get-history?run_id={child}&metric_key=samples"
-        wait_for(lambda: len(json.loads(get(port, url)[1])["metrics"]) == 5)
+        history_path = f"/api/2.0/mlflow/metrics/get-history?run_id={child}&metric_key=samples"
+        wait_for(lambda: len(json.loads(get(port, history_path)[1])["metrics"]) == 5)
         assert get(port, "/")[0] == 200
     finally:
         process.send_signal(signal.SIGTERM)

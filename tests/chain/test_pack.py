@@ -1,4 +1,4 @@
-"""pack: the same bytes whoever packs, in one go or killed and resumed; what is appended moves nothing."""
+"""The pack stage writes the same bytes with any number of processes and after a kill. Appending moves no packed image."""
 
 import csv
 import json
@@ -25,7 +25,10 @@ from tests.conftest import DEMO
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
-    """84 lesions, two photographs each; half.csv names a half of the images that cuts lesions in two."""
+    """Returns a folder with 84 lesions, two photographs each on average.
+
+    half.csv lists every second photograph, so it has only some of the photographs of many lesions.
+    """
     folder = tmp_path_factory.mktemp("drawn")
     phantom.write(folder, lesions_per_class=12, size=32, progress=False)
     rows = table(folder)
@@ -62,7 +65,7 @@ def test_the_same_bytes_by_any_hands(drawn, tmp_path, pools):
 
 
 def test_a_killed_packing_goes_on(drawn, tmp_path):
-    """SIGKILL after the third shard; the rest is done by the next attempt, and the three are not done again."""
+    """SIGKILL ends packing after three shards. The next attempt must pack the others and leave these three as they are."""
     script = """
 import sys, os, signal
 from lesiongen.ingest import shard_work
@@ -79,10 +82,10 @@ pack(settings(Path(sys.argv[1])), Path(sys.argv[2]))
     killed = subprocess.run([sys.executable, "-c", script, str(drawn), str(tmp_path / "x")], timeout=120, capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "x" / manifest.NAME).exists()
-    there = {p: p.stat().st_mtime_ns for p in (tmp_path / "x").glob("*.tar")}
-    assert len(there) == 3
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "x").glob("*.tar")}
+    assert len(times) == 3
     pack(settings(drawn), tmp_path / "x")
-    assert all(p.stat().st_mtime_ns == then for p, then in there.items())
+    assert all(p.stat().st_mtime_ns == mtime for p, mtime in times.items())
     pack(settings(drawn), tmp_path / "y")
     assert content(tmp_path / "x") == content(tmp_path / "y")
 
@@ -106,14 +109,14 @@ def test_appending_the_rest(drawn, tmp_path):
     whole = manifest.read(tmp_path / "whole")
     for key in ("counts", "groups", "mean", "std", "data_variance", "licences", "attributions", "classes", "vocabularies"):
         assert facts[key] == whole[key], key
-    # Once more: nothing is new.
+    # Append again: no image is new.
     digest = pack(settings(drawn), tmp_path / "s", append=True)
     assert manifest.read(tmp_path / "s")["shards"] == facts["shards"]
     assert digest
 
 
 def test_what_would_join_two_splits_is_refused(drawn, tmp_path):
-    """New photographs of a lesion are said to come in another split than the one it is packed in."""
+    """A table assigns a new photograph to another split than the packed photographs of its lesion. Packing must reject it."""
     pack(settings(drawn, "half.csv"), tmp_path / "s")
     packed = {r["image_id"]: r for r in Packed([tmp_path / "s"]).catalog()}
     rows = [r for r in table(drawn) if r["image_id"] not in packed]
@@ -131,9 +134,9 @@ def test_others_read_the_shards(drawn, tmp_path):
     facts = manifest.read(tmp_path / "s")
     for entry in facts["shards"]:
         path = str(tmp_path / "s" / entry["name"])
-        stock = list(wds.WebDataset(path, shardshuffle=False).decode("pil"))
-        assert len(stock) == entry["count"]
-        assert all(s["jpg"].size == (32, 32) and s["json"]["group"] == s["json"]["lesion_id"] for s in stock)
+        samples = list(wds.WebDataset(path, shardshuffle=False).decode("pil"))
+        assert len(samples) == entry["count"]
+        assert all(s["jpg"].size == (32, 32) and s["json"]["group"] == s["json"]["lesion_id"] for s in samples)
         listed = subprocess.run(["tar", "tf", path], capture_output=True, text=True, check=True).stdout.split()
         assert len(listed) == 2 * entry["count"]
 
@@ -177,8 +180,7 @@ def test_nothing_finished_is_touched_by_a_bad_append(drawn, tmp_path):
 
 
 def test_near_duplicates_join_groups(tmp_path, capsys):
-    """A photograph that comes again under another id and lesion, mirrored, darker and recompressed; also when it is
-    appended."""
+    """Some photographs come again under another id and lesion: mirrored, cropped, darker, recompressed. Also when appended."""
     phantom.write(tmp_path, lesions_per_class=8, size=96, progress=False)
     rows = table(tmp_path)
     for row in rows[:30:3]:
@@ -195,10 +197,10 @@ def test_near_duplicates_join_groups(tmp_path, capsys):
     pack(settings(tmp_path, **own), tmp_path / "at_once")
     pack(settings(tmp_path, "first.csv", **own), tmp_path / "later")
     pack(settings(tmp_path, **own), tmp_path / "later", append=True)
-    for place in ("at_once", "later"):
-        packed = {r["image_id"]: r for r in Packed([tmp_path / place]).catalog()}
+    for folder in ("at_once", "later"):
+        packed = {r["image_id"]: r for r in Packed([tmp_path / folder]).catalog()}
         joined = [packed[c["image_id"]]["group"] == packed[c["image_id"].removeprefix("again_")]["group"] for c in copies]
-        assert sum(joined) >= 8, place  # round drawings are poor in detail
+        assert sum(joined) >= 8, folder  # some drawings have too little detail to be recognised
         splits = {}
         for row in packed.values():
             assert splits.setdefault(row["group"], row["split"]) == row["split"]

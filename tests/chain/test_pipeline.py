@@ -1,4 +1,4 @@
-"""The whole pipeline, tiny, through the command line, as a user runs it."""
+"""Runs the whole pipeline in a tiny setting through the command line."""
 
 import csv
 import json
@@ -27,6 +27,7 @@ def run(phantoms, tmp_path_factory) -> Path:
 
 
 def again(phantoms, run, *more: str) -> list[str]:
+    """Returns the arguments that name the run's config, and further overrides."""
     return [DEMO, *tiny(phantoms, run.parent), *more]
 
 
@@ -47,16 +48,16 @@ def test_every_stage_leaves_what_the_contract_says(run):
 def test_the_log_has_each_figure_for_train_and_held_out(run):
     found = {k for r in metrics_log.read_metrics(run / "tokenizer") for k in r}
     for level in ("top", "bottom"):
-        for where in ("train", "val"):
-            assert {f"{where}/usage/{level}", f"{where}/perplexity/{level}", f"{where}/psnr", f"{where}/ssim"} <= found
+        for prefix in ("train", "val"):
+            assert {f"{prefix}/usage/{level}", f"{prefix}/perplexity/{level}", f"{prefix}/psnr", f"{prefix}/ssim"} <= found
     found = {k for r in metrics_log.read_metrics(run / "prior-top") for k in r}
     assert {"train/bits_per_token", "val/bits_per_token", "val/bigram_bits", "lr", "system/memory_resident_gb"} <= found
 
 
 def test_licences_are_stated_wherever_something_leaves(run):
-    for place in ("tokenizer/export", "prior-top/export", "prior-bottom/export", "samples"):
-        text = (run / place / "README.md").read_text()
-        assert "Strictest licence among the training images: **CC-0**" in text, place
+    for folder in ("tokenizer/export", "prior-top/export", "prior-bottom/export", "samples"):
+        text = (run / folder / "README.md").read_text()
+        assert "Strictest licence among the training images: **CC-0**" in text, folder
         assert "lesiongen phantom" in text
     assert "CC-0" in (run / "report" / "report.html").read_text()
     assert json.loads((run / "codes" / "manifest.json").read_text())["licences"]["CC-0"] > 0
@@ -157,12 +158,12 @@ def test_status_and_verify(run, capsys):
     out = capsys.readouterr().out
     assert out.count(" done ") == len(STAGES)
     assert main(["verify", str(run)]) == 0
-    victim = next((run / "codes").glob("train-00-*.safetensors"))
-    content = victim.read_bytes()
-    victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    shard = next((run / "codes").glob("train-00-*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert main(["verify", str(run)]) == 1
-    assert victim.name in capsys.readouterr().out
-    victim.write_bytes(content)
+    assert shard.name in capsys.readouterr().out
+    shard.write_bytes(content)
 
 
 def test_plan_says_what_the_models_have(phantoms, run, capsys):
@@ -176,7 +177,7 @@ def test_plan_says_what_the_models_have(phantoms, run, capsys):
 
 
 def test_codes_of_another_tokenizer_are_refused(phantoms, run, tmp_path, capsys):
-    """Both digests are named, and nothing is written."""
+    """The error names the digests of both tokenizers."""
     more = [f"inputs.shards={run}", "tokenizer.train.samples=32", "seed=1"]
     assert main(["train", "tokenizer", *again(phantoms, run), f"runs={tmp_path}", *more]) == 0
     more = [f"inputs.shards={run}", f"inputs.tokenizer={tmp_path / 'tiny'}", f"inputs.codes={run}"]

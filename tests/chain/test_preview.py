@@ -1,4 +1,4 @@
-"""The contact sheet: before packing and after, the same whenever it is made."""
+"""`lesiongen preview` draws the same contact sheet each time, from image files or from packed shards."""
 
 from pathlib import Path
 
@@ -37,7 +37,8 @@ def test_preview_of_packed_shards(packed, phantoms, tmp_path):
     first = preview(own, tmp_path / "own.png").read_bytes()
     assert Image.open(tmp_path / "own.png").height == 20 + 8 * 34 + 2
     assert preview(given, tmp_path / "given.png").read_bytes() == first
-    fresh = load(DEMO, tiny(phantoms, packed.parent, **{"data.size": 48}))  # as if packed so
+    # With another size the shards are out of date, so preview reads the image files.
+    fresh = load(DEMO, tiny(phantoms, packed.parent, **{"data.size": 48}))
     assert Image.open(preview(fresh, tmp_path / "fresh.png")).height == 20 + 8 * 50 + 2
 
 

@@ -1,4 +1,4 @@
-"""Priors from a code store to samples: facts, levels of different kinds, early end, speed figures."""
+"""Priors from a code store to samples: facts, levels with different kinds of priors, patience, speed metrics."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from tests.conftest import DEMO, tiny
 
 @pytest.fixture(scope="module")
 def coded(phantoms, tmp_path_factory) -> Path:
-    """A run up to its codes."""
+    """Returns a run directory in which pack, tokenizer and encode have run."""
     runs = tmp_path_factory.mktemp("coded")
     changes = {"tokenizer.train.samples": 96, "tokenizer.train.eval_every": 96, "data.rename": "{mel: 'Melanoma, NOS (a/b)'}"}
     overrides = tiny(phantoms, runs, **changes)
@@ -25,7 +25,7 @@ def coded(phantoms, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def given(phantoms, coded, tmp_path):
-    """given(**more) → config and overrides of a new run on the same codes."""
+    """given(**more) returns the config and overrides of a new run on the codes of `coded`."""
 
     def settings(**more) -> list[str]:
         inputs = {f"inputs.{name}": coded for name in ("shards", "tokenizer", "codes")}
@@ -72,20 +72,20 @@ def test_a_hierarchy_of_pixelsnails_is_sampled_and_a_killed_sampling_goes_on(giv
     before, digest = [name.read_bytes() for name in names], stage_of(tmp_path, "samples")["digest"]
     stage = folder / "stage.json"
     stage.write_text(json.dumps(json.loads(stage.read_text()) | {"done": False, "digest": None}))
-    kept = names[0].stat().st_mtime_ns
-    for lost in (*names[4:], folder / "metadata.csv"):
-        lost.unlink()
+    modified = names[0].stat().st_mtime_ns
+    for path in (*names[4:], folder / "metadata.csv"):
+        path.unlink()
     assert main(["sample", *given(), *more]) == 0
     assert [name.read_bytes() for name in names] == before and stage_of(tmp_path, "samples")["digest"] == digest
-    assert names[0].stat().st_mtime_ns == kept
+    assert names[0].stat().st_mtime_ns == modified
 
 
 def test_each_evaluation_draws_the_curve_and_speed_is_logged(given, tmp_path):
     more = ["priors.top.train.samples=160", "priors.top.train.save_every=1000"]
     assert main(["train", "prior", *given(), "--level", "top", *more]) == 0
     folder = tmp_path / "tiny" / "prior-top"
-    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert kept == ["step-000005", "step-000010"], "the best at each evaluation, and the end"
+    checkpoints = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert checkpoints == ["step-000005", "step-000010"], "expected the best so far, and the end"
     assert sorted(p.name for p in (folder / "images").glob("bits-*")) == ["bits-000000080.png", "bits-000000160.png"]
     assert Image.open(folder / "images" / "bits-000000160.png").width > 400
     found = {key: value for row in metrics_log.read_metrics(folder) for key, value in row.items()}
@@ -96,28 +96,31 @@ def test_each_evaluation_draws_the_curve_and_speed_is_logged(given, tmp_path):
 
 def test_where_the_codes_lie_changes_nothing(given, tmp_path):
     digests = []
-    for where in ("auto", "never"):
-        command = ["train", "prior", *given(name=where), "--level", "bottom", f"priors.bottom.resident={where}"]
+    for resident in ("auto", "never"):
+        command = ["train", "prior", *given(name=resident), "--level", "bottom", f"priors.bottom.resident={resident}"]
         assert main([*command, "priors.bottom.stream.balance=1"]) == 0
-        digests.append(json.loads((tmp_path / where / "prior-bottom" / "stage.json").read_text())["digest"])
+        digests.append(json.loads((tmp_path / resident / "prior-bottom" / "stage.json").read_text())["digest"])
     assert digests[0] == digests[1]
 
 
 def test_training_ends_well_where_nothing_gets_better(given, tmp_path, capfd):
-    """A rate of learning that changes no weight. The stage is done; asked for more it goes on; killed at its end it is done."""
-    patient = ["--level", "top", "priors.top.train.patience=80", "priors.top.train.optim.lr=1e-12", "local.ranks=2"]
-    patient += ["priors.top.train.save_every=10000", "priors.top.train.eval_every=32"]
+    """Patience runs out, because the learning rate is too small to change a weight.
+
+    The stage is then done, also if the run was killed at its end. A longer training continues.
+    """
+    options = ["--level", "top", "priors.top.train.patience=80", "priors.top.train.optim.lr=1e-12", "local.ranks=2"]
+    options += ["priors.top.train.save_every=10000", "priors.top.train.eval_every=32"]
 
     def train(samples: int) -> list[int]:
-        assert main(["train", "prior", *given(), *patient, f"priors.top.train.samples={samples}"]) == 0
+        assert main(["train", "prior", *given(), *options, f"priors.top.train.samples={samples}"]) == 0
         rows = metrics_log.read_metrics(tmp_path / "tiny" / "prior-top")
         assert [r["samples"] for r in rows] == sorted(r["samples"] for r in rows)
         return [r["samples"] for r in rows if "lr" in r]
 
-    # Best at 32; 80 samples later the next evaluation is at 128.
+    # The best evaluation is at 32 samples. The first evaluation at least 80 samples later is at 128.
     assert train(400) == list(range(16, 129, 16))
-    said = capfd.readouterr()
-    assert "no better held-out bits_per_token since 32 samples (patience 80): training ends at 128" in said.out + said.err
+    output = capfd.readouterr()
+    assert "no better held-out bits_per_token since 32 samples (patience 80): training ends at 128" in output.out + output.err
     assert main(["status", str(tmp_path / "tiny")]) == 0
     assert "prior-top      done     ████████████████████ 100%" in capfd.readouterr().out
     digest = stage_of(tmp_path, "prior-top")["digest"]

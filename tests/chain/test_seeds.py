@@ -1,4 +1,4 @@
-"""Each report's set-up trains, resumes, reconstructs and samples on the data it is for, in a tiny setting."""
+"""Each report's config (configs/seeds) trains, resumes, reconstructs and samples, in a tiny setting on data of its kind."""
 
 import csv
 from pathlib import Path
@@ -21,12 +21,14 @@ PRIORS |= {"report-000": "pixelcnn", "report-003": "gpt"}
 
 @pytest.fixture(scope="module")
 def skin(real_images) -> tuple[Path, Path]:
+    """Returns (images, metadata) of dermoscopic photographs."""
     folder = real_images / "ham10000"
     return folder / "images", folder / "mini.csv"
 
 
 @pytest.fixture(scope="module")
 def slices(real_images) -> tuple[Path, Path]:
+    """Returns (images, metadata) of MRI slices."""
     return real_images / "mri" / "images", real_images / "mri" / "metadata.csv"
 
 
@@ -71,7 +73,7 @@ def test_a_seed_trains_resumes_and_reconstructs(seed, request, tmp_path, capsys)
 
 
 def _samples(seed: Path, kind: str, run: Path, overrides: list[str]) -> None:
-    """With the prior that the report has."""
+    """Encodes, trains the report's kind of prior, and samples three images."""
     levels = ("top", "bottom") if seed.stem.endswith("002") else ("codes",)
     small = {"samples": 32, "batch": 16, "log_every": 16, "eval_every": 32, "save_every": 32}
     for level in levels:

@@ -1,4 +1,4 @@
-"""Several packed sets read as one, here or over HTTP, in chosen proportions; and images of one channel, end to end."""
+"""Several packed sets are read as one, from disk or over HTTP, in given proportions. Also runs grey images end to end."""
 
 import csv
 import functools
@@ -36,26 +36,26 @@ def table(folder: Path, name: str, rows: list[dict]) -> str:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> tuple[Path, Path]:
-    """The phantoms in two sets, by lesion; the second lacks a class, and holds another one that the first lacks."""
+    """Returns two packed sets with different lesions. Each set lacks one class that the other one has."""
     folder = tmp_path_factory.mktemp("sets")
     phantom.write(folder, lesions_per_class=20, size=32, progress=False)
     rows = list(csv.DictReader((folder / "metadata.csv").read_text().splitlines()))
     labels = sorted({r["dx"] for r in rows})
     lesions = sorted({r["lesion_id"] for r in rows})
     first = {lesion for i, lesion in enumerate(lesions) if i % 3}
-    parts = {
+    rows_of_sets = {
         "a": [r for r in rows if r["lesion_id"] in first and r["dx"] != labels[-1]],
         "b": [r for r in rows if r["lesion_id"] not in first and r["dx"] != labels[0]],
     }
-    for name, part in parts.items():
-        own = {"images": str(folder / "images"), "metadata": table(folder, f"{name}.csv", part), "size": 32, "val": 0.2}
+    for name, set_rows in rows_of_sets.items():
+        own = {"images": str(folder / "images"), "metadata": table(folder, f"{name}.csv", set_rows), "size": 32, "val": 0.2}
         own |= {"test": 0.2, "shard_samples": 10, "max_rejected": 1.0}
         pack(experiment.make({"name": "x", "data": own}).data, folder / name)
     return folder / "a", folder / "b"
 
 
 def keys(data: ImageShards, number: int, batch: int = 8, position: int = 0, **stream) -> list[tuple[str, int]]:
-    """(key, label) of `number` samples."""
+    """Returns (key, label) of the training samples at `number` positions, beginning at `position`."""
     batches = data.train(position, batch, batch, AugmentConfig(), 0, 0, StreamConfig(**stream))
     found = [pair for b in islice(batches, -(-number // batch)) for pair in zip(b["key"], b["label"].tolist(), strict=True)]
     return found[:number]
@@ -77,7 +77,7 @@ def test_balanced_classes(sets, position):
     found = keys(data, 700, position=position, balance=1.0)
     counts = Counter(label for _, label in found)
     assert max(counts.values()) - min(counts.values()) <= 3
-    for label in counts:  # every member once before any twice, but for the bounds of a round
+    for label in counts:  # each image comes once before any comes twice, within rounds; `position` may lie inside a round
         members = Counter(key for key, own in found if own == label)
         assert max(members.values()) - min(members.values()) <= (1 if position == 0 else 2)
         assert len(members) == sum(c == label for _, c in keys(data, len(data)))
@@ -90,7 +90,7 @@ def test_weighted_sets(sets):
     assert abs(sum(key in own[0] for key, _ in found) - 200) <= 8
     both = keys(data, 800, weights=(1, 3), balance=1.0)
     assert abs(sum(key in own[0] for key, _ in both) - 200) <= 8
-    assert sorted(keys(data, len(data), streams=8)) == sorted(keys(data, len(data))), "any streams, the same epoch"
+    assert sorted(keys(data, len(data), streams=8)) == sorted(keys(data, len(data))), "streams changed the epoch"
     with pytest.raises(UserError, match=r"stream\.streams=3 does not divide the batch of 8"):
         keys(data, 8, streams=3)
     with pytest.raises(UserError, match="3 numbers for 2 sets"):
@@ -109,14 +109,14 @@ def test_a_lesion_in_two_sets_and_splits_is_refused(sets, tmp_path):
     Packed(list(sets)).refuse_leaks()
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture(scope="module")
 def served(sets):
-    handler = functools.partial(Quiet, directory=str(sets[0].parent))
+    handler = functools.partial(QuietHandler, directory=str(sets[0].parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -136,7 +136,7 @@ def test_the_same_samples_over_http_and_staged(sets, served, tmp_path):
 
 
 def test_a_run_on_two_sets_over_http(sets, served, tmp_path):
-    """Tokenizer, codes and priors of sets that lie elsewhere, with balanced streams; on resume they are known again."""
+    """Trains on remote sets with balanced streams. The same command again must find every stage done."""
     overrides = tiny(sets[0].parent, tmp_path / "runs")
     overrides += [f"inputs.shards=[{served}/a, {served}/b]", f"data.cache.directory={tmp_path / 'cache'}", "data.workers=1"]
     overrides += ["tokenizer.stream.balance=0.5", "priors.top.stream.balance=1.0", "priors.bottom.stream.weights=[1, 2]"]
@@ -147,7 +147,7 @@ def test_a_run_on_two_sets_over_http(sets, served, tmp_path):
 
 
 def test_one_channel_end_to_end(tmp_path):
-    """Slices of several patients, as from a scanner: 16 bits a pixel, patients apart, no colour anywhere."""
+    """Grey slices of several patients, as from a scanner: 16 bits per pixel, split by patient. The samples must be grey too."""
     (tmp_path / "slices").mkdir()
     rows = []
     phantom.write(tmp_path, lesions_per_class=12, size=32, progress=False)
@@ -163,8 +163,8 @@ def test_one_channel_end_to_end(tmp_path):
     batch = next(data.held_out(4))
     assert batch["image"].shape == (4, 1, 32, 32)
     assert batch["image"].float().std() > 10
-    painted = Image.open(next((run / "samples" / "images").iterdir()))
-    assert painted.mode == "L"
+    sample = Image.open(next((run / "samples" / "images").iterdir()))
+    assert sample.mode == "L"
     assert (run / "report" / "report.html").exists()
 
 

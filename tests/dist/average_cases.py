@@ -1,4 +1,4 @@
-"""What the ranks of the tests of averaged weights do."""
+"""What each rank does in test_average.py."""
 
 import torch
 
@@ -7,11 +7,16 @@ from tests.dist.topology_cases import DECAY, Trainer
 
 
 def by_hand(topology, run: str, steps: int, poisoned: int) -> tuple[list[float], list[float]]:
-    """(losses, distance of the engine's average from one made here in fp64, after each step). One step is left out; the
-    average is read after every step, which must leave training as it is."""
+    """Compares the engine's averaged weights with an average that is computed here in fp64.
+
+    A NaN makes the engine skip the step `poisoned`. The average is read after every step, which must not change the training.
+
+    Returns:
+        The loss of each step, and for each rank the largest difference of the averages after each step.
+    """
     trainer = Trainer(topology, run, {"zero": 0, "accumulation": 4 // topology.world_size, "average": 1.0})
     average = [p.detach().double() for p in trainer.module.parameters()]
-    plain, losses, distances = trainer.task.build(), [], []
+    plain, losses, largest_differences = trainer.task.build(), [], []
     for number in range(steps):
         step = trainer.step(poison=number == poisoned and topology.leader)
         losses.append(step.metrics["loss"])
@@ -20,6 +25,6 @@ def by_hand(topology, run: str, steps: int, poisoned: int) -> tuple[list[float],
             average = [DECAY * a + (1 - DECAY) * w for a, w in zip(average, weights, strict=True)]
         trainer.engine.copy_to(plain)
         differences = [(p.detach() - a).abs().max() for p, a in zip(plain.parameters(), average, strict=True)]
-        distances.append(float(torch.stack(differences).max()))
+        largest_differences.append(float(torch.stack(differences).max()))
         assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), trainer.module.buffers(), strict=True))
-    return losses, dist.gather(distances)
+    return losses, dist.gather(largest_differences)

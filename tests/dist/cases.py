@@ -1,4 +1,4 @@
-"""What the ranks of the distributed tests do. Each function runs on every rank of a pool."""
+"""What each rank does in test_training.py and test_average.py. Every function runs on every rank of a pool."""
 
 import dataclasses
 from pathlib import Path
@@ -6,19 +6,19 @@ from pathlib import Path
 import torch
 
 from hpc import dist
+from hpc.errors import UserError
+from hpc.run.rundir import StageDir
 from hpc.train import checkpoint
 from hpc.train.engine import Engine, EngineConfig
-from hpc.errors import UserError
 from hpc.train.optim import OptimConfig, build_optimizer
-from hpc.run.rundir import StageDir
 from lesiongen import experiment
-from lesiongen.stages import base, stages
 from lesiongen.data.packed import Packed
+from lesiongen.stages import base, stages
 from lesiongen.stages.tokenizer import TokenizerTask
 
 
 def tokenizer_engine(topology, run: str, zero: int, accumulation: int, precision: str = "fp32"):
-    """(task, engine, module) of a tiny tokenizer on packed phantoms."""
+    """Returns (task, engine, module) for a tiny tokenizer on packed phantoms."""
     torch.manual_seed(0)
     config = experiment.load(f"{run}/config.yaml")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
@@ -29,8 +29,8 @@ def tokenizer_engine(topology, run: str, zero: int, accumulation: int, precision
     return task, engine, module
 
 
-def advance(task, engine, module, position: int, steps: int, poison: tuple[int, int] | None = None) -> list[float]:
-    """Trains some steps; poison=(step, rank) puts a NaN into one rank's images. Returns the losses."""
+def train_steps(task, engine, module, position: int, steps: int, poison: tuple[int, int] | None = None) -> list[float]:
+    """Trains for some steps and returns the losses. poison=(step, rank) puts NaN into the images of that rank at that step."""
     batches = task.stream(position, engine.micro_batch)
     losses = []
     for number in range(steps):
@@ -47,7 +47,7 @@ def advance(task, engine, module, position: int, steps: int, poison: tuple[int, 
 
 
 def fingerprints(engine, task) -> tuple[float, float, list[float]]:
-    """(sum of weights, sum of codebooks, sum of each rank's codebooks)."""
+    """Returns (sum of absolute weights, sum of the exported codebooks, each rank's sum of its codebooks)."""
     plain = task.build()
     engine.copy_to(plain)
     books = float(sum(q.codebook.double().sum() for q in plain.net.quantizers))
@@ -57,28 +57,28 @@ def fingerprints(engine, task) -> tuple[float, float, list[float]]:
 
 def curve(topology, run: str, zero: int, accumulation: int, precision: str = "fp32"):
     task, engine, module = tokenizer_engine(topology, run, zero, accumulation, precision)
-    losses = advance(task, engine, module, 0, 6)
+    losses = train_steps(task, engine, module, 0, 6)
     return losses, *fingerprints(engine, task)
 
 
 def skipped_step(topology, run: str, zero: int):
-    """A NaN on the last rank only: nothing may change on any rank, and training goes on."""
+    """Puts NaN into the images of the last rank. No rank may change its weights at that step, and training must continue."""
     task, engine, module = tokenizer_engine(topology, run, zero, 1)
-    advance(task, engine, module, 0, 2)
+    train_steps(task, engine, module, 0, 2)
     before = fingerprints(engine, task)
-    advance(task, engine, module, 32, 1, poison=(0, topology.world_size - 1))
+    train_steps(task, engine, module, 32, 1, poison=(0, topology.world_size - 1))
     after = fingerprints(engine, task)
-    losses = advance(task, engine, module, 48, 2)
+    losses = train_steps(task, engine, module, 48, 2)
     return before, after, losses
 
 
 def save_and_resume(topology, run: str, zero: int, folder: str):
-    """Losses of steps 4 to 6, once straight on and once from a checkpoint written after step 3."""
+    """Returns the losses of steps 4 to 6, once without interruption and once from a checkpoint that was saved after step 3."""
     task, engine, module = tokenizer_engine(topology, run, zero, 1)
-    advance(task, engine, module, 0, 3)
+    train_steps(task, engine, module, 0, 3)
     checkpoint.save(Path(folder), 3, engine, {"samples": 48})
-    straight = advance(task, engine, module, 48, 3)
-    return straight, resume(topology, run, zero, 1, folder)
+    uninterrupted = train_steps(task, engine, module, 48, 3)
+    return uninterrupted, resume(topology, run, zero, 1, folder)
 
 
 def resume(topology, run: str, zero: int, accumulation: int, folder: str):
@@ -89,30 +89,30 @@ def resume(topology, run: str, zero: int, accumulation: int, folder: str):
         checkpoint.to_universal(path)
     config = experiment.load(f"{run}/config.yaml")
     task = TokenizerTask(config, Packed([Path(run) / "shards"]), Path(run) / "unused")
-    torch.manual_seed(1)  # other weights than the saved ones, so that loading is what makes them equal
+    torch.manual_seed(1)  # initial weights differ from the saved ones, so a load that does nothing fails the test
     module = task.build()
     engine = Engine(module, build_optimizer(module, OptimConfig(lr=1e-3)), settings, 16, universal)
     engine.load(path, universal)
-    return advance(task, engine, module, 48, 3)
+    return train_steps(task, engine, module, 48, 3)
 
 
 def damaged(topology, run: str, folder: str):
-    """Two checkpoints, the newer one with a flipped byte: all ranks agree on the older."""
+    """Saves two checkpoints and damages the newer one. Returns the checkpoint from which this rank would resume."""
     task, engine, module = tokenizer_engine(topology, run, 2, 1)
     for step in (1, 2):
-        advance(task, engine, module, 16 * (step - 1), 1)
+        train_steps(task, engine, module, 16 * (step - 1), 1)
         checkpoint.save(Path(folder), step, engine, {"samples": 16 * step})
     if topology.leader:
-        victim = next(iter(sorted((Path(folder) / "step-000002").rglob("*optim*"))))
-        content = bytearray(victim.read_bytes())
+        damaged_file = next(iter(sorted((Path(folder) / "step-000002").rglob("*optim*"))))
+        content = bytearray(damaged_file.read_bytes())
         content[len(content) // 2] ^= 1
-        victim.write_bytes(content)
+        damaged_file.write_bytes(content)
     dist.barrier()
     return checkpoint.newest_sound(Path(folder)).name
 
 
 def run_stages(topology, overrides: list[str], config_path: str, names: list[str]):
-    """Whole stages, as an executor's ranks would run them."""
+    """Runs whole stages as the ranks of an executor do. Returns the digest of each stage."""
     config = experiment.load(config_path, overrides)
     for name in names:
         base.execute(config, stages(config)[name], topology)
@@ -120,11 +120,11 @@ def run_stages(topology, overrides: list[str], config_path: str, names: list[str
 
 
 def refused(topology, folder: str):
-    """The leader's UserError reaches every rank in place of a hang."""
-    place = StageDir(Path(folder), {"a": 2}, {})
+    """Returns the UserError that rank 0 raises and every other rank must raise too; otherwise the other ranks would hang."""
+    stage_dir = StageDir(Path(folder), {"a": 2}, {})
     if topology.leader:
         StageDir(Path(folder), {"a": 1}, {}).begin()
     try:
-        dist.run_on_leader(place.check)
+        dist.run_on_leader(stage_dir.check)
     except UserError as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""What the ranks of test_codebook.py do: a tiny model with a codebook under the engine, and the same in plain PyTorch."""
+"""What each rank does in test_codebook.py: train a tiny model with a codebook, under the engine or in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from lesiongen.tokenizers.quantizer import QuantizerConfig
 BATCH, STEPS, ENTRIES, DIM = 16, 6, 32, 8
 
 
-class Held(EMAQuantizer):
-    """The mistake: a codebook that is moved by averages and is a parameter all the same."""
+class ParameterEMAQuantizer(EMAQuantizer):
+    """A wrong design, for comparison: a codebook that is updated by averages although it is a parameter."""
 
     def __init__(self, config: QuantizerConfig, batch: int):
         super().__init__(config, batch)
@@ -25,7 +25,7 @@ class Held(EMAQuantizer):
 
     def quantize(self, z_ND):
         x, codes, loss = super().quantize(z_ND)
-        return x, codes, loss + 0 * self.codebook.sum()  # engines want a gradient; this one changes nothing
+        return x, codes, loss + 0 * self.codebook.sum()  # DeepSpeed needs a gradient for every parameter; this gradient is 0
 
 
 class Model(nn.Module):
@@ -33,8 +33,9 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.encode, self.decode = nn.Conv2d(3, DIM, 4, 4), nn.ConvTranspose2d(DIM, 3, 4, 4)
-        config = QuantizerConfig(quantizer="ema" if kind == "held" else kind, dim=DIM, entries=ENTRIES, fsq_levels=(8, 4))
-        self.quantizer = Held(config, BATCH) if kind == "held" else quantize.build(config, BATCH)
+        wrong = kind == "ema parameter"
+        config = QuantizerConfig(quantizer="ema" if wrong else kind, dim=DIM, entries=ENTRIES, fsq_levels=(8, 4))
+        self.quantizer = ParameterEMAQuantizer(config, BATCH) if wrong else quantize.build(config, BATCH)
 
     def forward(self, batch: dict) -> dict:
         found = self.quantizer(self.encode(batch["image"]), batch["slot"], batch["position"])
@@ -42,48 +43,56 @@ class Model(nn.Module):
         return {"loss": loss, "metrics": {}, "statistics": found.statistics}
 
 
-def batches(step: int) -> dict:
-    """Images of patches of a few kinds: clear cut, so that rounding alone gives no vector another code."""
-    fixed, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(step)
-    kinds = torch.randn(ENTRIES, 3, 4, 4, generator=fixed)
-    chosen = kinds[torch.randint(len(kinds), (BATCH, 4, 4), generator=own)]  # [B, 4, 4, 3, 4, 4]
+def make_batch(step: int) -> dict:
+    """Returns images made of a few distinct patches, so that rounding errors do not change the code of any vector."""
+    patch_rng, batch_rng = torch.Generator().manual_seed(0), torch.Generator().manual_seed(step)
+    patches = torch.randn(ENTRIES, 3, 4, 4, generator=patch_rng)
+    chosen = patches[torch.randint(len(patches), (BATCH, 4, 4), generator=batch_rng)]  # [B, 4, 4, 3, 4, 4]
     image = chosen.permute(0, 3, 1, 4, 2, 5).reshape(BATCH, 3, 16, 16)
-    image = image + 0.1 * torch.randn(image.shape, generator=own)
+    image = image + 0.1 * torch.randn(image.shape, generator=batch_rng)
     slot = torch.arange(BATCH)
     return {"image": image, "slot": slot, "position": slot + step * BATCH}
 
 
 def plain(topology, kind: str, precision: str) -> dict:
-    """The reference: no engine, one process, the whole batch."""
+    """Trains the reference: without an engine, in one process, on the whole batch."""
     model = Model(kind)
     adam = build_optimizer(model, OptimConfig(lr=1e-3))
     for step in range(STEPS):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            out = model(batches(step))
+            out = model(make_batch(step))
         adam.zero_grad()
         out["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         metrics = model.quantizer.update(out["statistics"])
-    return {"seen": seen(model), "at first": seen(Model(kind)), "metrics": metrics}
+    return {
+        "vectors": quantize_fixed_vectors(model),
+        "initial vectors": quantize_fixed_vectors(Model(kind)),
+        "metrics": metrics,
+    }
 
 
 def engine(topology, kind: str, zero: int, precision: str) -> dict:
-    """The same under the engine; each rank has its part of the batch."""
+    """Trains the same model under the engine, each rank on its share of the batch."""
     model = Model(kind)
     settings = EngineConfig(zero=zero, precision=precision)
-    run = Engine(model, build_optimizer(model, OptimConfig(lr=1e-3)), settings, BATCH)
-    share = slice(topology.rank * run.micro_batch, (topology.rank + 1) * run.micro_batch)
+    trainer = Engine(model, build_optimizer(model, OptimConfig(lr=1e-3)), settings, BATCH)
+    share = slice(topology.rank * trainer.micro_batch, (topology.rank + 1) * trainer.micro_batch)
     for step in range(STEPS):
-        done = run.step([{k: v[share] for k, v in batches(step).items()}], 1e-3, {})
-        metrics = model.quantizer.update(done.statistics)
-    whole = Model(kind)
-    run.copy_to(whole)
-    return {"seen": seen(whole), "metrics": metrics, "ranks": dist.gather(seen(whole))}
+        step_result = trainer.step([{k: v[share] for k, v in make_batch(step).items()}], 1e-3, {})
+        metrics = model.quantizer.update(step_result.statistics)
+    gathered = Model(kind)
+    trainer.copy_to(gathered)
+    return {
+        "vectors": quantize_fixed_vectors(gathered),
+        "metrics": metrics,
+        "vectors of ranks": dist.gather(quantize_fixed_vectors(gathered)),
+    }
 
 
-def seen(model: Model) -> list:
-    """What the quantizer makes of fixed vectors, [N, D]."""
+def quantize_fixed_vectors(model: Model) -> list:
+    """Quantizes fixed vectors, those of an untrained encoder, with the model's codebook. Returns [N, D]."""
     with torch.no_grad():
-        x_BDHW = model.quantizer(Model("ema").encode(batches(0)["image"])).x
+        x_BDHW = model.quantizer(Model("ema").encode(make_batch(0)["image"])).x
     return x_BDHW.movedim(1, -1).reshape(-1, DIM).tolist()

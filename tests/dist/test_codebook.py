@@ -1,4 +1,4 @@
-"""Codebooks under ZeRO: learned by averages in buffers, or by the optimizer in parameters, but never by both."""
+"""Codebooks under ZeRO: averages must be stored in buffers; only the optimizer may update a parameter."""
 
 import numpy as np
 import pytest
@@ -6,24 +6,24 @@ import pytest
 from lesiongen.tokenizers.quantize import QUANTIZERS
 from tests.dist import codebook_cases as cases
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # gradients are summed in another order
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # two ranks sum gradients in another order than one process
 
 
 @pytest.fixture(scope="module")
 def plain(pools):
-    """plain(kind, precision) → what one process without an engine comes to."""
-    known: dict[tuple, dict] = {}
+    """plain(kind, precision) returns the results of one process without an engine. Each is computed once."""
+    results: dict[tuple, dict] = {}
 
     def get(*arguments) -> dict:
-        if arguments not in known:
-            known[arguments] = pools(1).run(cases.plain, *arguments)[0]
-        return known[arguments]
+        if arguments not in results:
+            results[arguments] = pools(1).run(cases.plain, *arguments)[0]
+        return results[arguments]
 
     return get
 
 
-def apart(one: list, other: list) -> float:
-    """How far apart two quantizers put the same vectors, at most."""
+def largest_difference(one: list, other: list) -> float:
+    """Returns the largest difference between two lists of vectors."""
     return float(np.abs(np.subtract(one, other)).max())
 
 
@@ -36,18 +36,23 @@ def apart(one: list, other: list) -> float:
 )
 def test_codebook_is_what_one_process_learns(pools, plain, kind, zero, precision):
     found, reference = pools(2).run(cases.engine, kind, zero, precision)[0], plain(kind, precision)
-    assert found["ranks"] == [found["seen"]] * 2
-    assert apart(found["seen"], reference["seen"]) < TOLERANCE[precision]
-    assert apart(reference["seen"], reference["at first"]) > 10 * TOLERANCE[precision], "nothing was learned"
+    assert found["vectors of ranks"] == [found["vectors"]] * 2
+    assert largest_difference(found["vectors"], reference["vectors"]) < TOLERANCE[precision]
+    assert largest_difference(reference["vectors"], reference["initial vectors"]) > 10 * TOLERANCE[precision], (
+        "training changed nothing"
+    )
     assert found["metrics"] == pytest.approx(reference["metrics"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero", [1, 2])
 def test_averages_in_a_parameter_are_undone(pools, plain, zero, precision):
-    """Why a codebook that is moved by averages is a buffer: without an engine a parameter does as well, but ZeRO puts its
-    own copy back after every step. The test above would see it."""
-    reference = plain("ema", precision)["seen"]
-    assert plain("held", precision)["seen"] == reference
-    found = pools(2).run(cases.engine, "held", zero, precision)[0]["seen"]
-    assert apart(found, reference) > 10 * TOLERANCE[precision]
+    """Shows why a codebook that is updated by averages must be a buffer.
+
+    Without an engine a parameter works too. But ZeRO overwrites a parameter with its own copy after every step. The test above
+    would detect this.
+    """
+    reference = plain("ema", precision)["vectors"]
+    assert plain("ema parameter", precision)["vectors"] == reference
+    found = pools(2).run(cases.engine, "ema parameter", zero, precision)[0]["vectors"]
+    assert largest_difference(found, reference) > 10 * TOLERANCE[precision]

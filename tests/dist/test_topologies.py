@@ -1,5 +1,5 @@
-"""One global batch, whatever the ranks, micro-batches and ZeRO stage: the same curve, codebooks and averaged weights, also
-when the number of ranks changes on the way."""
+"""Losses, codebooks and averaged weights do not depend on the number of ranks, the micro-batches or the ZeRO stage, also if the
+number of ranks changes at a resume."""
 
 import numpy as np
 import pytest
@@ -13,14 +13,14 @@ def engine(world: int, zero: int, **more) -> dict:
 
 @pytest.fixture(scope="module")
 def references(pools, packed):
-    """{optimizer: six steps on one rank under ZeRO 0}."""
+    """Returns {optimizer: result of six steps on one rank under ZeRO 0}."""
     return {name: pools(1).run(cases.leg, str(packed), engine(1, 0), 6, name)[0] for name in cases.RATES}
 
 
 def compare(leg: cases.Leg, reference: cases.Leg) -> None:
     assert leg.losses == pytest.approx(reference.losses, rel=1e-4)
     assert leg.norms == pytest.approx(reference.norms, rel=1e-3)
-    assert np.abs(leg.weights - reference.weights).max() < 3e-5, "Adam's first steps are 1e-3"
+    assert np.abs(leg.weights - reference.weights).max() < 3e-5, "more than a rounding error: Adam's first steps are 1e-3"
     assert len(set(leg.books)) == 1, "codebooks differ between ranks"
     assert all(own == reference.settings[0] for own in leg.settings)
 
@@ -48,21 +48,23 @@ def test_one_curve_for_other_optimizers(pools, packed, references, name, world, 
     ],
 )
 def test_four_ranks_then_two_then_one(pools, packed, references, tmp_path, name, zero):
-    losses, norms, before = [], [], None
+    losses, norms, load = [], [], None
     for world in (4, 2, 1):
-        after = str(tmp_path / str(world))
-        leg = pools(world).run(cases.leg, str(packed), engine(world, zero), 2, name, before, after)[0]
-        losses, norms, before = losses + leg.losses, norms + leg.norms, after
+        save = str(tmp_path / str(world))
+        leg = pools(world).run(cases.leg, str(packed), engine(world, zero), 2, name, load, save)[0]
+        losses, norms, load = losses + leg.losses, norms + leg.norms, save
     leg.losses, leg.norms = losses, norms
     compare(leg, references[name])
 
 
 @pytest.mark.parametrize("first", [False, True])
 def test_another_layout_after_a_resume(pools, packed, references, tmp_path, first):
-    """Moments are laid out anew: the fused optimizer reads them in the order they lie."""
+    """Resumes with another memory format. The fused optimizer needs its moments in the memory format of the weights."""
     halves = []
-    for last, before, after in ((first, None, str(tmp_path)), (not first, str(tmp_path), None)):
-        halves.append(pools(1).run(cases.leg, str(packed), engine(1, 0, channels_last=last), 3, "adamw", before, after)[0])
+    for channels_last, load, save in ((first, None, str(tmp_path)), (not first, str(tmp_path), None)):
+        halves.append(
+            pools(1).run(cases.leg, str(packed), engine(1, 0, channels_last=channels_last), 3, "adamw", load, save)[0]
+        )
     halves[1].losses, halves[1].norms = (halves[0].losses + halves[1].losses, halves[0].norms + halves[1].norms)
     compare(halves[1], references["adamw"])
 

@@ -1,4 +1,4 @@
-"""Ranks that are processes: the same training whatever the topology and the ZeRO stage."""
+"""Training on several processes gives the same result for every topology and ZeRO stage."""
 
 import math
 import subprocess
@@ -41,16 +41,16 @@ def test_a_nan_on_one_rank_leaves_the_step_out_on_all(pools, packed, zero):
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_resume_continues_exactly(pools, packed, tmp_path, zero):
-    for straight, resumed in pools(2).run(cases.save_and_resume, str(packed), zero, str(tmp_path)):
-        assert resumed == straight
+    for uninterrupted, resumed in pools(2).run(cases.save_and_resume, str(packed), zero, str(tmp_path)):
+        assert resumed == uninterrupted
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_resume_on_other_numbers_of_ranks(pools, packed, tmp_path, zero):
-    straight, _ = pools(2).run(cases.save_and_resume, str(packed), zero, str(tmp_path))[0]
+    uninterrupted, _ = pools(2).run(cases.save_and_resume, str(packed), zero, str(tmp_path))[0]
     for world, accumulation in ((1, 2), (4, 1)):
         resumed = pools(world).run(cases.resume, str(packed), zero, accumulation, str(tmp_path))[0]
-        assert resumed == pytest.approx(straight, rel=1e-3)
+        assert resumed == pytest.approx(uninterrupted, rel=1e-3)
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_all(pools, packed, tmp_path):
@@ -64,7 +64,7 @@ def test_the_leaders_refusal_reaches_every_rank(pools, tmp_path):
 
 @pytest.mark.parametrize("zero", [0, 3])
 def test_whole_stages_on_two_ranks(pools, phantoms, tmp_path, zero):
-    """Encode and sample give the same bytes for any number of ranks; the ZeRO-3 prior draws samples while it trains."""
+    """Encode and sample write the same bytes for any number of ranks. Priors draw samples in training, also under ZeRO 3."""
     more = {"priors.top.train.engine.zero": zero, "priors.bottom.train.engine.zero": zero, "local.ranks": 2}
     overrides = tiny(phantoms, tmp_path, **more)
     names = ["shards", "tokenizer", "codes", "prior-top", "prior-bottom", "samples"]

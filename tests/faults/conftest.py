@@ -1,4 +1,4 @@
-"""A whole shard, made once, and copies of it to damage."""
+"""An intact shard, and copies of it for tests that damage them."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.faults.shards import SAMPLES, describe
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A shard of six samples, its index and a manifest."""
+    """Returns a folder with a shard of six samples, its index and a manifest."""
     folder = tmp_path_factory.mktemp("whole")
     write_shard(folder / "a.tar", [{**s, "__label__": i % 2} for i, s in enumerate(SAMPLES)])
     describe(folder)
@@ -20,4 +20,5 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(whole, tmp_path) -> Path:
+    """Returns a copy of `whole` that the test may damage."""
     return Path(shutil.copytree(whole, tmp_path / "shards"))

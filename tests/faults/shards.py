@@ -25,19 +25,20 @@ SAMPLES = [sample(i) for i in range(6)]
 
 
 def describe(folder: Path, **changes) -> None:
+    """Writes a manifest that matches the shard and its index; `changes` replace fields of the shard's entry."""
     index = manifest.describe(index_path(folder / "a.tar"))
     entry = manifest.describe(folder / "a.tar", split="train", count=len(SAMPLES), index=index) | changes
     manifest.write(folder, {"schema": 1, "shards": [entry]})
 
 
 def reader(folder: Path, bare: bool = False) -> ShardReader:
-    """As a run opens it, by the manifest's entry, or as someone who has only the files."""
+    """Opens the shard with its manifest entry, as a run does, or (bare) without a manifest."""
     entry = {"name": "a.tar"} if bare else manifest.read(folder)["shards"][0]
     return ShardReader([(Store(folder), entry)])
 
 
 def readable(folder: Path, bare: bool = False) -> list[int]:
-    """The samples that come back, each exact; all others raise BadSample and nothing else."""
+    """Returns the numbers of the samples that can be read. These must be exact; all others must raise BadSample."""
     source, found = reader(folder, bare), []
     for i, expected in enumerate(SAMPLES):
         try:
@@ -48,8 +49,8 @@ def readable(folder: Path, bare: bool = False) -> list[int]:
     return found
 
 
-def last_byte(folder: Path) -> list[int]:
-    """Of each sample."""
+def sample_ends(folder: Path) -> list[int]:
+    """Returns the offset in the shard at which each sample ends."""
     index = load_file(index_path(folder / "a.tar"))
     return (index["offset"] + index["size"]).max(1).tolist()
 

@@ -1,4 +1,4 @@
-"""Shards and manifests made with bad intentions: names that lead elsewhere, members that are no files."""
+"""Malicious shards and manifests: names that lead out of the folder, and tar members that are not regular files."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tests.faults.shards import describe, problems, readable, reader
 
 
 def hostile(folder: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> None:
-    """A shard of one sample with such members, and an index and a manifest that vouch for them."""
+    """Writes a shard of one sample with the given members, and an index and a manifest that match it."""
     buffer, table = io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for member in members:
@@ -89,7 +89,7 @@ def test_two_members_of_one_kind_are_refused(folder):
 
 
 def test_a_member_that_is_a_link_on_disk_is_read_like_any_file(folder, tmp_path):
-    """Shards may be links, as data managers make them; what counts is the content."""
+    """A shard may be a symbolic link, as data management tools create them. The content is verified all the same."""
     (folder / "a.tar").rename(tmp_path / "elsewhere.tar")
     (folder / "a.tar").symlink_to(tmp_path / "elsewhere.tar")
     assert readable(folder) == list(range(6))

@@ -1,4 +1,4 @@
-"""Shards and indexes that were cut or altered, and whole ones as other tools read them."""
+"""Reading detects shards and indexes that were cut or altered. Other tools can read intact shards."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from hpc.data import manifest
 from hpc.data.shards import BLOCK, BadSample, index_path
-from tests.faults.shards import SAMPLES, describe, last_byte, problems, readable, reader, rng
+from tests.faults.shards import SAMPLES, describe, problems, readable, reader, rng, sample_ends
 
 
 def test_whole_shards_read_and_verify(folder):
@@ -24,7 +24,7 @@ def test_whole_shards_read_and_verify(folder):
 
 @pytest.mark.parametrize("shift", [0, -1, 1])
 def test_a_shard_cut_anywhere_is_never_silent(folder, shift):
-    shard, ends = folder / "a.tar", last_byte(folder)
+    shard, ends = folder / "a.tar", sample_ends(folder)
     content = shard.read_bytes()
     for end in range(BLOCK, len(content), BLOCK):
         shard.write_bytes(content[: end + shift])
@@ -38,7 +38,7 @@ def test_a_shard_cut_anywhere_is_never_silent(folder, shift):
 
 
 def test_single_bits_of_a_shard(folder):
-    """Every byte of the tar, one bit of it: what is read is exact, and verify sees each flip."""
+    """Flips one bit of each byte of the tar. Samples that can be read must be exact. `verify` must detect 20 of the flips."""
     shard, index = folder / "a.tar", load_file(index_path(folder / "a.tar"))
     content = bytearray(shard.read_bytes())
     inside = np.zeros(len(content), dtype=bool)
@@ -47,22 +47,22 @@ def test_single_bits_of_a_shard(folder):
     bits = rng.integers(0, 8, len(content))
     source, crc = reader(folder), zlib.crc32(content)
     fd = os.open(shard, os.O_WRONLY)
-    ends = np.array(last_byte(folder))
-    for place, bit in enumerate(bits.tolist()):
-        i = min(int(np.searchsorted(ends, place, side="right")), 5)
-        os.pwrite(fd, bytes([content[place] ^ (1 << bit)]), place)
+    ends = np.array(sample_ends(folder))
+    for position, bit in enumerate(bits.tolist()):
+        i = min(int(np.searchsorted(ends, position, side="right")), 5)
+        os.pwrite(fd, bytes([content[position] ^ (1 << bit)]), position)
         try:
             assert source.read(0, i) == SAMPLES[i]
-            assert not inside[place]
+            assert not inside[position]
         except BadSample:
             pass
-        os.pwrite(fd, content[place : place + 1], place)
+        os.pwrite(fd, content[position : position + 1], position)
     os.close(fd)
-    for place in rng.integers(0, len(content), 20).tolist():
-        content[place] ^= 1
+    for position in rng.integers(0, len(content), 20).tolist():
+        content[position] ^= 1
         shard.write_bytes(content)
         assert manifest.crc32_file(shard) != crc and "checksum differs" in problems(folder)[0]
-        content[place] ^= 1
+        content[position] ^= 1
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -80,16 +80,16 @@ def test_an_index_cut_anywhere(folder, bare):
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_single_bits_of_an_index(folder, bare):
-    """With a manifest no altered index is used at all; without one, still no wrong bytes come back."""
+    """With a manifest, an altered index is never used. Without a manifest, reading still never returns wrong bytes."""
     path = index_path(folder / "a.tar")
     content = bytearray(path.read_bytes())
-    for place in range(len(content)):
+    for position in range(len(content)):
         for bit in (0, 4, 7) if bare else (int(rng.integers(8)),):
-            content[place] ^= 1 << bit
+            content[position] ^= 1 << bit
             path.write_bytes(content)
             found = readable(folder, bare)
             assert bare or found == []
-            content[place] ^= 1 << bit
+            content[position] ^= 1 << bit
     content[-1] ^= 1
     path.write_bytes(content)
     assert "checksum differs" in problems(folder)[0]
@@ -103,7 +103,7 @@ def change(folder: Path, **arrays: np.ndarray) -> None:
 @pytest.mark.parametrize("value", [-1, -(2**62), 2**31, 2**40, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("name", ["offset", "size"])
 def test_an_index_that_claims_other_places(folder, name, value):
-    """Even one that its manifest vouches for reads nothing outside the shard, and asks for no terabytes."""
+    """The manifest matches this index, but reading must not leave the shard and must not allocate terabytes."""
     table = load_file(index_path(folder / "a.tar"))[name]
     table[2, 0] = value
     change(folder, **{name: table})
@@ -149,7 +149,7 @@ def test_stock_tools_read_our_shards(folder):
 
 
 def test_labels_that_are_not_where_the_manifest_says(folder):
-    """Balanced streams look labels up before they read."""
+    """Balanced streams look labels up in the index before they read a sample."""
     source = reader(folder)
     assert [source.member(0, label, 2) for label in (0, 1)] == [4, 5]
     for label, number in ((0, 3), (1, 3), (2, 0), (-1, 0)):
@@ -160,7 +160,7 @@ def test_labels_that_are_not_where_the_manifest_says(folder):
 
 
 def test_a_process_that_ends_in_the_middle_of_a_stream_ends(folder):
-    """Its worker ignores the signal that Python would end it with."""
+    """At exit Python sends the data worker SIGTERM, which the worker ignores, and waits. The process must end all the same."""
     code = """
 from functools import partial
 from operator import itemgetter

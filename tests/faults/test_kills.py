@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, then the same command: the run is the undisturbed one."""
+"""After SIGKILL at any moment, the same command resumes, and the run ends with the results of an undisturbed run."""
 
 import json
 import os
@@ -31,9 +31,9 @@ def finish(process: subprocess.Popen, expected: int = 0) -> str:
 
 
 def curve(folder: Path) -> list[tuple]:
-    """Everything logged that training decides, by samples."""
-    kept = ("train/", "val/")
-    return [(r["samples"], {k: v for k, v in r.items() if k.startswith(kept)}) for r in metrics_log.read_metrics(folder)]
+    """Returns the logged training and held-out metrics by samples, without speed and system metrics."""
+    prefixes = ("train/", "val/")
+    return [(r["samples"], {k: v for k, v in r.items() if k.startswith(prefixes)}) for r in metrics_log.read_metrics(folder)]
 
 
 def ledgers(run: Path, stage: str) -> list[list]:
@@ -41,7 +41,7 @@ def ledgers(run: Path, stage: str) -> list[list]:
 
 
 def wait_for(path: Path, samples: int, process: subprocess.Popen) -> None:
-    """Until a stage has logged so many samples, or the process has ended."""
+    """Waits until the stage has logged this number of samples, or the process has ended."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         rows = metrics_log.read_metrics(path)
@@ -91,7 +91,7 @@ def test_a_killed_rank(phantoms, packed, undisturbed, tmp_path, victim):
     os.kill(min(ranks), signal.SIGKILL)
     out = finish(first, expected=1)
     assert f"rank {victim} was killed by SIGKILL" in out
-    assert metrics_log.read_metrics(folder)[-1]["samples"] < 320, "the kill came too late to prove anything"
+    assert metrics_log.read_metrics(folder)[-1]["samples"] < 320, "the training had already ended when the rank was killed"
     finish(start(*arguments))
     assert curve(folder) == curve(undisturbed / "tokenizer")
     assert ledgers(tmp_path / "tiny", "tokenizer") == ledgers(undisturbed, "tokenizer")
@@ -111,11 +111,11 @@ def test_a_signal_stops_all_ranks_together_and_resumes(phantoms, packed, undistu
 
 @pytest.mark.long
 def test_the_whole_run_killed_three_times(phantoms, tmp_path):
-    """At three random moments; the samples that committed steps saw are those of an undisturbed run, in order."""
+    """Kills the run at three random moments. Its ledgers must list the samples of an undisturbed run, in the same order."""
     more = {"data.ledger": True, "data.workers": 1}
-    finish(start("run", DEMO, *tiny(phantoms, tmp_path / "calm", **more)))
+    finish(start("run", DEMO, *tiny(phantoms, tmp_path / "undisturbed", **more)))
     rng = random.Random(time.time_ns())
-    arguments = ["run", DEMO, *tiny(phantoms, tmp_path / "rough", **more)]
+    arguments = ["run", DEMO, *tiny(phantoms, tmp_path / "killed", **more)]
     moments = [
         ("tokenizer", rng.randrange(16, 320)),
         ("prior-top", rng.randrange(16, 160)),
@@ -124,16 +124,17 @@ def test_the_whole_run_killed_three_times(phantoms, tmp_path):
     print("kills at", moments)
     for stage, samples in moments:
         process = start(*arguments)
-        wait_for(tmp_path / "rough" / "tiny" / stage, samples, process)
+        wait_for(tmp_path / "killed" / "tiny" / stage, samples, process)
         assert process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     finish(start(*arguments))
     for stage in ("tokenizer", "prior-top", "prior-bottom"):
-        assert ledgers(tmp_path / "rough" / "tiny", stage) == ledgers(tmp_path / "calm" / "tiny", stage)
-        assert curve(tmp_path / "rough" / "tiny" / stage) == curve(tmp_path / "calm" / "tiny" / stage)
+        assert ledgers(tmp_path / "killed" / "tiny", stage) == ledgers(tmp_path / "undisturbed" / "tiny", stage)
+        assert curve(tmp_path / "killed" / "tiny" / stage) == curve(tmp_path / "undisturbed" / "tiny" / stage)
     for stage in ("shards", "tokenizer", "codes", "prior-top", "prior-bottom", "samples"):
-        records = [json.loads((tmp_path / w / "tiny" / stage / "stage.json").read_text()) for w in ("rough", "calm")]
+        paths = [tmp_path / runs / "tiny" / stage / "stage.json" for runs in ("killed", "undisturbed")]
+        records = [json.loads(path.read_text()) for path in paths]
         assert records[0]["digest"] == records[1]["digest"], stage
 
 
@@ -150,7 +151,7 @@ def test_a_hang_ends_with_stacks_and_its_own_code(tmp_path):
 
 
 def test_too_many_non_finite_steps_end_with_their_own_code(phantoms, packed, tmp_path):
-    """A learning rate that cannot work: 77, a paragraph, and the checkpoints from before are kept."""
+    """The learning rate is far too high. The command must end with exit code 77 and a message without a traceback."""
     more = {"tokenizer.train.optim.lr": 1e30, "tokenizer.train.health.max_skipped": 3, "tokenizer.train.engine.clip": 0}
     out = finish(start("train", "tokenizer", DEMO, *tiny(phantoms, tmp_path, **more), *overrides(packed, tmp_path, 1)), 77)
     assert "non-finite" in out
@@ -161,7 +162,7 @@ def test_a_stage_in_use_is_refused(phantoms, packed, tmp_path):
     arguments = ["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path), *overrides(packed, tmp_path, 1)]
     first = start(*arguments)
     wait_for(tmp_path / "tiny" / "tokenizer", 16, first)
-    first.send_signal(signal.SIGSTOP)  # it holds the lock as long as we look
+    first.send_signal(signal.SIGSTOP)  # the stopped process holds the lock until the second command has ended
     try:
         out = finish(start(*arguments), expected=2)
     finally:

@@ -1,6 +1,6 @@
-"""A cache of shards under faults: cut, altered and failing transfers, many processes, kills, eviction.
+"""The cache of shards under faults: cut, altered and failing transfers, many processes, kills, eviction.
 
-`Server` is a real HTTP server that can be told to misbehave; tests of `lesiongen download` use it too.
+`Server` is a real HTTP server that misbehaves on request. The tests of `lesiongen download` use it too.
 """
 
 import errno
@@ -25,7 +25,7 @@ pytest.importorskip("aiohttp")
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """files: content by path; faults: for each path what goes wrong with the next GETs, one after the other."""
+    """An HTTP server. files: path → content. faults: path → what goes wrong with its next GET requests, in order."""
 
     daemon_threads = True
 
@@ -33,7 +33,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.files, self.faults, self.etag = files, {}, '"1"'
         self.ranges = self.if_range = True
         self.log: list[tuple[str, str, str]] = []  # method, path, Range
-        self.halfway, self.go_on = threading.Event(), threading.Event()
+        self.half_sent, self.send_rest = threading.Event(), threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -45,12 +45,12 @@ class Server(http.server.ThreadingHTTPServer):
         return Counter(path for method, path, _ in self.log if method == "GET")
 
     def __exit__(self, *args):
-        self.go_on.set()
+        self.send_rest.set()
         self.shutdown()
         self.server_close()
 
     def handle_error(self, request, client_address):
-        pass  # clients that were killed
+        pass  # a test killed the client; print no traceback
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -87,8 +87,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body[:half])
         if fault == "wait":
             self.wfile.flush()
-            self.server.halfway.set()
-            self.server.go_on.wait(20)
+            self.server.half_sent.set()
+            self.server.send_rest.wait(20)
         if fault != "cut":
             self.wfile.write(body[half:])
 
@@ -113,7 +113,7 @@ def server():
 ENTRIES = [entry(f"{n}.tar", content_of(n)) for n in range(6)]
 
 
-def take(store: Store, wanted: dict) -> bytes:
+def read_file(store: Store, wanted: dict) -> bytes:
     fd = store.open(wanted)
     try:
         return os.pread(fd, wanted["bytes"] + 1, 0)
@@ -127,8 +127,8 @@ def store_of(where: str, directory: Path, shards: float = 100) -> Store:
     return store
 
 
-def held(directory: Path) -> int:
-    """Bytes in the cache, files on their way in included; an upper bound while it is at work."""
+def cached_bytes(directory: Path) -> int:
+    """Returns the bytes in the cache, with unfinished files. An upper bound while other processes change the cache."""
     total = 0
     for path in directory.glob("*.tar-*"):
         try:
@@ -142,8 +142,8 @@ def held(directory: Path) -> int:
 def test_a_bad_transfer_is_repeated_and_never_kept(server, tmp_path, fault):
     store = store_of(server.url + "/shards", tmp_path)
     server.faults["/shards/0.tar"] = [fault, fault]
-    assert take(store, ENTRIES[0]) == content_of(0)
-    assert take(store, ENTRIES[0]) == content_of(0)
+    assert read_file(store, ENTRIES[0]) == content_of(0)
+    assert read_file(store, ENTRIES[0]) == content_of(0)
     assert server.gets() == {"/shards/0.tar": 3}
 
 
@@ -155,7 +155,7 @@ def test_after_some_attempts_the_error_names_what_differed(server, tmp_path, fau
         store.open(ENTRIES[0])
     assert "/shards/0.tar" in str(error.value) and "secret" not in str(error.value)
     assert server.gets() == {"/shards/0.tar": 5}
-    assert not list(tmp_path.glob("*.tar-*")), "nothing of a bad transfer stays"
+    assert not list(tmp_path.glob("*.tar-*")), "a failed transfer left a file"
 
 
 def test_a_file_that_is_not_there_is_asked_for_once(server, tmp_path):
@@ -179,10 +179,10 @@ def test_a_file_longer_than_its_manifest_says_is_not_stored(server, tmp_path):
 
 
 def _read_all(store: Store, seed: int, rounds: int, failures) -> None:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(rounds):
-        for wanted in chance.sample(ENTRIES, len(ENTRIES)):
-            if take(store, wanted) != content_of(int(wanted["name"][0])):
+        for wanted in rng.sample(ENTRIES, len(ENTRIES)):
+            if read_file(store, wanted) != content_of(int(wanted["name"][0])):
                 failures.put(wanted["name"])
 
 
@@ -214,21 +214,21 @@ def test_eight_processes_evict_one_is_killed_and_the_limit_holds(server, tmp_pat
     server.faults["/shards/5.tar"] = ["wait"]
     victim = context.Process(target=_open_one, args=(store, ENTRIES[5]))
     victim.start()
-    assert server.halfway.wait(20)
+    assert server.half_sent.wait(20)
     others = _start(8, _read_all, store, 3, failures)
-    while server.gets().total() < 4:  # the others are at work
+    while server.gets().total() < 4:  # wait until the other processes fetch files
         others[0].join(0.02)
-    assert not list(tmp_path.glob("5.tar-*.cached")), "a file on its way in has no final name"
+    assert not list(tmp_path.glob("5.tar-*.cached")), "an unfinished file has its final name"
     os.kill(victim.pid, signal.SIGKILL)
     victim.join(10)
-    most = 0
+    largest = 0
     while any(process.is_alive() for process in others):
-        most = max(most, held(tmp_path))
+        largest = max(largest, cached_bytes(tmp_path))
         others[0].join(0.01)
         others = [p for p in others if p.is_alive() or p.join() or p.exitcode]
     assert not others and failures.empty()
-    assert most <= limit + 300_000, "one may be seen under both its names"
-    assert held(tmp_path) <= limit and not list(tmp_path.glob("*.part"))
+    assert largest <= limit + 300_000, "too large, even if one file was counted under its old and its new name"
+    assert cached_bytes(tmp_path) <= limit and not list(tmp_path.glob("*.part"))
     assert max(server.gets().values()) <= 8 * 3 + 1
 
 
@@ -237,11 +237,11 @@ def test_what_a_killed_process_left_goes_with_the_next_fetch(server, tmp_path):
     server.faults["/shards/0.tar"] = ["wait"]
     victim = multiprocessing.get_context("spawn").Process(target=_open_one, args=(store, ENTRIES[0]))
     victim.start()
-    assert server.halfway.wait(20)
+    assert server.half_sent.wait(20)
     victim.kill()
     victim.join(10)
     assert [p.suffix for p in tmp_path.glob("0.tar-*")] == [".part"]
-    assert take(store, ENTRIES[1]) == content_of(1)
+    assert read_file(store, ENTRIES[1]) == content_of(1)
     assert not list(tmp_path.glob("0.tar-*")) and len(list(tmp_path.glob("1.tar-*.cached"))) == 1
 
 
@@ -249,12 +249,12 @@ def test_a_slow_transfer_blocks_only_those_who_want_that_file(server, tmp_path):
     store = store_of(server.url + "/shards", tmp_path)
     server.faults["/shards/0.tar"] = ["wait"]
     found = []
-    waiting = [threading.Thread(target=lambda: found.append(take(store, ENTRIES[0]))) for _ in range(3)]
+    waiting = [threading.Thread(target=lambda: found.append(read_file(store, ENTRIES[0]))) for _ in range(3)]
     for thread in waiting:
         thread.start()
-    assert server.halfway.wait(20)
-    assert take(store, ENTRIES[1]) == content_of(1) and not found
-    server.go_on.set()
+    assert server.half_sent.wait(20)
+    assert read_file(store, ENTRIES[1]) == content_of(1) and not found
+    server.send_rest.set()
     for thread in waiting:
         thread.join(20)
     assert found == [content_of(0)] * 3 and server.gets()["/shards/0.tar"] == 1
@@ -263,7 +263,7 @@ def test_a_slow_transfer_blocks_only_those_who_want_that_file(server, tmp_path):
 def test_a_descriptor_outlives_its_eviction(server, tmp_path):
     store = store_of(server.url + "/shards", tmp_path, shards=1)
     fd = store.open(ENTRIES[0])
-    take(store, ENTRIES[1])
+    read_file(store, ENTRIES[1])
     assert not list(tmp_path.glob("0.tar-*")) and os.pread(fd, 300_001, 0) == content_of(0)
     os.close(fd)
 
@@ -294,7 +294,7 @@ def test_s3_is_read_in_ranges(server, tmp_path, monkeypatch):
     store = Store("s3://shards/big", CacheConfig(str(tmp_path), 0.1))
     store.cache = replace(store.cache, pause=0.01)
     assert store.read_small("manifest.json") == b"{}"
-    assert take(store, entry("0.tar", big)) == big
-    assert 4 <= server.gets()["/shards/big/0.tar"] <= 8, "ranges of 8 MiB, and the flipped file once more"
+    assert read_file(store, entry("0.tar", big)) == big
+    assert 4 <= server.gets()["/shards/big/0.tar"] <= 8, "expected ranges of 8 MiB, and the altered file once more"
     with pytest.raises(UserError, match="holds"):
         store_of("s3://shards/big", tmp_path, 1).open(entry("0.tar", big))

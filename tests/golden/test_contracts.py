@@ -1,4 +1,5 @@
-"""What may not change between versions: it would move images between splits, or resume a run as another one."""
+"""Results that must stay the same in every version. If they changed, images would move to other splits, and a resumed run would
+see other samples than before."""
 
 import hashlib
 
@@ -18,9 +19,9 @@ def test_splits():
 
 
 def test_the_plans_sequence():
-    plan = SampleOrder((7, 5, 9), 6, seed=3, streams=3, window=4)
+    order = SampleOrder((7, 5, 9), 6, seed=3, streams=3, window=4)
     expected = [(0, 4), (0, 6), (2, 0), (2, 0), (1, 0), (2, 8), (0, 2), (0, 1)]
-    assert [plan.sample(i) for i in range(18, 26)] == expected
+    assert [order.sample(i) for i in range(18, 26)] == expected
 
 
 def test_seeds():

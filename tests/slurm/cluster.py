@@ -1,8 +1,8 @@
-"""A real Slurm of four nodes on this one machine, for tests: one munged, one slurmctld and four slurmd, no accounting.
+"""A real Slurm cluster of four nodes on one machine, for tests: one munged, one slurmctld and four slurmd, no accounting.
 
-The daemons are children of the process that starts them and die with it; they listen on the loopback only, on ports that
-were free, and keep everything in a directory of their own. All that stays is the line in /etc/hosts that names the nodes.
-Needs root (slurmd does) and Debian's packages, which are installed if they are missing and apt can.
+The daemons are children of the test process and die with it. They listen only on the loopback interface, on free ports, and
+keep their files in one directory. The only lasting change to the machine is a line in /etc/hosts with the nodes' names. slurmd
+needs root. Debian's Slurm packages are installed if they are missing and apt-get is available.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# Credentials that expire soon: a requeued job waits for the old one's to go.
+# Short-lived credentials: a requeued job waits until the credential of its previous attempt has expired.
 AuthInfo=socket={home}/munge.sock,cred_expire=5
 CredType=cred/munge
 AccountingStorageType=accounting_storage/none
@@ -61,11 +61,11 @@ PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=1
 
 
 class Unavailable(RuntimeError):
-    """Why there can be no Slurm on this machine."""
+    """Raised with the reason if Slurm cannot run on this machine."""
 
 
 class Cluster:
-    """start(), stop(); in between run() any Slurm command, kill_node(). Both may be called again and again."""
+    """The cluster. After start(), run() runs a Slurm command and kill_node() kills a node. stop() and start() may alternate."""
 
     def __init__(self, home: Path, nodes: int = 4, cpus: int = 4):
         self.home, self.cpus = Path(home), cpus
@@ -78,7 +78,7 @@ class Cluster:
         return {"SLURM_CONF": str(self.conf)}
 
     def start(self) -> None:
-        """Raises Unavailable, with the reason, where Slurm cannot be had."""
+        """Starts the daemons and waits until all nodes are idle. Raises Unavailable if Slurm cannot run here."""
         if self.daemons:
             return
         if os.geteuid() != 0:
@@ -94,17 +94,17 @@ class Cluster:
         try:
             files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munged.pid", "seed-file": "munge.seed"}
             self._daemon("munged", "--force", *(f"--{option}={self.home / name}" for option, name in files.items()))
-            self._until(lambda: (self.home / "munge.sock").exists(), 10, "munged does not come up")
+            self._until(lambda: (self.home / "munge.sock").exists(), 10, "munged did not start")
             self._daemon("slurmctld", "-c")
             for node in self.nodes:
                 self.start_node(node)
-            self._until(self._all_idle, 30, "the nodes do not become idle")
+            self._until(self._all_idle, 30, "the nodes did not become idle")
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        ours = set(self.job_processes())
+        job_pids = set(self.job_processes())
         if "slurmctld" in self.daemons:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.run("scancel", "-f", "-u", "root")
@@ -120,16 +120,16 @@ class Cluster:
                 process.kill()
                 process.wait()
         self.daemons.clear()
-        for pid in ours | set(self.job_processes()):
+        for pid in job_pids | set(self.job_processes()):
             _kill(pid)
 
     def run(self, *command: str, timeout: float = 20) -> subprocess.CompletedProcess:
-        """A Slurm command; never waits for ever, as they do when the controller is gone."""
+        """Runs a Slurm command. Without the timeout, it would wait for ever if the controller is gone."""
         env = os.environ | self.environment
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says, by key."""
+        """Returns the fields of `scontrol show job`."""
         words = self.run("scontrol", "show", "job", number, "-o").stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -137,7 +137,7 @@ class Cluster:
         self._daemon("slurmd", "-N", node, name=node)
 
     def kill_node(self, node: str) -> None:
-        """As if its power were cut: the daemon and all that runs under it, without a word to the controller."""
+        """Kills a node as a power cut would: its daemon and all its processes. The controller is not told."""
         process = self.daemons.pop(node)
         process.kill()
         process.wait()
@@ -145,37 +145,40 @@ class Cluster:
             _kill(pid)
 
     def job_processes(self, node: str | None = None) -> list[int]:
-        """Ranks, batch scripts and their slurmstepd, of one node or of all: known by the environment they were given."""
+        """Returns the process ids of ranks, batch scripts and their slurmstepd, on one node or on all nodes.
+
+        Slurm sets SLURMD_NODENAME in the environment of ranks and batch scripts.
+        """
         found = set()
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                known = dict(v.split("=", 1) for v in (folder / "environ").read_text(errors="replace").split("\0") if "=" in v)
-                if known.get("SLURM_CONF") != str(self.conf) or "SLURMD_NODENAME" not in known:
+                env = dict(v.split("=", 1) for v in (folder / "environ").read_text(errors="replace").split("\0") if "=" in v)
+                if env.get("SLURM_CONF") != str(self.conf) or "SLURMD_NODENAME" not in env:
                     continue
-                if node in (None, known["SLURMD_NODENAME"]):
-                    found |= {int(folder.name), _keeper(int(folder.name))}
+                if node in (None, env["SLURMD_NODENAME"]):
+                    found |= {int(folder.name), _parent_slurmstepd(int(folder.name))}
         return sorted(found - {0, 1, os.getpid()})
 
     def _daemon(self, program: str, *arguments: str, name: str = "") -> None:
         foreground = "--foreground" if program == "munged" else "-D"
         with open(self.home / f"{name or program}.log", "ab") as log:
             self.daemons[name or program] = subprocess.Popen(
-                [_where(program), foreground, *arguments],
+                [_find_program(program), foreground, *arguments],
                 env=os.environ | self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the tests
+                start_new_session=True,  # Ctrl-C must stop the tests, not the daemons
                 preexec_fn=_die_with_parent,
             )
 
-    def _until(self, true, seconds: float, complaint: str) -> None:
+    def _until(self, condition, seconds: float, message: str) -> None:
         deadline = time.monotonic() + seconds
-        while not true():
-            gone = [name for name, process in self.daemons.items() if process.poll() is not None]
-            if gone or time.monotonic() > deadline:
+        while not condition():
+            ended = [name for name, process in self.daemons.items() if process.poll() is not None]
+            if ended or time.monotonic() > deadline:
                 logs = "\n".join(f"--- {p.name}\n{p.read_text()[-1500:]}" for p in sorted(self.home.glob("*.log")))
-                raise RuntimeError(f"Slurm: {f'{gone[0]} ended' if gone else complaint}\n{logs}")
+                raise RuntimeError(f"Slurm: {f'{ended[0]} ended' if ended else message}\n{logs}")
             time.sleep(0.1)
 
     def _all_idle(self) -> bool:
@@ -191,18 +194,18 @@ class Cluster:
         return CONF.format(host=host, home=self.home, ports=ports, nodes=nodes)
 
 
-def _where(program: str) -> str | None:
+def _find_program(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def _install() -> None:
-    if all(_where(p) for p in ("munged", "slurmctld", "slurmd", "sbatch", "srun")):
+    if all(_find_program(p) for p in ("munged", "slurmctld", "slurmd", "sbatch", "srun")):
         return
     if not shutil.which("apt-get"):
         raise Unavailable(f"Slurm is not installed, and there is no apt-get to install {', '.join(PACKAGES)}")
-    policy = Path("/usr/sbin/policy-rc.d")  # packages start no daemon
-    ours = not policy.exists()
-    if ours:
+    policy = Path("/usr/sbin/policy-rc.d")  # with this script, apt-get starts no daemon of a package
+    policy_is_ours = not policy.exists()
+    if policy_is_ours:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     try:
@@ -216,24 +219,24 @@ def _install() -> None:
     except subprocess.TimeoutExpired:
         raise Unavailable("apt-get did not install Slurm within 4 minutes") from None
     finally:
-        if ours:
+        if policy_is_ours:
             policy.unlink()
 
 
 def _name_hosts(names: list[str]) -> None:
-    """Ranks find rank 0 by its node's name."""
+    """Adds the nodes' names to /etc/hosts, because ranks connect to rank 0 by the name of its node."""
     known = {word for line in HOSTS.read_text().splitlines() for word in line.partition("#")[0].split()[1:]}
     if missing := [n for n in names if n not in known]:
         try:
             with open(HOSTS, "a") as file:
                 file.write(f"127.0.0.1 {' '.join(missing)}\n")
         except OSError as error:
-            raise Unavailable(f"the nodes cannot be named in {HOSTS}: {error.strerror}") from None
+            raise Unavailable(f"cannot add the nodes' names to {HOSTS}: {error.strerror}") from None
 
 
 def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(number)]
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
@@ -248,8 +251,8 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _keeper(pid: int) -> int:
-    """The slurmstepd above a process, 0 if its parent is none."""
+def _parent_slurmstepd(pid: int) -> int:
+    """Returns the id of the parent process if the parent is a slurmstepd, otherwise 0."""
     with contextlib.suppress(OSError):
         parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():

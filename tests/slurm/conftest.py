@@ -1,4 +1,4 @@
-"""A Slurm for the tests, and the `lesiongen` command as a user of it types it."""
+"""Fixtures and helpers of the Slurm tests: a Slurm cluster, and the `lesiongen` command."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from tests.slurm.cluster import Cluster, Unavailable
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """Four nodes, n1 to n4, of 4 CPUs; SLURM_CONF points there for all that the tests start."""
+    """A cluster of four nodes, n1 to n4, with 4 CPUs each. SLURM_CONF is set, so the commands of the tests use this cluster."""
     cluster, patch = Cluster(tmp_path_factory.mktemp("slurm")), pytest.MonkeyPatch()
     try:
         cluster.start()
@@ -27,18 +27,18 @@ def cluster(tmp_path_factory):
 
 
 def lesiongen(*arguments, code: int = 0) -> str:
-    """The command, here, as its imports take seconds; what it printed."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        ended = main([str(a) for a in arguments])
-    assert ended == code, f"lesiongen {' '.join(map(str, arguments))}\nended with {ended}\n{said.getvalue()}"
-    return said.getvalue()
+    """Runs the command in this process, because its imports take seconds. Returns its output."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        exit_code = main([str(a) for a in arguments])
+    assert exit_code == code, f"lesiongen {' '.join(map(str, arguments))}\nended with {exit_code}\n{output.getvalue()}"
+    return output.getvalue()
 
 
-def wait(true, seconds: float, what: str):
-    """The first true value of `true()`; a failure that names what was waited for."""
+def wait(condition, seconds: float, what: str):
+    """Returns the first true value of `condition()`. Fails after `seconds`, with `what` in the message."""
     deadline = time.monotonic() + seconds
-    while not (value := true()):
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.2)
     return value
@@ -46,15 +46,15 @@ def wait(true, seconds: float, what: str):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A failed test shows the logs of its jobs: they are where the reason is."""
+    """Adds the logs of its jobs to the report of a failed test, because the logs show the reason."""
     report = yield
     if report.when == "call" and report.failed and "tmp_path" in getattr(item, "funcargs", {}):
         for path in sorted(item.funcargs["tmp_path"].glob("**/jobs/*/*")):
-            if path.suffix in (".out", ".err", ".jsonl") and (text := _end(path)):
+            if path.suffix in (".out", ".err", ".jsonl") and (text := _last_lines(path)):
                 report.sections.append((str(path), text))
     return report
 
 
-def _end(path: Path, lines: int = 30) -> str:
+def _last_lines(path: Path, lines: int = 30) -> str:
     text = path.read_text(errors="replace").split("\n")[-lines:]
-    return "\n".join(line.rpartition("\r")[2] for line in text).strip()  # of a progress bar only how it ended
+    return "\n".join(line.rpartition("\r")[2] for line in text).strip()  # keep only the last state of a progress bar

@@ -1,4 +1,4 @@
-"""The pipeline as Slurm jobs, on a real Slurm: dependencies, two nodes, requeue, a node lost, refusals."""
+"""Runs the pipeline as jobs on a real Slurm: dependencies, two nodes, requeueing, a lost node, and refusals."""
 
 import re
 import subprocess
@@ -14,12 +14,12 @@ from tests.conftest import DEMO, tiny
 from tests.slurm.conftest import lesiongen, wait
 
 LOCAL = str(Path(DEMO).parent / "cluster" / "local.yaml")
-ELSEWHERE = [sys.executable, "-m", "launch"]  # beside the jobs
+COMMAND = [sys.executable, "-m", "launch"]  # the lesiongen command in a process of its own
 STAGES = ["shards", "tokenizer", "codes", "prior-top", "prior-bottom", "samples", "report"]
 
 
 def submit(*arguments) -> dict[str, str]:
-    """{stage: job}."""
+    """Submits the pipeline. Returns {stage: job id}."""
     return dict(re.findall(r"^(\S+) +job (\d+)$", lesiongen("submit", DEMO, *arguments), re.MULTILINE))
 
 
@@ -33,7 +33,7 @@ def state(cluster, job: str) -> str:
     return cluster.job(job).get("JobState", "")
 
 
-def completed(cluster, jobs, seconds: float) -> None:
+def wait_until_completed(cluster, jobs, seconds: float) -> None:
     def settled():
         states = [state(cluster, j) for j in jobs]
         assert not {"FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"} & set(states), states
@@ -47,48 +47,48 @@ def curve(stage: Path, names=("train/loss", "val/mse")) -> dict:
 
 
 def files(run: Path) -> set[str]:
-    """All that the stages made; logs, locks and what MLflow's follower leaves are not of them."""
+    """Returns the files that the stages wrote, without logs, locks and the files of MLflow's follower."""
     found = {p.relative_to(run) for p in run.rglob("*") if p.is_file()}
     return {str(p) for p in found if p.parts[0] in ("config.yaml", *STAGES) and p.name != ".lock"}
 
 
 def test_the_pipeline_as_jobs_makes_what_run_makes(cluster, phantoms, tmp_path):
-    """Packing divided over the tasks of two nodes makes the same shards, too."""
-    command = [*ELSEWHERE, "run", DEMO, *tiny(phantoms, tmp_path / "here")]
-    here = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """Jobs write the same results as `lesiongen run`, although two nodes pack the shards."""
+    command = [*COMMAND, "run", DEMO, *tiny(phantoms, tmp_path / "local")]
+    local_run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     nodes = cluster_file(tmp_path, stages={"shards": {"nodes": 2, "tasks_per_node": 2}})
-    jobs = submit("--cluster", nodes, *tiny(phantoms, tmp_path / "there"))
+    jobs = submit("--cluster", nodes, *tiny(phantoms, tmp_path / "slurm"))
     assert list(jobs) == STAGES
-    a, b = tmp_path / "here" / "tiny", tmp_path / "there" / "tiny"
-    assert f"job {jobs['report']} PENDING (Dependency)" in lesiongen("status", b)
-    output, _ = here.communicate(timeout=200)
-    assert here.returncode == 0, output
-    completed(cluster, jobs.values(), 200)
+    local, slurm = tmp_path / "local" / "tiny", tmp_path / "slurm" / "tiny"
+    assert f"job {jobs['report']} PENDING (Dependency)" in lesiongen("status", slurm)
+    output, _ = local_run.communicate(timeout=200)
+    assert local_run.returncode == 0, output
+    wait_until_completed(cluster, jobs.values(), 200)
     for stage in STAGES:
-        assert read_stage_record(a / stage)["digest"] == read_stage_record(b / stage)["digest"], stage
-    assert files(a) == files(b)
+        assert read_stage_record(local / stage)["digest"] == read_stage_record(slurm / stage)["digest"], stage
+    assert files(local) == files(slurm)
     for stage in ("tokenizer", "prior-top", "prior-bottom"):
-        assert curve(a / stage) == curve(b / stage)
-    for image in (a / "samples" / "images").iterdir():
-        assert image.read_bytes() == (b / "samples" / "images" / image.name).read_bytes()
-    assert (tmp_path / "here" / "mlflow.db").exists()
-    assert not (tmp_path / "there" / "mlflow.db").exists(), "sqlite from a compute node"
+        assert curve(local / stage) == curve(slurm / stage)
+    for image in (local / "samples" / "images").iterdir():
+        assert image.read_bytes() == (slurm / "samples" / "images" / image.name).read_bytes()
+    assert (tmp_path / "local" / "mlflow.db").exists()
+    assert not (tmp_path / "slurm" / "mlflow.db").exists(), "a compute node wrote to SQLite"
     times = {stage: cluster.job(jobs[stage]) for stage in ("prior-top", "prior-bottom")}
     assert max(t["StartTime"] for t in times.values()) < min(t["EndTime"] for t in times.values())
-    assert lesiongen("status", b).count(" done ") == len(STAGES)
-    assert "everything is done" in lesiongen("submit", DEMO, "--cluster", LOCAL, *tiny(phantoms, tmp_path / "there"))
+    assert lesiongen("status", slurm).count(" done ") == len(STAGES)
+    assert "everything is done" in lesiongen("submit", DEMO, "--cluster", LOCAL, *tiny(phantoms, tmp_path / "slurm"))
 
 
 def test_two_nodes_stop_together_and_go_on_as_if_undisturbed(cluster, phantoms, packed, tmp_path):
-    """Also: the jobs that depend on the requeued one wait for it, and a stage that does not train is requeued too."""
+    """Also tests that dependent jobs wait for a requeued job, and that a stage without training is requeued too."""
     own = {"inputs.shards": packed, "tokenizer.train.engine.zero": 2, "tokenizer.train.samples": 2560}
     own |= {"tokenizer.train.log_every": 80, "tokenizer.train.eval_every": 1280, "tokenizer.train.save_every": 2560}
     own |= {"priors.top.train.samples": 100_000, "priors.bottom.train.samples": 100_000}
-    here, there = (tiny(phantoms, tmp_path / place, **own) for place in ("here", "there"))
+    local, slurm = (tiny(phantoms, tmp_path / runs, **own) for runs in ("local", "slurm"))
     nodes = cluster_file(tmp_path, stages={"tokenizer": {"nodes": 2, "tasks_per_node": 2}})
-    undisturbed = subprocess.Popen([*ELSEWHERE, "train", "tokenizer", DEMO, *here, "local.ranks=4"], stderr=subprocess.DEVNULL)
-    jobs, run = submit("--cluster", nodes, *there), tmp_path / "there" / "tiny"
-    refused = lesiongen("submit", DEMO, "--cluster", nodes, *there, code=2)
+    undisturbed = subprocess.Popen([*COMMAND, "train", "tokenizer", DEMO, *local, "local.ranks=4"], stderr=subprocess.DEVNULL)
+    jobs, run = submit("--cluster", nodes, *slurm), tmp_path / "slurm" / "tiny"
+    refused = lesiongen("submit", DEMO, "--cluster", nodes, *slurm, code=2)
     assert f"tokenizer (job {jobs['tokenizer']})" in refused
     wait(lambda: len(curve(run / "tokenizer")) >= 8, 90, "some steps")
     assert cluster.job(jobs["tokenizer"])["NodeList"] == "n[1-2]"
@@ -96,22 +96,22 @@ def test_two_nodes_stop_together_and_go_on_as_if_undisturbed(cluster, phantoms, 
     cluster.run("scancel", "--signal=USR2", jobs["tokenizer"])
     wait(lambda: state(cluster, jobs["tokenizer"]) == "PENDING", 30, "the requeue")
     stopped = curve(run / "tokenizer")
-    assert 8 <= len(stopped) < 32, "stopped in the middle"
+    assert 8 <= len(stopped) < 32, "the training did not stop in the middle"
     assert len(list((run / "tokenizer" / "checkpoints").glob("step-*/MANIFEST.json"))) == 1
-    completed(cluster, [jobs["tokenizer"]], 120)
+    wait_until_completed(cluster, [jobs["tokenizer"]], 120)
     assert undisturbed.wait(60) == 0
-    wanted, found = (curve(tmp_path / place / "tiny" / "tokenizer") for place in ("here", "there"))
+    expected, found = (curve(tmp_path / runs / "tiny" / "tokenizer") for runs in ("local", "slurm"))
     assert stopped.items() <= found.items()
-    assert found == pytest.approx(wanted, rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-6)
 
     started = run / "jobs" / "codes" / f"{jobs['codes']}_0_log.out"
-    wait(lambda: started.exists() and started.stat().st_size, 30, "the next stage")
+    wait(lambda: started.exists() and started.stat().st_size, 30, "the job of codes to start")
     cluster.run("scancel", "--signal=USR2", jobs["codes"])
-    completed(cluster, [jobs["codes"]], 60)
+    wait_until_completed(cluster, [jobs["codes"]], 60)
     assert cluster.job(jobs["codes"])["Restarts"] == "1"
     assert "back in the queue" in lesiongen("logs", run, "--stage", "codes")
 
-    wait(lambda: state(cluster, jobs["prior-top"]) == "RUNNING", 30, "the stage after it")
+    wait(lambda: state(cluster, jobs["prior-top"]) == "RUNNING", 30, "the job of prior-top to start")
     cancelled = lesiongen("cancel", run)
     assert jobs["prior-top"] in cancelled
     assert jobs["report"] in cancelled
@@ -123,7 +123,10 @@ def test_two_nodes_stop_together_and_go_on_as_if_undisturbed(cluster, phantoms, 
 
 @pytest.mark.parametrize("which", ["first", pytest.param("other", marks=pytest.mark.long)])
 def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(cluster, phantoms, packed, tmp_path, which):
-    """first: the node with the batch script, which Slurm requeues. other: the ranks that are left fail, and requeue it."""
+    """first: the node of the batch script is lost, and Slurm requeues the job.
+
+    other: the other node is lost, the remaining ranks fail, and the batch script requeues the job.
+    """
     own = {"inputs.shards": packed, "tokenizer.train.samples": 3200, "tokenizer.train.log_every": 160}
     own |= {"tokenizer.train.eval_every": 3200, "tokenizer.train.save_every": 320}
     nodes = cluster_file(tmp_path, stages={"tokenizer": {"nodes": 2}})
@@ -136,7 +139,7 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(cluster, 
     saved = max(p.parent.name for p in checkpoints.glob("step-*/MANIFEST.json"))
     try:
         cluster.kill_node(lost)
-        completed(cluster, [jobs["tokenizer"]], 150)
+        wait_until_completed(cluster, [jobs["tokenizer"]], 150)
         assert lost not in cluster.job(jobs["tokenizer"])["NodeList"]
         assert cluster.job(jobs["tokenizer"])["Restarts"] == "1"
     finally:
@@ -144,7 +147,7 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(cluster, 
         lesiongen("cancel", run)
     rows = metrics_log.read_metrics(run / "tokenizer")
     assert [r["samples"] for r in rows if "train/loss" in r] == list(range(160, 3201, 160))
-    assert int(saved.removeprefix("step-")) * 16 < 3200, "killed in the middle"
+    assert int(saved.removeprefix("step-")) * 16 < 3200, "the training had ended before the node was lost"
 
 
 def test_where_requeueing_is_denied_the_stage_stays_resumable(cluster, phantoms, tmp_path):
@@ -160,14 +163,14 @@ def test_where_requeueing_is_denied_the_stage_stays_resumable(cluster, phantoms,
     wait(lambda: state(cluster, jobs["report"]) == "CANCELLED", 30, "the dependents to be cancelled")
     again = submit("--cluster", LOCAL, *settings)
     assert list(again) == STAGES
-    completed(cluster, [again["shards"]], 60)
+    wait_until_completed(cluster, [again["shards"]], 60)
     lesiongen("cancel", run)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("cause", ["preempted", "out of time"])
 def test_slurm_itself_stops_a_job(cluster, phantoms, packed, tmp_path, cause):
-    """By a job of a higher partition that wants all nodes, or by the limit of two minutes."""
+    """Slurm stops the job for a job of a higher partition that needs all nodes, or at the limit of two minutes."""
     samples = 4800 if cause == "preempted" else 200_000
     own = {"inputs.shards": packed, "tokenizer.train.samples": samples, "tokenizer.train.eval_every": samples}
     own |= {"tokenizer.train.save_every": samples, "tokenizer.train.log_every": 160}

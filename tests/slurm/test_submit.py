@@ -1,4 +1,4 @@
-"""What surrounds the jobs, without a Slurm: batch scripts, who requeues what, signals, topology."""
+"""Tests of the code around the jobs that need no Slurm: batch scripts, the decision to requeue, signals, topology."""
 
 import signal
 import subprocess
@@ -21,6 +21,7 @@ CLUSTERS = Path(DEMO).parent / "cluster"
 
 
 def scripts(text: str) -> dict[str, str]:
+    """Returns {stage: batch script} from the output of `submit --dry`."""
     parts = text.split("# -------------------- ")[1:]
     return {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
 
@@ -75,7 +76,7 @@ def test_cluster_files_of_the_project_fit_its_stages(path, phantoms, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("own", "said"),
+    ("own", "message"),
     [
         ({"partion": "gpu"}, "did you mean 'partition'"),
         ({"stages": {"prio": {}}}, "stages.prio is not a stage"),
@@ -84,15 +85,15 @@ def test_cluster_files_of_the_project_fit_its_stages(path, phantoms, tmp_path):
         ({"default": {"minutes": 0}}, "must be above 0"),
     ],
 )
-def test_mistakes_in_a_cluster_file_are_found_before_the_queue(own, said, phantoms, tmp_path):
+def test_mistakes_in_a_cluster_file_are_found_before_the_queue(own, message, phantoms, tmp_path):
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(own))
-    assert said in lesiongen("submit", DEMO, "--cluster", path, "--dry", *tiny(phantoms, tmp_path), code=2)
+    assert message in lesiongen("submit", DEMO, "--cluster", path, "--dry", *tiny(phantoms, tmp_path), code=2)
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """command(name, script): a stand-in for a command of Slurm."""
+    """command(name, script) installs a shell script in place of a Slurm command."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
@@ -105,19 +106,22 @@ def command(tmp_path, monkeypatch):
 
 
 def test_a_refused_job_takes_those_before_it_out_of_the_queue(phantoms, tmp_path, command):
-    no_third = "[ $number -lt 3 ] || { echo 'sbatch: error: no such partition' >&2; exit 1; }"
-    command("sbatch", f"echo x >> calls; number=$(wc -l < calls); {no_third}; echo Submitted batch job 4$number")
+    refuse_third = "[ $number -lt 3 ] || { echo 'sbatch: error: no such partition' >&2; exit 1; }"
+    command("sbatch", f"echo x >> calls; number=$(wc -l < calls); {refuse_third}; echo Submitted batch job 4$number")
     command("scancel", "echo $@ > cancelled")
     command("scontrol", "exit 1")
-    said = lesiongen("submit", DEMO, "--cluster", CLUSTERS / "local.yaml", *tiny(phantoms, tmp_path), code=2)
-    assert "refuses the job of codes" in said
-    assert "no such partition" in said
+    output = lesiongen("submit", DEMO, "--cluster", CLUSTERS / "local.yaml", *tiny(phantoms, tmp_path), code=2)
+    assert "refuses the job of codes" in output
+    assert "no such partition" in output
     assert (tmp_path / "cancelled").read_text() == "41 42\n"
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch, command):
-    """The folder of job 7, running, whose ranks have ended; a requeue is refused with what stands in `refusal`."""
+    """Returns the directory of job 7, which is running and whose ranks have ended.
+
+    If the file `refusal` exists, the stand-in for scontrol refuses a requeue and prints the text of the file.
+    """
     command("scontrol", "[ $1 = show ] && exec cat state; [ ! -e refusal ] || { cat refusal >&2; exit 1; }")
     (tmp_path / "state").write_text("JobId=7 JobState=RUNNING Reason=None")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -149,7 +153,7 @@ def test_failures_are_limited_unless_a_checkpoint_lies_between(job, code, monkey
         assert requeue.requeue_unless_final(job, code) is None
     assert requeue.requeue_unless_final(job, code) == code
     assert "3 times without a new checkpoint" in capsys.readouterr().err
-    monkeypatch.setenv("SLURM_JOB_ID", "8")  # submitted again by a person
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # the user has submitted the stage again
     assert requeue.requeue_unless_final(job, code) is None
 
 
@@ -184,8 +188,8 @@ def test_signals_set_a_flag_in_the_loop_and_interrupt_elsewhere():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         assert interruptible.signalled
-        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0, "a library may swallow the interruption"
-        signal.raise_signal(signal.SIGUSR2)  # while the first is handled
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0, "a library may swallow the KeyboardInterrupt, so a timer must run"
+        signal.raise_signal(signal.SIGUSR2)  # must not raise a second KeyboardInterrupt
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
     assert signal.getsignal(signal.SIGUSR2) == before
 

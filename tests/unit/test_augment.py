@@ -1,4 +1,4 @@
-"""Augmentations: each is what torchvision or its paper says, off is off, and the draws of one are no other's business."""
+"""Augmentations: each follows torchvision or its paper, can be switched off, and never changes the draws of another."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.float() - b.float()).abs().max().item()
 
 
@@ -65,7 +65,7 @@ def test_memory_layout_does_not_matter(lesion):
     for seed in range(5):
         view = augment(lesion, 32, config, rng(seed))
         assert view.is_contiguous()
-        assert apart(view, augment(lesion.contiguous(), 32, config, rng(seed))) <= 1
+        assert largest_difference(view, augment(lesion.contiguous(), 32, config, rng(seed))) <= 1
 
 
 @given(
@@ -82,18 +82,18 @@ def test_jitter_is_torchvisions_without_its_roundings(brightness, contrast, satu
     wanted = F.adjust_contrast(F.adjust_brightness(image / 255, brightness), contrast)
     if channels == 3:
         wanted = F.adjust_hue(F.adjust_saturation(wanted, saturation), hue)
-    assert apart(A.jitter(image, brightness, contrast, saturation, hue), wanted * 255) < 0.51
+    assert largest_difference(A.jitter(image, brightness, contrast, saturation, hue), wanted * 255) < 0.51
 
 
 def test_jitter_stays_near_torchvisions_on_uint8(lesion):
     wanted = F.adjust_saturation(F.adjust_contrast(F.adjust_brightness(lesion, 1.1), 0.9), 1.1)
-    assert apart(A.jitter(lesion, 1.1, 0.9, 1.1), wanted) <= 3  # torchvision cuts off the fraction three times
+    assert largest_difference(A.jitter(lesion, 1.1, 0.9, 1.1), wanted) <= 3  # torchvision truncates to integers three times
 
 
 def test_jitter_of_nothing_is_the_identity(lesion):
     before = lesion.clone()
     assert torch.equal(A.jitter(lesion), lesion)
-    assert apart(A.jitter(lesion, hue=1e-9), lesion) == 0  # there and back without loss
+    assert largest_difference(A.jitter(lesion, hue=1e-9), lesion) == 0  # no loss in the conversion to hue and back
     A.jitter(lesion, 0.5, 0.5, 0.5, 0.2)
     assert torch.equal(lesion, before)
 
@@ -102,7 +102,7 @@ def test_jitter_of_nothing_is_the_identity(lesion):
 def test_rotation_is_torchvisions_from_inside(degrees):
     smooth = F.resize(torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=rng(0)), [64, 64])
     wanted = F.center_crop(F.rotate(smooth, degrees, InterpolationMode.BILINEAR), [40, 40])
-    assert apart(A.rotate(smooth, 40, math.radians(degrees)), wanted) <= 1
+    assert largest_difference(A.rotate(smooth, 40, math.radians(degrees)), wanted) <= 1
 
 
 @given(side=st.floats(0.3, 1), ratio=st.floats(0.5, 2), top=st.floats(0, 1), left=st.floats(0, 1), angle=st.floats(-3.2, 3.2))
@@ -113,12 +113,12 @@ def test_no_view_has_empty_corners(side, ratio, top, left, angle):
 
 
 def test_crop_has_the_side_and_ratio_asked_for():
-    x = torch.arange(240, dtype=torch.uint8).expand(1, 240, 240)  # a value says its column, transposed its row
+    x = torch.arange(240, dtype=torch.uint8).expand(1, 240, 240)  # the value of a pixel is its column; if transposed, its row
     for side, ratio in ((0.5, 1.0), (0.5, 1.5), (0.4, 0.6)):
         for image, shown in ((x, math.sqrt(ratio)), (x.mT, 1 / math.sqrt(ratio))):
             view = A.crop(image, 240, side, ratio)
             assert int(view.max()) - int(view.min()) == pytest.approx(240 * side * shown, abs=3)
-    turned = A.crop(x, 240, 0.5, angle=math.pi / 4)  # there is room: the rotated window is no smaller
+    turned = A.crop(x, 240, 0.5, angle=math.pi / 4)  # the rotated window fits into the image, so it is not reduced
     assert int(turned.max()) - int(turned.min()) == pytest.approx(120 * math.sqrt(2), abs=4)
 
 
@@ -155,7 +155,7 @@ def test_each_operation_acts_and_repeats(lesion, name, channels):
 
 @pytest.mark.parametrize("name", A.OPERATIONS)
 def test_one_operation_does_not_change_the_draws_of_another(lesion, name, monkeypatch):
-    """What every other function is called with, with and without `name`; a rotation is part of the crop's call."""
+    """Compares the arguments of all other operations with and without `name`. A rotation is an argument of crop()."""
 
     def calls(config: AugmentConfig) -> dict:
         seen = {}
@@ -220,7 +220,7 @@ def test_the_reports_augmentations_can_be_written(lesion, name):
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"crop": 0}, "crop=0"),
         ({"crop": 0.9, "crop_max": 0.8}, "crop_max"),
@@ -234,15 +234,15 @@ def test_the_reports_augmentations_can_be_written(lesion, name):
         ({"one_of": ("hflip", "rotate")}, "'rotate', which is switched off"),
     ],
 )
-def test_mistakes_are_named(fields, says):
-    with pytest.raises(ValueError, match=says):
+def test_mistakes_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
         AugmentConfig(**fields)
 
 
 def test_preprocessing_off_is_the_identity(lesion):
     assert preprocess(lesion, PreprocessConfig()) is lesion
-    kept = preprocess(lesion, PreprocessConfig(centre=0.5))
-    assert torch.equal(kept, lesion[:, 12:36, 16:48])
+    cropped = preprocess(lesion, PreprocessConfig(centre=0.5))
+    assert torch.equal(cropped, lesion[:, 12:36, 16:48])
     for wrong in ({"centre": 0}, {"light": (1.0, 0.0, 1.0)}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             PreprocessConfig(**wrong)
@@ -256,11 +256,12 @@ def test_stretch_is_min_max():
 
 
 def cast(image: torch.Tensor, colour: tuple[float, float, float]) -> torch.Tensor:
+    """Returns the image under coloured light."""
     return (image * torch.tensor(colour).view(3, 1, 1)).round().to(torch.uint8)
 
 
 def hue_of(image: torch.Tensor) -> torch.Tensor:
-    """Mean colour, without its brightness."""
+    """Returns the mean colour of an image, scaled to length 1."""
     mean = image.float().mean((1, 2))
     return mean / mean.norm()
 
@@ -286,7 +287,7 @@ def test_constancy_does_not_mind_rulers_hair_and_frames():
     clipped[:, 30:50, 20:40] = 255
     for odd in (ruler, hair, frame, clipped):
         same = (odd == image)[:, inner, inner].all(0)
-        assert apart(A.shades_of_grey(odd)[:, inner, inner][:, same], wanted[:, inner, inner][:, same]) <= 4
+        assert largest_difference(A.shades_of_grey(odd)[:, inner, inner][:, same], wanted[:, inner, inner][:, same]) <= 4
 
 
 @pytest.mark.parametrize("value", [0, 90, 255])

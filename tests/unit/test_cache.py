@@ -1,4 +1,4 @@
-"""Where a store reads from, what names and addresses it refuses, what its cache keeps."""
+"""Stores: where they read from, which names and addresses they refuse, and which files the cache keeps."""
 
 import os
 import zlib
@@ -16,7 +16,7 @@ def write(path: Path, content: bytes) -> dict:
     return {"name": path.name, "bytes": len(content), "crc32": zlib.crc32(content)}
 
 
-def take(store: Store, entry: dict) -> bytes:
+def read(store: Store, entry: dict) -> bytes:
     fd = store.open(entry)
     try:
         return os.read(fd, 1 << 20)
@@ -24,7 +24,7 @@ def take(store: Store, entry: dict) -> bytes:
         os.close(fd)
 
 
-def cached(directory: Path) -> list[str]:
+def cached_names(directory: Path) -> list[str]:
     return sorted(p.name[:5] for p in directory.glob("*.cached"))
 
 
@@ -32,7 +32,7 @@ def test_a_local_folder_is_read_in_place(tmp_path, monkeypatch):
     monkeypatch.setenv("LESIONGEN_CACHE", str(tmp_path / "cache"))
     entry = write(tmp_path / "data" / "a.tar", b"abc")
     store = Store(tmp_path / "data")
-    assert take(store, entry) == b"abc" and store.read_small("a.tar") == b"abc"
+    assert read(store, entry) == b"abc" and store.read_small("a.tar") == b"abc"
     assert not (tmp_path / "cache").exists()
     with pytest.raises(FileNotFoundError):
         store.open({**entry, "name": "b.tar"})
@@ -42,11 +42,11 @@ def test_a_cache_stages_a_local_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
     entry = write(tmp_path / "data" / "a.tar", b"abc")
     store = Store(tmp_path / "data", CacheConfig("$SCRATCH/shards"))
-    assert take(store, entry) == b"abc"
+    assert read(store, entry) == b"abc"
     (tmp_path / "data" / "a.tar").unlink()
-    assert take(store, entry) == b"abc"
-    assert cached(tmp_path / "scratch" / "shards") == ["a.tar"]
-    assert oct((tmp_path / "scratch" / "shards").stat().st_mode)[-3:] == "700", "photographs of patients"
+    assert read(store, entry) == b"abc"
+    assert cached_names(tmp_path / "scratch" / "shards") == ["a.tar"]
+    assert oct((tmp_path / "scratch" / "shards").stat().st_mode)[-3:] == "700", "other users have access"
 
 
 def test_remote_data_go_to_the_users_cache(tmp_path, monkeypatch):
@@ -95,37 +95,37 @@ def test_least_recently_used_go_first_and_strangers_stay(tmp_path):
     stranger = tmp_path / "cache" / "thesis.part"
     stranger.write_bytes(bytes(9999))
     for n in (0, 1, 2, 0):
-        take(store, entries[n])
-    for age, n in enumerate((0, 2, 1)):  # clocks are coarse
+        read(store, entries[n])
+    for age, n in enumerate((0, 2, 1)):  # set access order explicitly, because clocks are coarse
         path = next((tmp_path / "cache").glob(f"{n}.tar-*"))
         os.utime(path, ns=(0, path.stat().st_mtime_ns - age * 10**9))
-    take(store, entries[3])
-    assert cached(tmp_path / "cache") == ["0.tar", "2.tar", "3.tar"] and stranger.exists()
+    read(store, entries[3])
+    assert cached_names(tmp_path / "cache") == ["0.tar", "2.tar", "3.tar"] and stranger.exists()
 
 
 def test_use_makes_a_file_recent(tmp_path):
     entry = write(tmp_path / "data" / "a.tar", b"abc")
     store = Store(tmp_path / "data", CacheConfig(str(tmp_path / "cache")))
-    take(store, entry)
+    read(store, entry)
     path = next((tmp_path / "cache").glob("a.tar-*"))
     os.utime(path, (1, 1))
-    take(store, entry)
+    read(store, entry)
     assert path.stat().st_mtime > 1e9
 
 
 def test_equal_names_of_two_sources_do_not_collide(tmp_path):
     config = CacheConfig(str(tmp_path / "cache"))
     for folder in ("x", "y"):
-        assert take(Store(tmp_path / folder, config), write(tmp_path / folder / "a.tar", folder.encode())) == folder.encode()
-    assert cached(tmp_path / "cache") == ["a.tar", "a.tar"]
+        assert read(Store(tmp_path / folder, config), write(tmp_path / folder / "a.tar", folder.encode())) == folder.encode()
+    assert cached_names(tmp_path / "cache") == ["a.tar", "a.tar"]
 
 
 def test_a_cached_file_of_another_size_is_fetched_again(tmp_path):
     entry = write(tmp_path / "data" / "a.tar", b"abc")
     store = Store(tmp_path / "data", CacheConfig(str(tmp_path / "cache")))
-    take(store, entry)
+    read(store, entry)
     next((tmp_path / "cache").glob("a.tar-*")).write_bytes(b"ab")
-    assert take(store, entry) == b"abc"
+    assert read(store, entry) == b"abc"
 
 
 def test_a_limit_below_one_shard(tmp_path):
@@ -142,4 +142,4 @@ def test_a_changed_source_is_never_cached(tmp_path):
     cache = Cache(tmp_path / "cache", 1000, attempts=2, pause=0)
     with pytest.raises(StorageError, match=f"crc32 .* {entry['crc32']:08x} expected"):
         cache.open(str(tmp_path / "data" / "a.tar"), 3, entry["crc32"])
-    assert cached(tmp_path / "cache") == []
+    assert cached_names(tmp_path / "cache") == []

@@ -1,4 +1,4 @@
-"""Strict configs: every mistake is named, what is saved reads back, and fingerprints cover what matters."""
+"""Configs: mistakes are named, a saved config loads again, a stage's identity has only the fields that change its result."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_mistakes_are_named(override, message):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_load_and_read_back(path):
-    """And each begins with what it trains, the command, the hardware, and what to expect."""
+    """Each config also begins with comments on what it trains, the command, the hardware, and the expected result."""
     made = experiment.load(str(path))
     assert c.from_plain(experiment.Experiment, c.parse_yaml(c.to_yaml(made), "")) == made
     header = path.read_text().split("name:")[0]

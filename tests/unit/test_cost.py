@@ -1,4 +1,4 @@
-"""What a model costs: counted beforehand as it turns out to be, and the documents' tables are true."""
+"""The predicted cost of a model is its real cost, and the tables in the documentation are correct."""
 
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ def shape(side: int, facts: int = 7, upper: bool = True) -> dict:
 
 
 def measured(module, batch) -> int:
-    """Bytes that the allocator gave out at the worst moment of a real step, beside the weights."""
+    """Returns the largest number of bytes that a real training step had allocated at any time, without the weights."""
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with profile(profile_memory=True, acc_events=True) as seen:
@@ -50,23 +50,23 @@ def measured(module, batch) -> int:
 
 
 def saved(module, batch) -> int:
-    """Bytes that autograd keeps between the passes of a real step."""
-    own, kept = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), id):
+    """Returns the bytes that autograd keeps from the forward to the backward pass of a real step."""
+    own, stored = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.setdefault(t.untyped_storage().data_ptr(), t), id):
         module(batch)
-    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    return sum(t.untyped_storage().nbytes() for address, t in stored.items() if address not in own)
 
 
 @pytest.mark.parametrize(("name", "side"), [*((name, 32) for name in PRIORS), ("gpt", 64), ("gpt checkpointed", 64)])
 def test_memory_is_what_a_real_step_takes(name, side):
-    """At 1,024 and 4,096 tokens."""
+    """Compares with real steps of 1,024 and 4,096 tokens."""
     torch.manual_seed(0)
     predicted = cost.prior_activations(PRIORS[name], shape(side), micro=1)
     module = objective.Objective(priors.make(PRIORS[name], **shape(side))).train()
     batch = objective.blank_batch(shape(side), 1)
     assert predicted == pytest.approx(measured(module, batch), rel=0.05)
     if name == "gpt":
-        # Beside what autograd keeps there are the logits and their gradient while the loss goes back.
+        # Memory also holds the logits and their gradient when the backward pass begins.
         logits = side**2 * 512 * 4
         assert predicted == pytest.approx(saved(module, batch) + 2 * logits, rel=0.15)
 
@@ -78,7 +78,7 @@ def test_checkpointing_and_bf16_take_less():
 
 
 def test_memory_of_a_tokenizers_step():
-    """But for the scratch of the convolutions' kernels, which no operation shows."""
+    """The prediction leaves out the scratch memory of convolution kernels, so it may be too small by up to 20 %."""
     model = {"hidden": 64, "residual_hidden": 32, "dim": 8, "entries": 32}
     config = experiment({"name": "x", "data": {"images": "x", "size": 64}, "tokenizer": {"model": model}})
     net = make_tokenizer(config.tokenizer.model, 3, 32)
@@ -102,13 +102,13 @@ def test_a_storage_counts_once_and_until_it_is_freed():
 
         return Twice(), torch.zeros(100, 100)
 
-    # The product, its sum, the gradient that is the sum's expanded, the weight's gradient: never more than two at once.
+    # The product and the gradients have 40,000 bytes each. At most two of them exist at once.
     assert 40_000 < peak_activations(step) < 90_000
 
 
 @pytest.mark.parametrize("name", ["gpt", "gpt checkpointed"])
 def test_operations_of_a_gpt_follow_the_formula(name):
-    """6 for each weight that is multiplied and token, and 12 · layers · T · width for attention."""
+    """Per token: 6 operations for each weight of a matrix product, and 12 · layers · tokens · width for attention."""
     config, tokens = PRIORS[name], 1024
     net = priors.make(config, **shape(32, upper=False))
     weights = sum(p.numel() for n, p in net.named_parameters() if not n.startswith(("tokens", "facts")))

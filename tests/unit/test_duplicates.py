@@ -1,4 +1,4 @@
-"""Re-scanned copies are found, other lesions are not; groups join; what is appended is compared with all."""
+"""Near-duplicates: rescanned copies are found, other lesions are not, and appended images are compared with all images."""
 
 import io
 
@@ -14,13 +14,13 @@ from lesiongen.ingest.duplicates import Pair
 
 @pytest.fixture(scope="module")
 def drawings() -> list[Image.Image]:
-    """15 lesions, 3 of each class but two: drawn naevi and dermatofibromas have too little detail to be told apart."""
+    """Returns 15 drawings, 3 of each class except two: naevi and dermatofibromas are drawn with too little detail to differ."""
     labels = [label for label in phantom.LABELS if label not in ("nv", "df")]
     return [Image.fromarray(phantom.draw(label, lesion, 0, 160)) for label in labels for lesion in range(3)]
 
 
 def rescan(image: Image.Image, scale: float = 0.9, shift: int = 5, angle: float = 4, gain: float = 0.8) -> Image.Image:
-    """Turned, cropped off the middle, shrunk, darkened, and saved as a poor JPEG."""
+    """Returns a copy that is rotated, cropped off-centre, smaller, darker, and a JPEG of low quality."""
     side = round(image.width * scale)
     first = (image.width - side) // 2 + shift
     copy = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor="pink").crop((first, first, first + side, first + side))
@@ -91,7 +91,7 @@ def test_sheet_shows_pairs(drawings):
 
 
 def test_rescanned_photographs_are_found(real_images):
-    """The ISIC archive's 0000157 to 0000232 reappear, scanned anew, among 0014600 to 0015500: 48 that an eye finds."""
+    """Images 0000157 to 0000232 of the ISIC archive come again, rescanned, among 0014600 to 0015500. A person found 48."""
 
     def old(name: str) -> bool:
         return 157 <= int(name[5:]) <= 232

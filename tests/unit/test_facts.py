@@ -1,4 +1,4 @@
-"""Facts: which there are, what a sample is to show, and how guidance rises over the tokens."""
+"""Facts: their vocabularies, the facts that are drawn for samples, and guidance that rises over the tokens."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -13,12 +13,12 @@ from lesiongen.experiment import PriorConfig, SampleConfig
 from lesiongen.priors.sampling import guidance
 from lesiongen.stages.sample import draw_facts
 
-STORE = SimpleNamespace(
+STORE = SimpleNamespace(  # stands for a CodeStore
     folder="codes",
     manifest={"vocabularies": {"label": ["mel", "nv"], "sex": ["female", "male"], "site": [], "age_band": ["0-19", "80+"]}},
     all=lambda split, draw, names: {n: COLUMNS[n] for n in names},
 )
-# Four mel (three of them of women above 80), and four nv, one of which has no known sex.
+# Four images of mel, three of them of women above 80, and four of nv, one of them with unknown sex.
 COLUMNS = {
     "label": np.array([0, 0, 0, 0, 1, 1, 1, 1], dtype=np.int16),
     "sex": np.array([0, 0, 0, 1, 1, 1, 1, -1], dtype=np.int16),
@@ -26,7 +26,8 @@ COLUMNS = {
 }
 
 
-def known(*names: str) -> PriorFacts:
+def prior(*names: str) -> PriorFacts:
+    """Returns the facts of a prior that was trained on STORE and is conditioned on these facts."""
     return PriorFacts(vocabularies(STORE, names), count_combinations(STORE, names))
 
 
@@ -72,28 +73,28 @@ def test_a_level_may_have_settings_of_its_own():
 
 
 def test_open_facts_are_drawn_together_from_images_of_the_label():
-    wanted = draw_facts(SampleConfig(labels=("mel",), number=2000), [known("label", "sex", "age_band")])
+    wanted = draw_facts(SampleConfig(labels=("mel",), number=2000), [prior("label", "sex", "age_band")])
     counts = Counter((w["label"], w["sex"], w["age_band"]) for w in wanted)
     assert set(counts) == {("mel", "female", "80+"), ("mel", "male", "0-19")}
     assert counts["mel", "female", "80+"] / 2000 == pytest.approx(0.75, abs=0.04)
-    assert {w["sex"] for w in draw_facts(SampleConfig(labels=("nv",), number=200), [known("label", "sex")])} == {"male", ""}
-    # Whatever the number of samples and whoever else there is, a sample stays what it was.
-    assert draw_facts(SampleConfig(labels=("mel",), number=50), [known("label", "sex", "age_band")]) == wanted[:50]
+    assert {w["sex"] for w in draw_facts(SampleConfig(labels=("nv",), number=200), [prior("label", "sex")])} == {"male", ""}
+    # The facts of a sample do not depend on the number of samples.
+    assert draw_facts(SampleConfig(labels=("mel",), number=50), [prior("label", "sex", "age_band")]) == wanted[:50]
 
 
 def test_given_facts_hold_and_the_others_follow_them():
-    wanted = draw_facts(SampleConfig(labels=("mel",), facts={"sex": "male"}, number=20), [known("label", "sex", "age_band")])
+    wanted = draw_facts(SampleConfig(labels=("mel",), facts={"sex": "male"}, number=20), [prior("label", "sex", "age_band")])
     assert {(w["sex"], w["age_band"]) for w in wanted} == {("male", "0-19")}
-    # No nv of a woman was ever seen: the label's other images decide what is open.
-    wanted = draw_facts(SampleConfig(labels=("nv",), facts={"sex": "female"}, number=20), [known("label", "sex", "age_band")])
+    # No image shows nv of a woman, so the open facts are drawn from all images of nv.
+    wanted = draw_facts(SampleConfig(labels=("nv",), facts={"sex": "female"}, number=20), [prior("label", "sex", "age_band")])
     assert {(w["sex"], w["age_band"]) for w in wanted} == {("female", "0-19")}
-    wanted = draw_facts(SampleConfig(labels=("mel",), facts={"sex": ""}, number=5), [known("label", "sex")])
+    wanted = draw_facts(SampleConfig(labels=("mel",), facts={"sex": ""}, number=5), [prior("label", "sex")])
     assert {w["sex"] for w in wanted} == {""}
 
 
 def test_levels_may_know_other_facts():
-    """What the finer level knows is drawn to fit what was drawn for the coarser one."""
-    top, bottom = known("label", "sex"), known("age_band", "sex")
+    """Facts that only the finer level uses are drawn to fit the facts that were drawn for the coarser level."""
+    top, bottom = prior("label", "sex"), prior("age_band", "sex")
     wanted = draw_facts(SampleConfig(labels=("mel",), number=300), [top, bottom])
     assert {(w["sex"], w["age_band"]) for w in wanted} == {("female", "80+"), ("male", "0-19")}
     assert top.numbers(wanted[0] | {"sex": "male"}) == [0, 1]
@@ -101,8 +102,8 @@ def test_levels_may_know_other_facts():
 
 
 def test_facts_go_with_the_label_though_the_first_level_does_not_know_it():
-    wanted = draw_facts(SampleConfig(labels=("nv",), number=200), [known("sex"), known("label", "sex")])
-    assert {w["sex"] for w in wanted} == {"male", ""}, "no nv is of a woman"
+    wanted = draw_facts(SampleConfig(labels=("nv",), number=200), [prior("sex"), prior("label", "sex")])
+    assert {w["sex"] for w in wanted} == {"male", ""}, "no image shows nv of a woman"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_facts_go_with_the_label_though_the_first_level_does_not_know_it():
 )
 def test_unknown_facts_of_samples_are_named(facts, message):
     with pytest.raises(UserError, match=message):
-        draw_facts(SampleConfig(facts=facts), [known("label", "sex")])
+        draw_facts(SampleConfig(facts=facts), [prior("label", "sex")])
 
 
 def test_without_labels_or_facts_there_is_nothing_to_plan():

@@ -1,4 +1,4 @@
-"""GraphedFunction, with a stand-in for CUDA graphs: it notes each operator while a call is recorded, and replays them."""
+"""GraphedFunction with a stand-in for CUDA graphs, which records the operators of a call on the CPU and replays them."""
 
 import contextlib
 
@@ -11,11 +11,14 @@ from lesiongen.priors.cuda_graphs import GraphedFunction
 from lesiongen.priors.sampling import TokenChooser, uniform_numbers
 from tests.unit.test_priors import PRIORS, prior
 
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}  # refused while recording
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}  # need values of tensors
 
 
 class Graph(TorchDispatchMode):
-    """Stands for torch.cuda.CUDAGraph on a CPU: fixed tensors, no Python when played, no looking at values."""
+    """Replaces torch.cuda.CUDAGraph. Inside its context it records operators; replay() runs them again on the same tensors.
+
+    Like CUDA, it refuses operators that wait for the device to return a value.
+    """
 
     def __init__(self):
         super().__init__()
@@ -31,33 +34,34 @@ class Graph(TorchDispatchMode):
     def replay(self):
         for func, args, kwargs, out in self.calls:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if memory(old) != memory(new):
+                if storage_address(old) != storage_address(new):
                     old.copy_(new)
 
     @torch.no_grad()
     def forget(self):
-        """What a call computed while it was recorded: on a GPU that is nothing."""
+        """Overwrites the results of the recording with NaN: on a GPU, recording computes nothing."""
         for _, args, kwargs, out in self.calls:
-            given = set(map(memory, tree_leaves((args, kwargs))))
+            given = set(map(storage_address, tree_leaves((args, kwargs))))
             for x in tree_leaves(out):
-                if memory(x) not in given and x.is_floating_point():
+                if storage_address(x) not in given and x.is_floating_point():
                     x.fill_(torch.nan)
 
 
-def memory(x) -> int | None:
+def storage_address(x) -> int | None:
     return x.untyped_storage().data_ptr() if isinstance(x, torch.Tensor) else None
 
 
 @pytest.fixture
 def graphs(monkeypatch):
+    """Replaces CUDA graphs by Graph. Returns the list of the graphs that the test records."""
     made = []
 
     @contextlib.contextmanager
-    def graph(one):
-        made.append(one)
-        with one:
+    def graph(new_graph):
+        made.append(new_graph)
+        with new_graph:
             yield
-        one.forget()
+        new_graph.forget()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
@@ -67,13 +71,13 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize("name", PRIORS)
 def test_batches_are_those_of_the_plain_call(name, graphs):
     net = prior(name, upper=True).eval()
-    how = TokenChooser(temperature=0.9, top_k=8, top_p=0.9), lambda t: 1.5
+    choice_and_guidance = TokenChooser(temperature=0.9, top_k=8, top_p=0.9), lambda t: 1.5
 
     def work(facts, numbers, upper):
-        return net.sample(facts, [upper], numbers, *how)
+        return net.sample(facts, [upper], numbers, *choice_and_guidance)
 
     recorded = GraphedFunction(work)
-    for size, first in ((3, 0), (3, 3), (3, 6), (2, 9), (3, 11)):  # the fourth is a last, smaller one
+    for size, first in ((3, 0), (3, 3), (3, 6), (2, 9), (3, 11)):  # the fourth batch is smaller, as the last one may be
         torch.manual_seed(first)
         facts, upper = torch.randint(-1, 2, (size, 2)), torch.randint(7, (size, 2, 2))
         given = facts, uniform_numbers(0, range(first, first + size), net.grid), upper

@@ -1,4 +1,4 @@
-"""Images from anywhere: the right pixels, or a reason; never a crash, never more memory than the header's bound allows."""
+"""Decoding an image file gives the right pixels or BadImage with the reason. Hostile files cannot crash it or fill memory."""
 
 import io
 import struct
@@ -28,7 +28,7 @@ def save(image: Image.Image | np.ndarray, form: str, **options) -> bytes:
 
 
 def array(content: bytes, channels: int = 3) -> np.ndarray:
-    """What both ways of decoding agree on."""
+    """Returns the decoded pixels, after a check that both functions for decoding agree."""
     found = decode(content, channels)
     assert found.mode == ("RGB" if channels == 3 else "L")
     assert torch.equal(decode_tensor(content, channels), images.to_tensor(found))
@@ -45,7 +45,7 @@ def raw_png(width: int, height: int, depth: int, kind: int, rows: bytes, *more: 
 
 
 def raw_tiff(tags: list[tuple[int, int, int]]) -> bytes:
-    """A header and one directory of 4-byte tags (number, count, value), and no pixels."""
+    """Returns a TIFF without pixels: a header and one directory of 4-byte tags (number, count, value)."""
     entries = b"".join(struct.pack("<HHII", tag, 4, count, value) for tag, count, value in tags)
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
 
@@ -57,7 +57,7 @@ def refused(content: bytes, reason: str, memory: int = 1 << 24) -> None:
             for channels in (1, 3):
                 with pytest.raises(BadImage, match=reason) as caught:
                     read(content, channels)
-                assert " at 0x" not in str(caught.value)  # reasons are compared between runs
+                assert " at 0x" not in str(caught.value)  # addresses differ between runs; reasons must not
         assert tracemalloc.get_traced_memory()[1] < memory
     finally:
         tracemalloc.stop()
@@ -88,7 +88,7 @@ def test_the_fast_way_is_taken_for_packed_images(monkeypatch):
     for content, channels, tensor in zip(contents, (3, 1), expected, strict=True):
         found = decode_tensor(content, channels)
         assert torch.equal(found, tensor)
-        assert found.stride(0) == 1 or channels == 1, "channels lie last"
+        assert found.stride(0) == 1 or channels == 1, "the tensor is not channels-last in memory"
 
 
 def test_tensors_and_pictures_are_inverse():
@@ -103,7 +103,7 @@ def test_empty_foreign_and_broken_files():
     refused(b"<!DOCTYPE html><html><body>404 Not Found</body></html>" * 20, "not a JPEG")
     refused(b"\xff\xd8\xff\xe0" + bytes(500), "not a JPEG")
     refused(save(COLOUR, "GIF"), "not a JPEG")
-    refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", "not a JPEG")  # PIL would start a program
+    refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", "not a JPEG")  # for EPS, Pillow would start Ghostscript
     refused(np.zeros((9, 9)).tobytes(), "not a JPEG")
 
 
@@ -116,17 +116,17 @@ def test_a_cut_file_is_refused_or_whole(form):
             found = array(content[:end])
         except BadImage:
             continue
-        assert (found == whole).all() and end > len(content) - 100, "only what comes after the pixels may be gone"
+        assert (found == whole).all() and end > len(content) - 100, "a file whose pixels were cut was decoded"
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_damage_anywhere_is_refused_or_decodes(form):
-    """Both ways agree, and nothing but BadImage is raised."""
+    """Both functions for decoding must agree, and may raise nothing but BadImage."""
     content = save(COLOUR, form)
     for _ in range(200):
         damaged = bytearray(content)
-        for place in rng.integers(0, len(content), 3):
-            damaged[place] = rng.integers(256)
+        for position in rng.integers(0, len(content), 3):
+            damaged[position] = rng.integers(256)
         with suppress(BadImage):
             array(bytes(damaged))
 
@@ -137,7 +137,7 @@ def test_the_content_decides_and_not_the_name(tmp_path):
 
 
 def test_cmyk():
-    """Adobe's are stored inverted, which is how all are read, as in browsers."""
+    """Adobe's CMYK JPEGs are stored inverted. All CMYK JPEGs are read as inverted, as browsers do."""
     cmyk = Image.fromarray(COLOUR).convert("CMYK")
     adobe = save(cmyk, "JPEG", quality=100)
     assert b"Adobe" in adobe
@@ -209,10 +209,10 @@ def test_images_are_turned_upright(orientation, form):
     exif[0x0112] = orientation
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
     content = save(COLOUR, form, exif=exif, **options)
-    stored = {1: 0, 2: 2, 3: 3, 4: 1, 5: 4, 6: 5, 7: 6, 8: 7}[orientation]
+    index = {1: 0, 2: 2, 3: 3, 4: 1, 5: 4, 6: 5, 7: 6, 8: 7}[orientation]
     flip = (lambda a: a, np.flipud, np.fliplr, lambda a: a[::-1, ::-1])
-    turned = (*flip, lambda a: a.swapaxes(0, 1), lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).swapaxes(0, 1), np.rot90)
-    assert np.abs(array(content) - turned[stored](COLOUR)).max() <= (6 if form == "JPEG" else 0)
+    turns = (*flip, lambda a: a.swapaxes(0, 1), lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).swapaxes(0, 1), np.rot90)
+    assert np.abs(array(content) - turns[index](COLOUR)).max() <= (6 if form == "JPEG" else 0)
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -232,15 +232,15 @@ def test_headers_that_claim_too_much():
     for width, height in ((100_000, 100_000), (2**31 - 1, 1), (8001, 8001)):
         refused(raw_png(width, height, 8, 2, b""), "pixels are more than|exceeds limit")
     jpeg = bytearray(save(COLOUR, "JPEG"))
-    place = jpeg.index(b"\xff\xc0") + 5
-    jpeg[place : place + 4] = struct.pack(">HH", 65500, 65500)
+    position = jpeg.index(b"\xff\xc0") + 5
+    jpeg[position : position + 4] = struct.pack(">HH", 65500, 65500)
     refused(bytes(jpeg), "exceeds limit")
     bmp = bytearray(save(COLOUR, "BMP"))
     bmp[18:26] = struct.pack("<ii", 50_000, 50_000)
     refused(bytes(bmp), "exceeds limit")
     webp = bytearray(save(np.dstack([COLOUR, GREY]), "WEBP", exif=b"Exif\0\0"))
-    place = webp.index(b"VP8X") + 12
-    webp[place : place + 6] = b"\xff\x3f\0\xff\x3f\0"
+    position = webp.index(b"VP8X") + 12
+    webp[position : position + 6] = b"\xff\x3f\0\xff\x3f\0"
     refused(bytes(webp), "exceeds limit|not a")
     size = [(256, 1, 100_000), (257, 1, 100_000), (258, 1, 8), (259, 1, 1), (262, 1, 1), (277, 1, 1), (273, 1, 8)]
     refused(raw_tiff([*size, (278, 1, 100_000), (279, 1, 2**32 - 1)]), "exceeds limit")
@@ -257,7 +257,7 @@ def test_tiffs_that_claim_gigabytes_elsewhere():
 def test_a_huge_file_is_refused_unread(tmp_path):
     path = tmp_path / "a.jpg"
     with open(path, "wb") as file:
-        file.truncate(1 << 40)  # takes no room; reading it would end the process
+        file.truncate(1 << 40)  # a sparse file, which needs no disk; reading it would fill the memory
     with pytest.raises(images.BadImage, match="512 MiB"):
         images.read(path)
 
@@ -269,7 +269,7 @@ def test_small_files_that_unpack_to_much():
     refused(raw_png(32, 24, 8, 2, rows, chunk(b"iCCP", b"profile\0\0" + bomb)), "too large|not a readable")
     long = chunk(b"iTXt", b"Comment\0\1\0\0\0" + bomb)
     refused(raw_png(32, 24, 8, 2, rows, long), "too large|not a readable")
-    assert array(raw_png(32, 24, 8, 2, bytes(1 << 26))).max() == 0  # more rows than the header claims are not unpacked
+    assert array(raw_png(32, 24, 8, 2, bytes(1 << 26))).max() == 0  # rows beyond the height in the header are not unpacked
 
 
 def test_profiles_are_converted():
@@ -287,7 +287,7 @@ def test_profiles_are_converted():
 
 
 def swapped(profile: bytes) -> bytes:
-    """An RGB profile whose red means green and the other way round."""
+    """Returns an RGB profile in which red and green are exchanged."""
     return (
         profile.replace(b"rXYZ", b"tmp?")
         .replace(b"gXYZ", b"rXYZ")

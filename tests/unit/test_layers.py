@@ -1,4 +1,4 @@
-"""launch → lesiongen → hpc, floors inside each, no circles, and one file for each of the libraries whose interfaces change."""
+"""Import rules: launch → lesiongen → hpc, floors in each package, no circles, and libraries that only one file may import."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ def test_no_import_breaks_a_rule():
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """A copy of the sources, to plant faults in."""
+    """Returns a copy of the sources, into which a test can write forbidden imports."""
     for package in layering.FLOORS:
         shutil.copytree(layering.ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
@@ -55,7 +55,7 @@ def test_a_folder_on_no_floor_is_refused(copy):
 
 
 def test_help_answers_at_once():
-    """No torch import: within a second even on a busy machine, where torch alone takes two."""
+    """`--help` must not import torch, which takes seconds."""
     code = (
         "import sys, launch.__main__ as m\nsys.argv = ['lesiongen', '--help']\n"
         "try: m.command()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"

@@ -1,4 +1,4 @@
-"""ReconstructionLoss losses: nothing for equal images, more for worse ones, a gradient where there is something to mend."""
+"""Reconstruction losses: 0 for equal images, larger for larger errors, with a gradient where images differ."""
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ from lesiongen.tokenizers.losses import LossConfig, ReconstructionLoss
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
-    """Random ones, in the form that LPIPS asks for."""
+    """Returns the path of random weights in the format of `lpips_weights`."""
     torch.manual_seed(0)
-    held = {k: v for k, v in vgg16(weights=None).state_dict().items() if k.startswith("features.")}
-    held |= {f"lin{i}.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
+    tensors = {k: v for k, v in vgg16(weights=None).state_dict().items() if k.startswith("features.")}
+    tensors |= {f"lin{i}.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
     path = tmp_path_factory.mktemp("lpips") / "lpips.safetensors"
-    save_file(held, path)
+    save_file(tensors, path)
     return str(path)
 
 
@@ -37,7 +37,7 @@ def test_each_term(term, channels, weights):
     total.backward()
     assert y.grad.abs().sum() > 0
     assert terms.keys() >= {"mse", term}
-    assert not list(loss.parameters()), "what is frozen must not reach the engine"
+    assert not list(loss.parameters()), "frozen weights must not be parameters, or the engine would train them"
 
 
 def test_nmse_is_mse_over_the_datas_variance():

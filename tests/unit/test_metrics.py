@@ -1,4 +1,4 @@
-"""Figures against values worked out by hand or by a slower, plainer way."""
+"""Evaluation metrics equal values that were computed by hand or by a slower, simpler method."""
 
 import math
 
@@ -21,9 +21,9 @@ def noise(number: int, side: int = 32, channels: int = 3, seed: int = 0) -> torc
 
 def test_balanced_accuracy_is_the_mean_recall_of_classes_that_occur():
     true = torch.tensor([0, 0, 0, 0, 1, 1, -1])
-    seen = torch.tensor([0, 0, 0, 2, 1, 0, 1])
-    assert classifier.balanced_accuracy(true, seen, 3) == pytest.approx((3 / 4 + 1 / 2) / 2)
-    assert classifier.confusion(true, seen, 3).tolist() == [[3, 0, 1], [1, 1, 0], [0, 0, 0]]
+    predicted = torch.tensor([0, 0, 0, 2, 1, 0, 1])
+    assert classifier.balanced_accuracy(true, predicted, 3) == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert classifier.confusion(true, predicted, 3).tolist() == [[3, 0, 1], [1, 1, 0], [0, 0, 0]]
     assert math.isnan(classifier.balanced_accuracy(torch.tensor([-1]), torch.tensor([0]), 3))
 
 
@@ -48,10 +48,10 @@ def test_classifier_learns_what_can_be_told_apart(channels: int):
     labels[::10] = -1
     pictures = noise(120, 32, channels) // 4 + (labels.clamp(min=0) * 80).to(torch.uint8)[:, None, None, None]
     trained = [classifier.train_classifier(pictures, labels, 4, 1280, seed=1) for _ in range(2)]
-    seen, features = classifier.predict(trained[0], pictures)
-    assert classifier.balanced_accuracy(labels, seen, 4) > 0.95
+    predicted, features = classifier.predict(trained[0], pictures)
+    assert classifier.balanced_accuracy(labels, predicted, 4) > 0.95
     assert features.shape == (120, 256)
-    assert torch.equal(features, classifier.predict(trained[1], pictures)[1])  # the seed decides
+    assert torch.equal(features, classifier.predict(trained[1], pictures)[1])  # equal seeds give equal classifiers
 
 
 def test_fidelity_compares_the_same_classes_and_says_why_it_cannot():
@@ -164,7 +164,7 @@ def test_verdict_does_not_praise_what_was_not_shown():
         "copies": {**copies.copy_rate(torch.ones(8), 0.5), **far, "threshold": 0.5, "held_out": far},
         "priors": {"top": {"bits_per_token": 4.0, "train_bits_per_token": 3.9, "bigram_bits": 5.0}},
     }
-    assert [mark for mark, _ in verdict(metrics)] == ["good", "good", "fair"]  # eight samples prove no absence
+    assert [mark for mark, _ in verdict(metrics)] == ["good", "good", "fair"]  # eight samples are too few to rule out copies
     metrics["fidelity"]["samples"] = 0.25
     metrics["priors"]["top"] = {"bits_per_token": 6.0, "train_bits_per_token": 1.0, "bigram_bits": 5.0}
     metrics["copies"]["least_distance"] = 0.001

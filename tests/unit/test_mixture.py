@@ -1,4 +1,4 @@
-"""Mixtures: no member of a component twice before all came once, weights in every batch, and streams that keep to shards."""
+"""Mixtures: a component's samples all come once before any comes twice, batches follow the weights, streams read few shards."""
 
 import pickle
 from collections import Counter
@@ -45,19 +45,19 @@ def test_weights_are_met_in_blocks_and_in_every_batch(parts, layout, seed):
     exact = np.array([w for _, w in parts]) / sum(w for _, w in parts) * slots
     assert slots % mix.batch == 0 and slots >= 4096
     assert np.abs(mix.quotas - exact).max() < 1 and mix.quotas.min() >= 15
-    assert [mix.sample(5 * slots + i)[0] for i in range(300)] == table[:300].tolist()  # every block is alike
-    held = np.stack([np.bincount(batch, minlength=len(parts)) for batch in table.reshape(-1, mix.batch)])
+    assert [mix.sample(5 * slots + i)[0] for i in range(300)] == table[:300].tolist()  # each block repeats the table
+    batch_counts = np.stack([np.bincount(batch, minlength=len(parts)) for batch in table.reshape(-1, mix.batch)])
     share = mix.quotas / slots * mix.batch
-    assert (held.sum(0) == mix.quotas).all()
-    assert np.abs(held - share).max() < 1
-    drift = np.cumsum(held, axis=0) - np.arange(1, len(held) + 1)[:, None] * share
-    assert np.abs(drift).max() <= 4  # not all of a rare component at the beginning
+    assert (batch_counts.sum(0) == mix.quotas).all()
+    assert np.abs(batch_counts - share).max() < 1
+    drift = np.cumsum(batch_counts, axis=0) - np.arange(1, len(batch_counts) + 1)[:, None] * share
+    assert np.abs(drift).max() <= 4  # a rare component is spread over the block
 
 
 @settings(max_examples=30, deadline=None)
 @given(components, st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=5), st.integers(0, 10**12))
 def test_resumed_anywhere_by_any_world(parts, worlds, step):
-    """Each world begins in a fresh process at some position; together they see the undisturbed sequence."""
+    """Training resumes with other numbers of ranks, each time in a new process. The samples must be those of one run."""
     undisturbed, position, batch = mixture(parts, (8, 1)), step * 8, 8
     for world in worlds:
         fresh = pickle.loads(pickle.dumps(mixture(parts, (8, 1))))
@@ -80,7 +80,7 @@ def test_patterns_count_streams(streams, table, position):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), shards, st.integers(0, 3))
 def test_slots_are_a_pattern(streams, width, counts, seed):
-    """The closed form and the tables agree: a plan is the same plan under either."""
+    """The formulas of EvenLayout and the tables of TableLayout give the same sample order."""
     slots = EvenLayout(streams * width, streams)
     pattern = TableLayout(np.array([slots.stream(j) for j in range(slots.batch)]), streams)
     plain, tabled = (SampleOrder(counts, slots.batch, seed, streams, 5, layout=layout) for layout in (None, pattern))
@@ -88,21 +88,21 @@ def test_slots_are_a_pattern(streams, width, counts, seed):
 
 
 def test_streams_keep_to_their_range():
-    """64 ranks: of each component a rank reads its own share of the shards, and so does a node, once per pass."""
+    """With 64 ranks, each rank and each node of 8 ranks reads about its share of each component's shards."""
     mix = MixtureOrder([(20,) * 700, (20,) * 300], [0.7, 0.3], batch=512, streams=64)
-    slots, read = mix.quotas.sum(), [set() for _ in range(64)]
+    slots, shards_of_rank = mix.quotas.sum(), [set() for _ in range(64)]
     for position in range(mix.size):
         component, shard, _ = mix.sample(position)
-        read[position % 512 // 8].add((component, shard))
+        shards_of_rank[position % 512 // 8].add((component, shard))
     stream = np.arange(slots) % 512 // 8
-    for rank, mine in enumerate(read):
-        part = np.bincount(mix._tables[0][stream == rank], minlength=2) / mix.quotas  # of each component's epoch
-        assert len(mine) <= part @ [700, 300] + 2 * 3 + 2  # ends cut, whole blocks do not divide an epoch, a next pass
-    assert max(len(set().union(*read[first : first + 8])) for first in range(0, 64, 8)) <= 1000 / 8 * 1.15 + 10
+    for rank, rank_shards in enumerate(shards_of_rank):
+        epoch_share = np.bincount(mix._tables[0][stream == rank], minlength=2) / mix.quotas  # share of each component's epoch
+        assert len(rank_shards) <= epoch_share @ [700, 300] + 2 * 3 + 2  # more shards: cut ones, and those of the next epoch
+    assert max(len(set().union(*shards_of_rank[first : first + 8])) for first in range(0, 64, 8)) <= 1000 / 8 * 1.15 + 10
 
 
 def test_rare_classes_come_as_often_as_frequent_ones():
-    counts = [6700, 1100, 115, 0]  # two shards of each class; the last has no members here
+    counts = [6700, 1100, 115, 0]  # images of each class, in two shards; the last class has none
     mix = MixtureOrder([(n // 2, n - n // 2) if n else () for n in counts], class_weights(counts, 1), batch=30)
     seen = Counter(mix.sample(position) for position in range(3 * 1150))
     assert [sum(n for (c, *_), n in seen.items() if c == i) for i in range(4)] == pytest.approx([1150] * 3 + [0], abs=5)
@@ -115,7 +115,7 @@ def test_seeds_give_other_mixtures():
     first, second = (MixtureOrder([(50,), (50,)], [1, 1], 8, seed) for seed in (0, 1))
     assert [first.sample(p) for p in range(50)] != [second.sample(p) for p in range(50)]
     members = [[m for c, *m in map(first.sample, range(100)) if c == i] for i in range(2)]
-    assert members[0] != members[1]  # components do not walk in step
+    assert members[0] != members[1]  # the components' orders differ
 
 
 def test_tiny_weights_get_a_slot_and_far_positions_cost_no_more():

@@ -1,4 +1,4 @@
-"""The file side of hpc/run/mlflow_sync.py; MLflow's side is in tests/chain/test_mlflow.py."""
+"""The metrics log, and the parts of mlflow_sync.py that need no MLflow. tests/chain/test_mlflow.py tests the other parts."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from launch.ui import serve
 
 
 def written(tmp_path, *samples):
+    """Logs a loss at each number of samples. Returns the path of metrics.jsonl."""
     log = MetricsLog(tmp_path)
     for count in samples:
         log.log(count // 10, count, {"loss": 1.0 / count})
@@ -55,11 +56,11 @@ def test_a_name_mlflow_would_refuse_never_reaches_the_file(tmp_path, name):
 
 def test_resume_cuts_back_to_the_checkpoint(tmp_path):
     path = written(tmp_path, 10, 20, 30, 40)
-    kept = path.read_bytes().splitlines(keepends=True)[:2]
+    expected = path.read_bytes().splitlines(keepends=True)[:2]
     log = MetricsLog(tmp_path)
     log.log(5, 50, {"loss": 0.0})
     log.resume(20)
-    assert path.read_bytes() == b"".join(kept)
+    assert path.read_bytes() == b"".join(expected)
     log.log(3, 30, {"loss": 9.0})
     assert [(row["samples"], row["loss"]) for row in read_metrics(tmp_path)] == [(10, 0.1), (20, 0.05), (30, 9.0)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
@@ -164,23 +165,23 @@ def test_follower_says_once_that_it_fails_and_once_that_it_is_back(tmp_path, mon
         mlflow_sync.SyncResult(busy=True),
     ]
 
-    def pretend(run_dir, uri):
+    def fake_sync(run_dir, uri):
         answer = answers.pop(0) if answers else mlflow_sync.SyncResult()
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(mlflow_sync, "sync", pretend)
+    monkeypatch.setattr(mlflow_sync, "sync", fake_sync)
     follower = Follower(tmp_path, "http://u:p@server", interval=0.001)
     deadline = time.monotonic() + 10
     while answers and time.monotonic() < deadline:
         time.sleep(0.001)
     assert follower.close(deadline=5)
     assert follower.failures == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert said[0].startswith("away. Training continues")
-    assert said[1] == "MLflow at http://server is reachable again."
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) == 2
+    assert messages[0].startswith("away. Training continues")
+    assert messages[1] == "MLflow at http://server is reachable again."
 
 
 def test_follower_gives_up_when_another_process_stays_busy(tmp_path, monkeypatch, capsys):
@@ -194,7 +195,7 @@ def test_serve_refuses_with_the_reason(tmp_path):
         serve(tmp_path)
     (tmp_path / "ham").mkdir()
     (tmp_path / "ham" / "config.yaml").write_text("name: ham\n")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         with pytest.raises(ValueError, match=f"127.0.0.1:{port}"):
             serve(tmp_path, port=port)

@@ -1,4 +1,4 @@
-"""Quantizers and models: contracts over the registries."""
+"""Tokenizers: tests that every kind must pass. Also the choice of tokens from logits."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ TOKENIZERS = [
     (VQVAEConfig(stride=4, hidden=8, residual_layers=1, residual_hidden=4, dim=4, entries=8), 1),
     (VQVAEConfig(stride=8, taper=False, norm="group", output="tanh", hidden=8, residual_layers=0, dim=4, entries=8), 1),
     *(
-        (VQVAE2Config(strides=strides, hidden=8, residual_layers=1, residual_hidden=4, dim=4, entries=8, checkpoint=again), 3)
-        for strides, again in [((4,), False), ((4, 2), False), ((2, 2, 2), True), ((2, 2, 2, 2), False)]
+        (VQVAE2Config(strides=strides, hidden=8, residual_layers=1, residual_hidden=4, dim=4, entries=8, checkpoint=ckpt), 3)
+        for strides, ckpt in [((4,), False), ((4, 2), False), ((2, 2, 2), True), ((2, 2, 2, 2), False)]
     ),
     (VQVAE2Config(hidden=8, dim=4, entries=27, quantizer="fsq", fsq_levels=(3, 3, 3)), 3),
     (VQVAE2Config(hidden=8, dim=4, entries=8, quantizer="gradient", kmeans=True), 3),

@@ -1,4 +1,4 @@
-"""Schedules at their corners, optimizers, and what an average in samples means."""
+"""Learning-rate schedules, optimizers, and the half-life of averaged weights."""
 
 import math
 
@@ -49,16 +49,16 @@ def test_a_wrong_setting_is_named(settings, message):
 
 
 def trained(make, steps=4, skip=()):
-    """A small net after some steps of the optimizer that `make` gives for it."""
+    """Returns the weights of a small net after some steps with the optimizer make(net). `skip` lists the steps to skip."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
-    chosen = make(net)
+    optimizer = make(net)
     for step in range(steps):
         torch.manual_seed(step)
         net(torch.randint(5, (8,))).square().sum().backward()
-        chosen.skip = step in skip
-        chosen.step()
-        chosen.zero_grad()
+        optimizer.skip = step in skip
+        optimizer.step()
+        optimizer.zero_grad()
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
@@ -85,31 +85,31 @@ def test_a_skipped_step_changes_nothing(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_goes_on_where_it_was_saved(name):
-    """As DeepSpeed saves it: through the optimizer's own state_dict()."""
+    """Saves and loads through the optimizer's own state_dict(), as DeepSpeed does."""
 
     def restarting(net):
-        chosen = build_optimizer(net, OptimConfig(name=name, lr=0.01))
-        step = chosen.step
+        optimizer = build_optimizer(net, OptimConfig(name=name, lr=0.01))
+        step = optimizer.step
 
         def save_load_and_step():
-            chosen.load_state_dict(chosen.state_dict())
+            optimizer.load_state_dict(optimizer.state_dict())
             step()
 
-        chosen.step = save_load_and_step
-        return chosen
+        optimizer.step = save_load_and_step
+        return optimizer
 
     assert torch.equal(trained(lambda net: build_optimizer(net, OptimConfig(name=name, lr=0.01))), trained(restarting))
 
 
 @pytest.mark.parametrize("batch", [8, 64])
 def test_after_its_half_life_a_weight_counts_half_whatever_the_batch(batch):
-    late = 10_000_000
-    kept = math.prod(average_decay(6_400, late + seen, batch) for seen in range(0, 6_400, batch))
-    assert kept == pytest.approx(0.5)
+    start = 10_000_000
+    remaining = math.prod(average_decay(6_400, start + seen, batch) for seen in range(0, 6_400, batch))
+    assert remaining == pytest.approx(0.5)
 
 
 def test_an_average_is_short_at_first():
-    assert average_decay(6_400, 0, 64) == 0, "the weights of the start would stay in it"
+    assert average_decay(6_400, 0, 64) == 0, "the average must not contain the initial weights"
     assert average_decay(6_400, 1_280, 64) == pytest.approx(0.5 ** (64 / (RAMPUP_RATIO * 1_280)))
     assert average_decay(0, 1_000_000, 64) == 0
     decays = [average_decay(6_400, seen, 64) for seen in range(0, 200_000, 640)]

@@ -1,4 +1,4 @@
-"""The plan: an epoch is the data set, each sample once, whatever the topology, the streams and the place of a kill."""
+"""The sample order: every epoch has each sample once, for any number of ranks, any streams, and after kills at any position."""
 
 from itertools import islice
 
@@ -16,22 +16,22 @@ counts = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 @settings(max_examples=60, deadline=None)
 @given(counts, st.sampled_from([1, 2, 4]), st.integers(1, 8), st.integers(1, 50), st.integers(0, 9), st.integers(0, 5))
 def test_every_epoch_is_the_data_set(counts, streams, width, window, seed, epoch):
-    plan = SampleOrder(tuple(counts), batch=streams * width, seed=seed, streams=streams, window=window)
-    seen = [plan.sample(p) for p in range(epoch * plan.size, (epoch + 1) * plan.size)]
+    order = SampleOrder(tuple(counts), batch=streams * width, seed=seed, streams=streams, window=window)
+    seen = [order.sample(p) for p in range(epoch * order.size, (epoch + 1) * order.size)]
     assert sorted(seen) == [(s, i) for s, n in enumerate(counts) for i in range(n)]
 
 
 @settings(max_examples=40, deadline=None)
 @given(counts, st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=5), st.integers(0, 9))
 def test_kills_and_changes_of_world_lose_nothing(counts, worlds, seed):
-    """Each world trains some steps, is killed, and the next goes on: together they see the undisturbed sequence."""
-    plan, batch, position, seen = SampleOrder(tuple(counts), 8, seed), 8, 0, []
+    """Training resumes with other numbers of ranks. The samples of all parts must be those of an undisturbed training."""
+    order, batch, position, seen = SampleOrder(tuple(counts), 8, seed), 8, 0, []
     for number, world in enumerate(worlds):
         streams = [training_batches(position, batch, 8 // world, rank, world) for rank in range(world)]
         for _ in range(number % 3 + 1):
             slots = sorted(s for stream in streams for s in next(stream))
             assert [slot for _, slot in slots] == list(range(batch))
-            seen += [plan.sample(p) for p, _ in slots]
+            seen += [order.sample(p) for p, _ in slots]
             position += batch
     fresh = SampleOrder(tuple(counts), 8, seed)
     assert seen == [fresh.sample(p) for p in range(position)]
@@ -44,14 +44,14 @@ def test_kills_and_changes_of_world_lose_nothing(counts, worlds, seed):
     st.integers(0, 9),
 )
 def test_a_killed_epoch_is_the_data_set(counts, lives, seed):
-    """Any worlds, each killed after some steps: what they saw, cut at the epochs' ends, is the data set each time."""
+    """Training is killed and resumed with other numbers of ranks. Each epoch must have each sample once."""
     batch, position, seen = 12, 0, []
     while position < 2 * sum(counts):
         for world, steps in lives:
-            plan = SampleOrder(tuple(counts), batch, seed)  # a new process, which knows its position alone
+            order = SampleOrder(tuple(counts), batch, seed)  # a new process, which knows only the position
             ranks = [training_batches(position, batch, batch // world, rank, world) for rank in range(world)]
             for _ in range(steps):
-                seen += [plan.sample(p) for rank in ranks for p, _ in next(rank)]
+                seen += [order.sample(p) for rank in ranks for p, _ in next(rank)]
             position += batch * steps
     everything = [(shard, i) for shard, n in enumerate(counts) for i in range(n)]
     for epoch in range(2):
@@ -61,7 +61,7 @@ def test_a_killed_epoch_is_the_data_set(counts, lives, seed):
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 7])
 def test_order_knows_no_workers(world, workers):
-    """Workers take whole micro-batches in turn and the loader asks them in turn: the rank's own order comes back."""
+    """Workers read whole micro-batches in turn and the loader collects them in turn, so a rank's order stays the same."""
     for rank in range(world):
         alone = list(islice(training_batches(16, 16, 2, rank, world), 42))
         parts = [islice(training_batches(16, 16, 2, rank, world), w, None, workers) for w in range(workers)]
@@ -69,29 +69,29 @@ def test_order_knows_no_workers(world, workers):
 
 
 def test_epochs_differ_and_seeds_differ():
-    def order(seed, epoch):
-        plan = SampleOrder((50, 50, 50), 10, seed)
-        return [plan.sample(p) for p in range(epoch * 150, (epoch + 1) * 150)]
+    def epoch_samples(seed, epoch):
+        order = SampleOrder((50, 50, 50), 10, seed)
+        return [order.sample(p) for p in range(epoch * 150, (epoch + 1) * 150)]
 
-    assert order(0, 0) != order(0, 1)
-    assert order(0, 0) != order(1, 0)
+    assert epoch_samples(0, 0) != epoch_samples(0, 1)
+    assert epoch_samples(0, 0) != epoch_samples(1, 0)
 
 
 def test_a_rank_reads_few_shards():
-    plan = SampleOrder((100,) * 64, batch=64, window=100)
+    order = SampleOrder((100,) * 64, batch=64, window=100)
     for rank in range(8):
-        shards = {plan.sample(p + slot)[0] for p in range(0, plan.size, 64) for slot in batch_share(64, rank, 8)}
+        shards = {order.sample(p + slot)[0] for p in range(0, order.size, 64) for slot in batch_share(64, rank, 8)}
         assert len(shards) <= 64 / 8 + 8 + 1
 
 
 def test_shards_of_a_rank_and_of_a_node():
-    """64 ranks, 1000 shards: a share of the shards and at most two cut ones, of which a node of 8 ranks has no more."""
-    plan, batch = SampleOrder((20,) * 1000, batch=512, streams=64), 512
+    """64 ranks, 1000 shards: each rank, and each node of 8 ranks, reads its share of the shards and at most two cut ones."""
+    order, batch = SampleOrder((20,) * 1000, batch=512, streams=64), 512
     for epoch in range(2):
         shards = [set() for _ in range(64)]
-        for position in range(epoch * plan.size, (epoch + 1) * plan.size):
-            shards[position % batch // 8].add(plan.sample(position)[0])
-        # An epoch does not divide by the batch: 8 samples more or fewer than the share of a rank, so one shard more.
+        for position in range(epoch * order.size, (epoch + 1) * order.size):
+            shards[position % batch // 8].add(order.sample(position)[0])
+        # The batch does not divide the epoch, so a rank may have 8 samples more than its share, from one more shard.
         assert max(map(len, shards)) <= 1000 / 64 + 2 + 1
         assert max(len(set().union(*shards[first : first + 8])) for first in range(0, 64, 8)) <= 1000 / 8 + 2 + 4
 
@@ -109,20 +109,20 @@ def test_evaluation_covers_a_split_once(size, world, micro):
 
 
 def test_far_positions_cost_what_near_ones_do():
-    plan = SampleOrder((5000,) * 1000, 4096)
-    shard, ordinal = plan.sample(10**15)
+    order = SampleOrder((5000,) * 1000, 4096)
+    shard, ordinal = order.sample(10**15)
     assert 0 <= shard < 1000
     assert 0 <= ordinal < 5000
     for position in range(10**15, 10**15 + 40_000):
-        plan.sample(position)
-    assert len(plan._cache) <= 2 * plan.streams + 2  # a range and a window for each stream, two epochs
+        order.sample(position)
+    assert len(order._cache) <= 2 * order.streams + 2  # a range and a window of each stream, the shards of two epochs
 
 
 def test_a_million_shards():
-    plan = SampleOrder(np.full(1_000_000, 1000), 65536)
-    shard, ordinal = plan.sample(12 * 10**9 + 345)
-    assert plan.size == 10**9 and 0 <= shard < 1_000_000 and 0 <= ordinal < 1000
-    assert sum(array.nbytes for array in plan._cache["shards", 0][1]) == 12 * 1_000_000
+    order = SampleOrder(np.full(1_000_000, 1000), 65536)
+    shard, ordinal = order.sample(12 * 10**9 + 345)
+    assert order.size == 10**9 and 0 <= shard < 1_000_000 and 0 <= ordinal < 1000
+    assert sum(array.nbytes for array in order._cache["shards", 0][1]) == 12 * 1_000_000
 
 
 def test_seeds_do_not_collide():

@@ -1,4 +1,4 @@
-"""Phantom lesions: pure in their arguments, one lesion stays one lesion, classes differ, writing can be repeated."""
+"""Phantom lesions: drawings depend only on their arguments, views of a lesion are alike, classes differ, writing can resume."""
 
 import csv
 from collections import Counter
@@ -12,7 +12,7 @@ from lesiongen.ingest import phantom
 
 
 def _colours(rgb_HWC: np.ndarray) -> np.ndarray:
-    """[6]: mean of the middle, where the lesion lies, and median of the margin, which is skin."""
+    """Returns the mean colour of the middle, where the lesion is, and the median colour of the margin, which is skin, [6]."""
     size = len(rgb_HWC)
     middle = rgb_HWC[size // 4 : -size // 4, size // 4 : -size // 4].mean((0, 1))
     margin = np.concatenate([rgb_HWC[:3], rgb_HWC[-3:], rgb_HWC[:, :3].swapaxes(0, 1), rgb_HWC[:, -3:].swapaxes(0, 1)])
@@ -20,7 +20,7 @@ def _colours(rgb_HWC: np.ndarray) -> np.ndarray:
 
 
 def _histogram(rgb_HWC: np.ndarray) -> np.ndarray:
-    """[64]: shares of 4×4×4 colours."""
+    """Returns the square roots of the shares of 4×4×4 colours, [64]."""
     bins = rgb_HWC.astype(int) // 64 @ np.array([16, 4, 1])
     return np.sqrt(np.bincount(bins.ravel(), minlength=64) / bins.size)
 
@@ -54,11 +54,11 @@ def test_views_of_a_lesion_are_alike_but_not_copies():
         between = np.linalg.norm(seen[:, None, 0] - seen[None, :, 1], axis=-1)  # [lesion, other lesion]
         own, others = np.diag(between), between[~np.eye(20, dtype=bool)]
         assert own.min() > 0
-        assert np.median(own) < 0.7 * np.median(others), label  # 1 were they unrelated
+        assert np.median(own) < 0.7 * np.median(others), label  # the ratio is about 1 for unrelated drawings
 
 
 def test_nearest_class_mean_tells_the_classes_apart():
-    """Colours alone, none of the shapes; chance is 1/7."""
+    """Compares colours only, not shapes. Chance is 1/7."""
     train = [np.mean([_histogram(phantom.draw(label, n, 0, 32)) for n in range(20)], 0) for label in phantom.LABELS]
     hits = []
     for truth, label in enumerate(phantom.LABELS):
@@ -69,7 +69,7 @@ def test_nearest_class_mean_tells_the_classes_apart():
 
 
 def test_hair_rulers_and_rims_are_the_exception():
-    """Borders of pictures are skin, but for a minority; skin tones range from light to dark."""
+    """The border of most pictures is skin; few have a dark rim. Skin tones range from light to dark."""
     rims, tones = 0, []
     for n in range(150):
         rgb_HWC = phantom.draw("nv", n, 0, 24)
@@ -90,7 +90,7 @@ def test_write_gives_a_table_like_ham10000s(tmp_path):
     assert {row["image_id"] + ".jpg" for row in rows} == {p.name for p in (tmp_path / "images").iterdir()}
     assert len({row["image_id"] for row in rows}) == len(rows)
     lesions = Counter((row["lesion_id"], row["dx"], row["age"], row["sex"], row["localization"]) for row in rows)
-    assert len(lesions) == len({row["lesion_id"] for row in rows}) == 15 * 7  # what is the patient's is one per lesion
+    assert len(lesions) == len({row["lesion_id"] for row in rows}) == 15 * 7  # all views of a lesion have the same facts
     assert set(lesions.values()) == {1, 2, 3} and 1.7 < np.mean(list(lesions.values())) < 2.3
     assert Counter(dx for _, dx, *_ in lesions) == {label: 15 for label in phantom.LABELS}
     ages = [row["age"] for row in rows]
@@ -117,14 +117,14 @@ def test_write_is_idempotent_and_completes(tmp_path):
     folder = tmp_path / "half"
     phantom.write(folder, lesions_per_class=1, size=32, progress=False)
     (folder / "metadata.csv").unlink()
-    missing, cut, other, kept = sorted((folder / "images").iterdir())[:4]
+    missing, cut, other, intact = sorted((folder / "images").iterdir())[:4]
     missing.unlink()
     cut.write_bytes(cut.read_bytes()[:200])
     Image.new("RGB", (48, 48)).save(other)
-    before = kept.stat().st_mtime_ns
+    before = intact.stat().st_mtime_ns
     phantom.write(folder, **arguments)
     assert _bytes(folder) == whole
-    assert kept.stat().st_mtime_ns == before  # what is whole is not drawn again
+    assert intact.stat().st_mtime_ns == before  # an intact image is not drawn again
 
 
 def test_mistakes_are_named(tmp_path):

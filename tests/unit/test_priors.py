@@ -1,4 +1,4 @@
-"""Priors: one contract for all kinds, and what sets each apart."""
+"""Priors: tests that every kind must pass, and tests of single kinds."""
 
 import math
 from dataclasses import replace
@@ -26,7 +26,7 @@ PRIORS = {
     "pixelsnail": PixelSNAILConfig(residual_blocks=2, heads=2, kernel=3, **COMMON),
     "pixelsnail without attention": PixelSNAILConfig(residual_blocks=1, attention=False, kernel=5, **COMMON),
 }
-assert {config.kind for config in PRIORS.values()} == priors.PRIORS.keys(), "a prior without contract tests"
+assert {config.kind for config in PRIORS.values()} == priors.PRIORS.keys(), "a kind of prior is missing in PRIORS"
 NONE = torch.zeros(1, 0, dtype=torch.long)  # no facts
 
 
@@ -34,12 +34,13 @@ def prior(name: str, upper: bool = False, grid: tuple[int, int] = (4, 3), **chan
     torch.manual_seed(0)
     above = ((7, (2, 2)),) if upper else ()
     net = make(replace(PRIORS[name], **changes), grid=grid, entries=11, facts={"label": 5, "sex": 2}, upper=above)
-    for p in net.parameters():  # larger than at the start, so that differences would show
+    for p in net.parameters():  # larger than the initial weights, so that differences show
         torch.nn.init.normal_(p, std=0.2)
     return net
 
 
 def condition(upper: bool = False):
+    """Returns the facts of three samples, and their codes of the coarser level if `upper`."""
     return torch.tensor([[0, 1], [4, -1], [-1, 0]]), [torch.randint(0, 7, (3, 2, 2))] if upper else []
 
 
@@ -86,13 +87,13 @@ class TestPrior:
         codes = torch.randint(0, 11, (3, 12))
 
         def moved(facts, above) -> torch.Tensor:
-            """How far the logits of each position are from what they were, [B, T]."""
+            """Returns how much the logits of each position differ from `base`, [B, T]."""
             return (net(codes, net.context(facts, above)) - base).abs().amax(-1)
 
         base = net(codes, net.context(facts, above))
-        for place in range(2):
+        for fact in range(2):
             other = facts.clone()
-            other[:, place] = (other[:, place] + 1) % 2
+            other[:, fact] = (other[:, fact] + 1) % 2
             assert (moved(other, above) > 1e-3).all()
         if upper:
             assert (moved(facts, [(above[0] + 1) % 7]) > 1e-3).all()
@@ -141,7 +142,7 @@ class TestPrior:
         codes = torch.randint(0, 11, (3, 4, 3))
         net = prior(name, upper).train()
         loss, expected = gradients(net, codes, facts, above)
-        monkeypatch.setattr(module, "MAX_LOGITS", 5 * 11)  # 36 tokens by fives
+        monkeypatch.setattr(module, "MAX_LOGITS", 5 * 11)  # 36 tokens in chunks of 5
         chunked, found = gradients(net, codes, facts, above)
         assert chunked == pytest.approx(loss, rel=1e-6)
         for n, g in expected.items():
@@ -175,7 +176,7 @@ class TestEachPrior:
         assert from_plain(type(config), yaml.safe_load(to_yaml(config))) == config
 
     def test_it_learns_a_simple_language(self, name):
-        """CodeRows that repeat their label: bits fall well below a uniform guess's."""
+        """Every code equals the label. The bits per token must fall far below those of a uniform guess."""
         torch.manual_seed(0)
         config = replace(PRIORS[name], layers=1, dropout=0.0, token_dropout=0.0)
         net = make(config, grid=(3, 3), entries=5, facts={"label": 5})
@@ -189,7 +190,7 @@ class TestEachPrior:
         assert loss.item() / math.log(2) < 0.3
 
     def test_it_learns_from_the_codes_before(self, name):
-        """A code repeats the one above it, and nothing else tells: all but the first row can be known."""
+        """Every code equals the code above it, and there are no facts. So all rows except the first can be predicted."""
         torch.manual_seed(0)
         config = replace(PRIORS[name], layers=2, dropout=0.0, token_dropout=0.0)
         net = make(config, grid=(3, 3), entries=4, facts={})
@@ -205,24 +206,24 @@ class TestEachPrior:
 
 
 def influence(net: Prior, t: int) -> torch.Tensor:
-    """How much each token moves the features of position t, [T], by gradient."""
-    kept = []
-    hook = net.tokens.register_forward_hook(lambda *args: args[2].retain_grad() or kept.append(args[2]))
+    """Returns how much the features of position t depend on each token, [T]: sums of absolute gradients."""
+    embeddings = []
+    hook = net.tokens.register_forward_hook(lambda *args: args[2].retain_grad() or embeddings.append(args[2]))
     codes = torch.arange(net.length)[None] % 11
     net.features(codes, net.context(torch.zeros(1, len(net.facts), dtype=torch.long), []))[:, t].sum().backward()
     hook.remove()
-    found = kept[0].grad.abs().sum(-1)[0]
+    found = embeddings[0].grad.abs().sum(-1)[0]
     return torch.nn.functional.pad(found, (0, net.length - len(found)))
 
 
 def sees(name: str, **changes) -> torch.Tensor:
-    """What the middle of a 5×7 grid sees, [5, 7]."""
+    """Returns which tokens the prediction in the middle of a 5×7 grid depends on, [5, 7]."""
     net = prior(name, grid=(5, 7), layers=4, kernel=3, **changes).double().eval()
     return influence(net, 2 * 7 + 3).view(5, 7) > 0
 
 
 def test_gated_pixelcnn_sees_all_that_came_before():
-    """Three rows up and down, three columns to each side: within reach of four 3×3 layers."""
+    """Four 3×3 layers reach every token of the 5×7 grid."""
     assert torch.equal(sees("gated_pixelcnn").flatten(), torch.arange(35) < 2 * 7 + 3)
 
 
@@ -257,7 +258,7 @@ def test_rotation_is_the_same_by_complex_and_by_real_numbers():
     table, x = rotary_table((3, 2), 8), torch.randn(2, 6, 2, 8)
     assert torch.allclose(
         apply_rotary(x, table).double(), apply_rotary(x.double(), table), atol=1e-6
-    )  # only fp32 goes by complex ones
+    )  # only fp32 input uses complex numbers
 
 
 def test_rotated_scores_depend_on_the_way_between_two_positions_alone():

@@ -1,4 +1,4 @@
-"""Quantizers: contracts over the registry, and what each kind promises beside."""
+"""Quantizers: tests that every kind must pass, and tests of single kinds."""
 
 import copy
 
@@ -15,7 +15,7 @@ from lesiongen.tokenizers.vqvae2 import VQVAE2, VQVAE2Config
 B, D, K = 8, 4, 16
 BOOKS = [name for name in QUANTIZERS if name != "fsq"]
 AVERAGED = ["ema", "cosine"]
-LEVELS = {"fsq_levels": (4, 4)}  # K codes
+LEVELS = {"fsq_levels": (4, 4)}  # 4 · 4 = K codes
 
 
 def make(name: str, **more) -> Quantizer:
@@ -24,7 +24,7 @@ def make(name: str, **more) -> Quantizer:
 
 
 def clusters(shift: float = 0.0, number: int = K) -> torch.Tensor:
-    """[B, D, 4, 4] vectors around distinct points."""
+    """Returns vectors close to `number` distinct points, [B, D, 4, 4]."""
     g = torch.Generator().manual_seed(0)
     points = torch.randn(number, D, generator=g) * 3
     noise = torch.randn(B * 16, D, generator=g) * 0.01
@@ -32,7 +32,7 @@ def clusters(shift: float = 0.0, number: int = K) -> torch.Tensor:
 
 
 def train(quantizer, z, steps: int, parts: int = 1) -> dict[str, float]:
-    """As the loop does it: statistics of parts of a batch are summed, then applied once."""
+    """Trains as the training loop does: sums the statistics of the parts of a batch, then calls update() once."""
     trained = list(quantizer.parameters())
     adam = torch.optim.Adam(trained, lr=0.01) if trained else None
     for step in range(steps):
@@ -139,15 +139,15 @@ class TestCodebook:
 
     def test_rotation_changes_the_gradient_alone(self, name):
         z, upstream = clusters(), torch.arange(B * D * 16.0).view(B, D, 4, 4)
-        plain, turned = z.clone().requires_grad_(), z.clone().requires_grad_()
-        one, other = make(name)(plain), make(name, estimator="rotation")(turned)
+        plain, rotated = z.clone().requires_grad_(), z.clone().requires_grad_()
+        one, other = make(name)(plain), make(name, estimator="rotation")(rotated)
         assert torch.equal(one.x, other.x) and torch.equal(one.codes, other.codes) and one.loss == other.loss
         one.x.backward(upstream), other.x.backward(upstream)
-        assert not torch.allclose(plain.grad, turned.grad)
+        assert not torch.allclose(plain.grad, rotated.grad)
 
 
 def test_rotation_is_the_papers():
-    """R turns z's direction into q's in their plane and leaves what is orthogonal to both: the gradient is |q|/|z| Rᵀg."""
+    """R rotates z's direction onto q's and does not change vectors orthogonal to both. The gradient is |q|/|z| Rᵀg."""
     torch.manual_seed(0)
     z, q, g = torch.randn(3, 6, 5, dtype=torch.float64).unbind()
     z.requires_grad_()
@@ -178,7 +178,7 @@ class TestAveraged:
         assert train(quantizer, jumped, 400)["usage"] > 0.9
 
     def test_recovers_from_collapse(self, name):
-        """An encoder that says one thing alone for a while leaves one code in use; then it speaks again."""
+        """While all vectors are equal, one code stays in use. When vectors differ again, most codes must be used."""
         quantizer = make(name)
         assert train(quantizer, torch.ones(B, D, 4, 4), 100)["perplexity"] == pytest.approx(1)
         assert train(quantizer, clusters(), 200)["perplexity"] > 0.8 * K
@@ -203,7 +203,7 @@ def test_cosine_codes_have_length_one():
 
 
 def test_the_gradient_codebook_learns_by_equation_3():
-    """The pull of codes to vectors has weight 1, that of vectors to codes its own."""
+    """The loss that pulls codes to vectors has weight 1; the loss that pulls vectors to codes has weight `commitment`."""
     quantizer, z = make("gradient", commitment=0.25), clusters().requires_grad_()
     found = quantizer(z)
     found.loss.backward()
@@ -216,7 +216,7 @@ def test_the_gradient_codebook_learns_by_equation_3():
 
 @pytest.mark.parametrize("levels", [(8, 8, 8), (8, 5, 5, 5), (3, 4), (7,)])
 def test_fsq_reaches_every_code(levels):
-    """Vectors made from the paper's formula, backwards, have every code once; and codes read back as these vectors."""
+    """Vectors from the inverse of the paper's formula get every code once, and lookup() of the codes returns these vectors."""
     entries = torch.tensor(levels).prod().item()
     quantizer = quantize.build(QuantizerConfig(quantizer="fsq", dim=len(levels), entries=entries, fsq_levels=levels), 1)
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_kmeans_copes_with_few_distinct_vectors():
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_initialise_goes_from_coarse_to_fine(name):
-    """k-means of every level, of vectors that depend on the coarser levels' codes, leaves no code unused."""
+    """k-means initialises each level from its vectors, which depend on the coarser levels' codes. Most codes must be used."""
     torch.manual_seed(0)
     config = VQVAE2Config(
         strides=(2, 2), hidden=8, residual_layers=1, residual_hidden=4, quantizer=name, dim=D, entries=K, **LEVELS

@@ -1,4 +1,4 @@
-"""The report's pictures."""
+"""The plots of the report."""
 
 import io
 

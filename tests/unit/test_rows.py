@@ -1,4 +1,4 @@
-"""Random reads of a code store: the same rows from mapped files as from memory, in the order asked for."""
+"""CodeRows: random reads of a code store, from memory or from mapped files, return the requested rows in order."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from hpc.data import manifest, rows
 from hpc.data.codestore import CodeStore, code_dtype, file_name, write_codes
 from hpc.data.rows import CodeRows
 
-COUNTS = {0: 5, 3: 7, 4: 1}  # shards need not be numbered without gaps
+COUNTS = {0: 5, 3: 7, 4: 1}  # {shard: rows}; shard numbers may have gaps
 
 
 @pytest.fixture(params=[200, 512, 40_000, 70_000])
 def store(request, tmp_path) -> tuple[CodeStore, dict]:
-    """Three shards in two draws, with codes of 8, 16 and 32 bits."""
+    """Returns a store with three shards in two draws, with codes of 8, 16 or 32 bits, and the expected rows."""
     rng, entries, truth = np.random.default_rng(0), [], {}
     for draw in (0, 1):
         for shard, count in COUNTS.items():
@@ -33,13 +33,13 @@ def test_rows_are_those_asked_for(store, resident):
     store, truth = store
     data = CodeRows(store, "train", ["codes.top", "sex"], torch.device("cpu"), resident)
     assert (data.size, data.draws, data.resident) == (13, 2, resident)
-    places = list(truth)
-    chosen = [places[i] for i in np.random.default_rng(1).integers(0, len(places), 40)]
+    row_keys = list(truth)
+    chosen = [row_keys[i] for i in np.random.default_rng(1).integers(0, len(row_keys), 40)]
     found = data.gather_rows(chosen)
     assert found["codes.top"].dtype == found["sex"].dtype == torch.int64
     assert np.array_equal(found["codes.top"], np.stack([truth[p][0] for p in chosen]))
     assert found["sex"].tolist() == [truth[p][1] for p in chosen]
-    assert [tuple(p) for p in data.all(1).tolist()] == [p for p in places if p[0] == 1]
+    assert [tuple(p) for p in data.all(1).tolist()] == [p for p in row_keys if p[0] == 1]
 
 
 def test_a_store_lies_in_memory_only_where_it_fits(store, monkeypatch):

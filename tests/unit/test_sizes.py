@@ -1,4 +1,4 @@
-"""No file and no function is too large, and every public function says what it takes and does."""
+"""No file and no function is too long, and every public function has annotations and a docstring."""
 
 from tests import sizes
 

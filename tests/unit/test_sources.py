@@ -1,4 +1,4 @@
-"""Public data sets are recognised by their files and columns, and what is spread over several files is joined."""
+"""Public data sets are recognised by their file names and columns, and tables of the same data set are joined."""
 
 import pytest
 from PIL import Image
@@ -76,7 +76,7 @@ LAYOUTS = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """images/ with three photographs and their masks, and a function that writes tables beside it."""
+    """Returns a folder with images/, which holds three photographs and two masks. Tests write tables beside images/."""
     for name in (ISIC_A, ISIC_B, ISIC_C, f"{ISIC_A}_segmentation", f"{ISIC_B}_superpixels"):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{name}.png")
@@ -93,7 +93,7 @@ def test_a_layout_is_recognised(name, folder):
     assert [(r.dx, r.lesion, r.licence) for r in found.records] == expected
     assert name.removesuffix(" test").removesuffix(", in levels") in found.recognised[0]
     assert len(found.recognised) == len(files)
-    # The third photograph is in no table; the masks are no photographs.
+    # No table lists the third photograph. Masks do not count as photographs.
     assert found.rejected == [{"image": ISIC_C, "reason": "no row in the metadata"}]
 
 

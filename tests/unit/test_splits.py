@@ -1,4 +1,4 @@
-"""No group in two splits, whatever comes with the data, is appended, or turns out to show the same lesion."""
+"""No group is in two splits: with splits that come with the data, after appending, and after images are found to be alike."""
 
 import pytest
 from hypothesis import given, settings
@@ -15,19 +15,19 @@ def records(number, **more):
     return [Record(f"i{n}", "", lesion=f"L{n // 2}", **more) for n in range(number)]
 
 
-def where(splits):
+def split_by_image(splits):
     return {r.image: name for name, members in splits.items() for r in members}
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(names, names), max_size=25), st.integers(0, 30))
 def test_appending_moves_nothing_and_never_leaks(pairs, already):
-    """Some images are packed, the rest comes later with pairs that tie any of them together."""
+    """Some images are packed. The others are appended with pairs of images that show one lesion and may join any groups."""
     everything = records(30)
     first, _ = assign(everything[:already], 0.3, 0.3, pairs[::2])
     packed = {r.image: (r.own_group, r.group, name) for name, members in first.items() for r in members}
     later, rejected = assign(everything[already:], 0.3, 0.3, pairs, packed)
-    now = {image: split for image, (_, _, split) in packed.items()} | where(later)
+    now = {image: split for image, (_, _, split) in packed.items()} | split_by_image(later)
     refused = {entry["image"] for entry in rejected}
     assert now.keys() | refused == {r.image for r in everything}
     assert all(now[image] == split for image, (_, _, split) in packed.items())
@@ -42,7 +42,7 @@ def test_appending_moves_nothing_and_never_leaks(pairs, already):
     for a, b in pairs:
         if {a, b} & new and {a, b} <= now.keys():
             assert now[a] == now[b]
-    for n in range(0, 30, 2):  # of one lesion
+    for n in range(0, 30, 2):  # images n and n + 1 show one lesion
         if {f"i{n}", f"i{n + 1}"} <= now.keys():
             assert now[f"i{n}"] == now[f"i{n + 1}"]
 
@@ -55,11 +55,11 @@ def test_the_group_is_the_lesion_else_the_patient_else_the_image():
 def test_splits_that_come_with_the_data():
     given_ = [Record(f"i{n}", "", split=("train", "val", "test")[n % 3]) for n in range(30)]
     splits, _ = assign(given_, 0.3, 0.3)
-    assert where(splits) == {r.image: r.split for r in given_}
-    # Without a val of its own, one is taken from the training images, never from the test ones.
+    assert split_by_image(splits) == {r.image: r.split for r in given_}
+    # If the data have no val split, val images are taken from the training images, never from the test images.
     without = [Record(f"i{n}", "", split=("train", "test")[n % 3 == 2]) for n in range(60)]
     splits, _ = assign(without, 0.3, 0.3)
-    found = where(splits)
+    found = split_by_image(splits)
     assert all(found[r.image] == "test" for r in without if r.split == "test")
     assert {found[r.image] for r in without if r.split == "train"} == {"train", "val"}
 
@@ -73,7 +73,7 @@ def test_a_pair_across_given_splits_costs_the_training_image():
     both = [Record("a", "", split="test"), Record("b", "", split="train"), Record("c", "", split="val")]
     splits, rejected = assign(both, 0.1, 0.1, [("a", "b")])
     assert rejected == [{"image": "b", "reason": "shows the lesion of a, which is in test"}]
-    assert where(splits) == {"a": "test", "c": "val"}
+    assert split_by_image(splits) == {"a": "test", "c": "val"}
 
 
 def test_joined_groups_take_the_smaller_id():

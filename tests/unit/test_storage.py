@@ -1,4 +1,4 @@
-"""Shards, code stores, run directories: what is cut, changed or in use is found, and nothing finished is harmed."""
+"""Shards, code stores and run directories: damage and locks are detected, and finished results are never changed."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def test_random_access(shard):
 def test_a_cut_shard_is_never_silent(shard):
     content = shard.read_bytes()
     whole = len(content)
-    for end in range(0, whole - 10240, 512):  # the last 10 kB are padding
+    for end in range(0, whole - 10240, 512):  # the last 10 kB of a tar are padding
         shard.write_bytes(content[:end])
         reader = ShardReader.local(shard.parent, [shard.name])
         read = 0
@@ -66,12 +66,12 @@ def test_every_flipped_bit_of_content_is_found(shard):
     index = load_file(str(shard) + ".index.safetensors")
     for i in range(9):
         for member in range(2):
-            place = int(index["offset"][i, member]) + 7
-            content[place] ^= 1
+            position = int(index["offset"][i, member]) + 7
+            content[position] ^= 1
             shard.write_bytes(content)
             with pytest.raises(BadSample, match="differ"):
                 ShardReader.local(shard.parent, [shard.name]).read(0, i)
-            content[place] ^= 1
+            content[position] ^= 1
 
 
 def test_foreign_members_are_refused(tmp_path):
@@ -116,7 +116,7 @@ def test_a_stage_is_refused_when_it_was_made_from_something_else(tmp_path):
     assert not one.done()
     one.finish("d1")
     assert one.done()
-    assert not StageDir(one.path, one.identity, one.inputs, target=20).done(), "a longer run continues"
+    assert not StageDir(one.path, one.identity, one.inputs, target=20).done(), "a stage with a larger target must be unfinished"
     other = StageDir(one.path, {"model": {"codes": 256}}, {"shards": "xyz"})
     with pytest.raises(UserError, match=r"model.codes: 512 → 256; input.shards: 'abc' → 'xyz'.*--fresh s"):
         other.check()
