@@ -121,6 +121,7 @@ def test_slurm_requeues_a_job_that_is_signalled_while_it_starts(cluster, hooked,
         jobs[job] = tmp_path / f"start-{i}"
     wait(lambda: all(cluster.job(j)["JobState"] == "COMPLETED" for j in jobs), 400, "all jobs to complete")
     stopped = hooked.read_text().splitlines()
+    assert sum(line.startswith("signal") for line in stopped) >= 15
     for i, (job, folder) in enumerate(jobs.items()):
         assert json.loads((folder / "shards" / "stage.json").read_text())["done"]
         assert cluster.job(job)["Restarts"] == ("1" if f"signal {1 + 250 * i}" in stopped else "0")
