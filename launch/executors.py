@@ -27,21 +27,8 @@ SUBMITTED = "submitted.jsonl"  # file in jobs/<stage>: one line per submitted jo
 STAGE_KINDS = ("shards", "tokenizer", "codes", "prior", "samples", "report")
 
 
-def run_inline(config: Experiment, stage: Stage) -> int:
-    """Runs a stage in this process, as its only rank.
-
-    Args:
-        config: The run's config.
-        stage: The stage to run.
-
-    Returns:
-        The exit code.
-    """
-    return rank_main(config, stage.name, Topology())
-
-
 def run_local(config: Experiment, stage: Stage) -> int:
-    """Runs a stage on this machine, as `config.local.ranks` processes if the stage is parallel.
+    """Runs a stage on this machine, as `config.local.ranks` processes if the stage is parallel, else in this process.
 
     Args:
         config: The run's config.
@@ -51,7 +38,7 @@ def run_local(config: Experiment, stage: Stage) -> int:
         The exit code.
     """
     single = config.local.ranks == 1 or not stage.parallel
-    return run_inline(config, stage) if single else run_ranks(config, stage)
+    return rank_main(config, stage.name, Topology()) if single else run_ranks(config, stage)
 
 
 @dataclass(frozen=True)

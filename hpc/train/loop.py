@@ -63,6 +63,8 @@ class State:
     Attributes:
         samples: Samples seen.
         evaluated: Samples seen at the last evaluation.
+        evaluating: Whether the checkpoint was saved just before an evaluation. A resumed training then evaluates again.
+            Otherwise it would not know the best metric, and could later export worse weights.
         best: The best held-out metric; None before the first finite value.
         best_at: Samples seen at the evaluation that gave `best`.
         patience_from: Samples seen when patience last started again. Patience counts from here, or from `best_at` if later.
@@ -76,6 +78,7 @@ class State:
 
     samples: int = 0
     evaluated: int = 0
+    evaluating: bool = False
     best: float | None = None
     best_at: int = 0
     patience_from: int = 0
@@ -160,7 +163,7 @@ def train(
     with Preemption() as preemption, trainer:
         while True:
             # Run any evaluation or save that is due before training on. This also covers a run that was killed just before one.
-            if trainer.due(config.eval_every, state.evaluated):
+            if state.evaluating or trainer.due(config.eval_every, state.evaluated):
                 trainer.evaluate()
             if trainer.due(config.save_every, trainer.saved):
                 trainer.save()
@@ -300,6 +303,7 @@ class Trainer:
         during the evaluation resumes from it and evaluates again.
         """
         state, metric = self.state, self.task.metric
+        state.evaluating = True
         if self.saved < state.samples:
             self.save()
         with self.watchdog.allow_longer(), self.speed.paused():
@@ -315,7 +319,7 @@ class Trainer:
                 state.best, state.best_at = metrics[metric], state.samples
                 dist.run_on_leader(self.task.export, self.copy, metrics)
             self.copy.to("cpu")  # a whole second model on the device would need the memory that ZeRO 3 saves
-        state.evaluated = state.samples
+        state.evaluated, state.evaluating = state.samples, False
         self._check_patience()
         if state.ended_length:  # record that patience has run out: a longer training must start a new patience
             self.save()
