@@ -10,7 +10,7 @@ from hpc.data import manifest
 from hpc.data.shards import BadSample, ShardReader, index_path
 from hpc.errors import UserError
 from hpc.run.progress import progress_bar
-from hpc.train import checkpoint
+from hpc.train import checkpoint, weight_files
 
 
 def verify_path(path: Path) -> tuple[int, list[str]]:
@@ -77,10 +77,18 @@ def _check_export(folder: Path) -> tuple[int, list[str]]:
     """Compares exported weights with the digest that the finished stage recorded."""
     from lesiongen.tokenizers.export import export_digest
 
-    record = json.loads((folder.parent / "stage.json").read_text())
-    if record["done"] and export_digest(folder) != record["digest"]:
-        return 1, [f"{folder}: these are not the weights that the stage recorded ({record['digest']})"]
-    return 1, []
+    record, number = json.loads((folder.parent / "stage.json").read_text()), len(weight_files.files(folder))
+    try:
+        if record["done"] and export_digest(folder) != record["digest"]:
+            return number, [f"{folder}: these are not the weights that the stage recorded ({record['digest']})"]
+    except OSError as error:
+        return number, [f"{folder}: {error}"]
+    return number, []
 
 
-KINDS = {manifest.NAME: _check_manifest, checkpoint.MANIFEST: _check_checkpoint, "model.safetensors": _check_export}
+KINDS = {
+    manifest.NAME: _check_manifest,
+    checkpoint.MANIFEST: _check_checkpoint,
+    weight_files.ONE_FILE: _check_export,
+    weight_files.INDEX: _check_export,
+}

@@ -42,6 +42,7 @@ def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, be
     final, temporary = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
     dist.run_on_leader(_prepare, temporary)
     engine.save(temporary)
+    dist.barrier()  # while ranks still write, the directory also holds temporary files
     # Each rank fsyncs and checksums the files that it wrote, so that no rank reads the whole checkpoint.
     mine = [path for path in sorted(temporary.rglob("*")) if path.is_file() and _writer(path) == dist.rank()]
     for path in mine:
@@ -55,9 +56,9 @@ def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, be
 
 
 def _writer(path: Path) -> int:
-    """The rank that wrote a file of a checkpoint: DeepSpeed puts the rank into the names; rank 0 writes all other files."""
-    match = re.search(r"zero_pp_rank_(\d+)_", path.name)
-    return int(match.group(1)) if match else 0
+    """The rank that wrote a file of a checkpoint: names of files of all ranks hold the rank; rank 0 writes all other files."""
+    match = re.search(r"zero_pp_rank_(\d+)_|average-(\d+)", path.name)
+    return int(match.group(1) or match.group(2)) if match else 0
 
 
 def _prepare(temporary: Path) -> None:

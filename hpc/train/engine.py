@@ -1,6 +1,6 @@
 """The DeepSpeed engine: one optimizer step over all ranks, precision, ZeRO, averaged weights.
 
-No other file imports deepspeed. The training loop builds an Engine and calls step(). The model's forward(batch) returns
+The training loop calls build(), makes an Engine and calls step(). The model's forward(batch) returns
 {"loss": scalar, "metrics": {name: scalar}, "statistics": flat fp32 vector or None}.
 
 Invariant: all ranks accept or skip the same steps. One all-reduce per step, before the optimizer's step, sums the flags, the
@@ -9,23 +9,23 @@ metrics and the statistics (codebook counts and sums), so that all ranks decide 
 
 import contextlib
 import copy
-import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hpc import dist
 from hpc.config import volatile
 from hpc.data.order import batch_share
+from hpc.train.averages import Averages
 from hpc.train.optim import SkippableOptimizer
+from hpc.train.zero import Weights, build_divided, gathered, import_deepspeed, shape_of, without_hooks
+
+COLLECTED_ELEMENTS = 2**23  # gradients that are checked together: few kernel launches, and 32 MB that are freed late
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,16 @@ class EngineConfig:
     accumulation: int = volatile(1)  # micro-batches per step on each rank
     clip: float = 1.0  # largest gradient norm; 0 = no clipping
     offload: bool = volatile(False)  # keep the optimizer state in CPU memory (ZeRO 1 to 3)
+    gather_gib: float = volatile(
+        8.0
+    )  # under ZeRO 3, draw samples while training only if the fp32 weights are at most this large
     average: float = 0.0  # half-life of the averaged weights, in samples; evaluation and export use them; 0 = no averaging
     compile: bool = volatile(False)  # compile the model with torch.compile
     channels_last: bool = volatile(True)  # store images and filters channels-last, the fastest layout for convolutions
 
     def __post_init__(self):
-        if self.accumulation < 1 or self.clip < 0 or self.average < 0:
-            raise ValueError("accumulation must be at least 1, clip and average at least 0")
+        if self.accumulation < 1 or min(self.clip, self.average, self.gather_gib) < 0:
+            raise ValueError("accumulation must be at least 1; clip, average and gather_gib at least 0")
         if self.offload and self.zero == 0:
             raise ValueError("offload needs zero to be 1, 2 or 3")
 
@@ -93,7 +96,8 @@ class Engine:
         device: The device of the model.
         world_size: Number of ranks.
         micro_batch: Samples in one micro-batch of this rank.
-        averages: Averaged weights, one fp32 tensor for each tensor of _weights(); empty if averaging is off.
+        weights: Where the module's weights are, and how to read them.
+        averages: The averaged weights; None if averaging is off.
     """
 
     def __init__(
@@ -108,14 +112,14 @@ class Engine:
             batch: Samples in the global batch.
             universal: Whether load() will read DeepSpeed's universal format.
         """
-        deepspeed = _import_deepspeed()
         self.world_size = torch.distributed.get_world_size()
         self.micro_batch = config.micro_batch(batch, self.world_size)
         self.config, self.optimizer = config, optimizer
         settings = _deepspeed_config(config, batch, self.micro_batch, universal)
+        self._plain = without_hooks(module)
         if config.precision == "bf16":
             _autocast_forward(module)
-        self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self.deepspeed, *_ = import_deepspeed().initialize(model=module, optimizer=optimizer, config=settings)
         dist.set_group_timeouts()
         self.module = self.deepspeed.module
         self.device = self.deepspeed.device
@@ -124,9 +128,12 @@ class Engine:
             self.module.to(memory_format=torch.channels_last)
         self._broadcast_buffers()
         self._nonfinite = torch.zeros((), device=self.device)  # 0 while all gradients of the step are finite, else NaN
+        self._collected: list[torch.Tensor] = []  # gradients that are not yet checked
+        self._collected_elements = 0  # their elements
         for parameter in self.module.parameters():
-            parameter.register_hook(self._accumulate_nonfinite)
-        self.averages = [w.detach().clone() for w in self._weights()] if config.average else []
+            parameter.register_hook(self._collect_gradient)
+        self.weights = Weights(self.module, self.deepspeed.optimizer, config.zero)
+        self.averages = Averages(self.weights) if config.average else None
         if config.compile:
             self.deepspeed.compile()
 
@@ -160,8 +167,7 @@ class Engine:
         self.deepspeed.step()
         accepted = not self.optimizer.skip and self.deepspeed.was_step_applied()
         if accepted and self.averages:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.averages, self._weights(), 1 - decay)
+            self.averages.update(decay)
 
         # Turn the sums into the result.
         summed_flags, summed_metrics = sums[: len(flags)], sums[len(flags) :]
@@ -179,6 +185,7 @@ class Engine:
         for number, batch in enumerate(micro_batches):
             out = self.deepspeed(_channels_last(batch) if self.config.channels_last else batch)
             self.deepspeed.backward(out["loss"])
+            self._check_collected()
             named = {"loss": out["loss"], **out["metrics"]}
             totals = {k: totals.get(k, 0) + v.detach().float() for k, v in named.items()}
             if out["statistics"] is not None:
@@ -187,39 +194,48 @@ class Engine:
                 self.deepspeed.step()  # only counts the micro-batch; the next call, in step(), updates the weights
         return totals, statistics
 
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Copies the full fp32 weights and the buffers into a module. Collective.
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Puts the model into evaluation mode inside the block, with the averaged weights if averaging is on. Collective."""
+        with self.averages.in_masters() if self.averages else contextlib.nullcontext():
+            if self.averages:
+                self.weights.update_model()
+            self.module.eval()
+            try:
+                yield
+            finally:
+                self.module.train()
+        if self.averages:
+            self.weights.update_model()
 
-        If averaging is on, the averaged weights are copied.
+    @contextlib.contextmanager
+    def whole_module(self) -> Iterator[nn.Module]:
+        """Gives the model in fp32 and without DeepSpeed's hooks, with whole weights on every rank. Collective.
 
-        Args:
-            module: A module of the same architecture, without DeepSpeed.
+        The module shares the weights of the engine's module. Under ZeRO 0 to 2 it takes no memory; under ZeRO 3 the weights
+        are gathered inside the block. Inside the block the ranks may run it as often as each likes.
         """
-        with self._averages_in_weights():
-            for (name, source), target in zip(self._full_parameters(), module.parameters(), strict=True):
-                assert source.numel() == target.numel(), name
-                target.copy_(source.reshape(target.shape))
-        for source, target in zip(self.module.buffers(), module.buffers(), strict=True):
-            target.copy_(source)
+        for plain, hooked in zip(self._plain.modules(), self.module.modules(), strict=True):
+            plain._buffers = hooked._buffers  # the engine has moved the buffers to its device
+        with gathered(self.module.parameters()):
+            yield self._plain
+
+    def fits_whole(self) -> bool:
+        """Returns whether the config allows to gather the whole weights on every rank."""
+        size = sum(4 * shape_of(parameter).numel() for parameter in self.module.parameters())
+        return self.config.zero < 3 or size <= self.config.gather_gib * 2**30
 
     def save(self, folder: Path) -> None:
         """Writes the engine's state into a folder. Collective.
 
-        Every rank writes its part of engine/, in DeepSpeed's own format. Rank 0 writes buffers.safetensors and, if averaging is
-        on, average.safetensors.
+        Every rank writes its part of engine/, in DeepSpeed's own format, and if averaging is on its part of the averages.
+        Rank 0 writes buffers.safetensors.
         """
         self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
         if dist.rank() == 0:
             save_file({k: v.contiguous() for k, v in self.module.named_buffers()}, folder / "buffers.safetensors")
-        if self.averages:  # saved in full, not in partitions, so that any number of ranks can load them
-            averages = {}
-            with self._averages_in_weights():
-                for name, full in self._full_parameters():
-                    if dist.rank() == 0:
-                        averages[name] = full.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            if dist.rank() == 0:
-                save_file(averages, folder / "average.safetensors")
+        if self.averages:
+            self.averages.save(folder)
 
     def load(self, folder: Path, universal: bool = False) -> None:
         """Loads what save() wrote. Collective.
@@ -229,13 +245,8 @@ class Engine:
             universal: Read universal/, which checkpoint.to_universal() makes for another number of ranks or ZeRO stage,
                 instead of engine/.
         """
-        if self.averages:
-            # Write the full averages into the weights, which splits the averages among the ranks as ZeRO splits the weights.
-            # Then copy this rank's part from the weights. load_checkpoint() below overwrites the weights.
-            averages = load_file(folder / "average.safetensors")
-            for name, parameter in self.module.named_parameters():
-                self._set_weights(parameter, averages[name].to(self.device))
-            self.averages = [w.detach().clone() for w in self._weights()]
+        if self.averages:  # this overwrites the master weights, so it comes before load_checkpoint()
+            self.averages.load(folder)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag="universal" if universal else "engine")
         assert path is not None, f"no engine state in {folder}"
@@ -252,62 +263,26 @@ class Engine:
         for name, value in load_file(folder / "buffers.safetensors").items():
             self.module.get_buffer(name).copy_(value)
 
-    def _accumulate_nonfinite(self, gradient: torch.Tensor) -> None:
-        """Adds 0 to self._nonfinite for a finite gradient and NaN otherwise.
+    def _collect_gradient(self, gradient: torch.Tensor) -> None:
+        """Hook of every parameter: keeps the gradient until enough are collected to check them at once.
 
-        So step() checks all gradients at once, without a device synchronisation for each gradient.
+        The check is here, because ZeRO 2 and 3 free a parameter's gradient during the backward pass.
         """
-        self._nonfinite += gradient.detach().sum(dtype=torch.float32) * 0
+        self._collected.append(gradient.detach())
+        self._collected_elements += gradient.numel()
+        if self._collected_elements >= COLLECTED_ELEMENTS:
+            self._check_collected()
+
+    def _check_collected(self) -> None:
+        """Adds 0 to self._nonfinite if all collected gradients are finite, else NaN. Does not wait for the device."""
+        if self._collected:
+            largest = torch._foreach_norm(self._collected, ord=torch.inf)  # of each gradient; unlike a sum it cannot overflow
+            self._nonfinite += torch.stack([value.float() for value in largest]).sum() * 0
+            self._collected, self._collected_elements = [], 0
 
     def _gradient_norm(self) -> torch.Tensor:
         """Returns the norm of the whole gradient. DeepSpeed itself reports the norm before clipping only under ZeRO 1 to 3."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-
-    def _weights(self) -> list[torch.Tensor]:
-        """Returns the fp32 weights that the optimizer updates: under ZeRO 1 to 3, this rank's partition."""
-        if self.config.zero == 3:  # here the optimizer's parameter groups are empty between steps
-            return self.deepspeed.optimizer.fp32_partitioned_groups_flat
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    @contextlib.contextmanager
-    def _averages_in_weights(self) -> Iterator[None]:
-        """Swaps averages and weights inside the block, so that reading the weights under any ZeRO stage gives the averages."""
-
-        def swap() -> None:
-            with torch.no_grad():
-                for average, weights in zip(self.averages, self._weights() if self.averages else [], strict=True):
-                    previous = weights.clone()
-                    weights.copy_(average), average.copy_(previous)
-
-        swap()
-        try:
-            yield
-        finally:
-            swap()
-
-    def _full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the name and the full fp32 value of each parameter. Gathers one parameter at a time. Collective."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        for name, parameter in self.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            yield name, parameter.detach() if full is None else full.detach()
-
-    @torch.no_grad()
-    def _set_weights(self, parameter: nn.Parameter, full: torch.Tensor) -> None:
-        """Sets the fp32 weights of a parameter; under ZeRO 1 to 3, each rank sets its partition."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-        if self.config.zero == 0:
-            parameter.copy_(full)
-        elif self.config.zero < 3:
-            safe_set_full_fp32_param(parameter, full)
-        else:
-            # Under ZeRO 3 all partitions have the same size, but safe_set_full_fp32_param() does not pad the weights to it. So
-            # pad the weights here and set this rank's partition.
-            size = parameter.partition_numel()
-            padded = F.pad(full.flatten(), (0, size * self.world_size - full.numel()))
-            safe_set_local_fp32_param(parameter, padded[dist.rank() * size :][:size])
 
     def _match_moments_layout(self) -> None:
         """Gives each moment of the optimizer the memory layout of its parameter.
@@ -327,15 +302,34 @@ class Engine:
                 torch.distributed.broadcast(buffer, 0)
 
 
+def build(build_module: Callable[[], nn.Module], config: EngineConfig, batch: int) -> nn.Module:
+    """Builds a model for the engine; under ZeRO 3, divided among the ranks from the start. Collective.
+
+    Args:
+        build_module: Builds the model.
+        config: The engine's config.
+        batch: Samples in the global batch.
+    """
+    if config.zero < 3:
+        return build_module()
+    micro_batch = config.micro_batch(batch, torch.distributed.get_world_size())
+    return build_divided(build_module, _deepspeed_config(config, batch, micro_batch, universal=False))
+
+
 def _autocast_forward(module: nn.Module) -> None:
-    """Makes the module's forward run under bf16 autocast over fp32 parameters.
+    """Makes the module's forward run under bf16 autocast over fp32 parameters in training. Evaluation runs in fp32.
 
     DeepSpeed's own setting, torch_autocast, is not used: from ZeRO 1 on it exchanges the weights and gradients of linear layers
     and convolutions in bf16, so the result would depend on the ZeRO stage. Under ZeRO 3 it fails for a module that runs twice
     in a forward pass, because autocast caches the bf16 weights. The cache is therefore off.
     """
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    module.forward = torch.autocast(device_type, torch.bfloat16, cache_enabled=False)(module.forward)
+    device_type, forward = "cuda" if torch.cuda.is_available() else "cpu", module.forward
+
+    def autocast_forward(batch: dict) -> dict:
+        with torch.autocast(device_type, torch.bfloat16, enabled=module.training, cache_enabled=False):
+            return forward(batch)
+
+    module.forward = autocast_forward
 
 
 def _deepspeed_config(config: EngineConfig, batch: int, micro_batch: int, universal: bool) -> dict:
@@ -361,18 +355,3 @@ def _channels_last(batch: dict) -> dict:
     """Returns the batch with its 4-d tensors in channels-last layout."""
     images = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim == 4}
     return batch | {k: v.contiguous(memory_format=torch.channels_last) for k, v in images.items()}
-
-
-def _import_deepspeed() -> ModuleType:
-    """Imports deepspeed without its INFO log and without compiling its extension for shared-memory communication.
-
-    Only inference uses that extension, and compiling it takes 42 s.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    from deepspeed.utils import logger
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logger.setLevel(logging.ERROR)
-    return deepspeed

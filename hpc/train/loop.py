@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from hpc import dist
 from hpc.config import volatile
@@ -24,7 +23,7 @@ from hpc.errors import Diverged, Stopped, UserError
 from hpc.run import journal, metrics_log
 from hpc.run.progress import progress_bar
 from hpc.train import checkpoint, flops, health
-from hpc.train.engine import Engine, EngineConfig, Step
+from hpc.train.engine import Engine, EngineConfig, Step, build
 from hpc.train.health import HealthConfig
 from hpc.train.optim import OptimConfig, average_decay, build_optimizer, learning_rate
 from hpc.train.preempt import Preemption
@@ -211,7 +210,8 @@ class Trainer:
         """
         self.task, self.config, self.folder, self.topology = task, config, folder, topology
         self.seed, self.what, self.state = seed, what, state
-        self.engine, self.module, self.copy = self._build(start)
+        self.engine = self._build(start)
+        self.module = self.engine.module
         self.log_file = metrics_log.MetricsLog(folder, enabled=topology.leader)
         self.log_file.resume(state.samples, state.evaluated)
         self.ledger = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
@@ -222,19 +222,19 @@ class Trainer:
         self.watchdog = health.Watchdog(folder, topology.rank, config.health.hang_minutes * 60)
         self.progress = progress_bar(config.samples, what, initial=state.samples, shown=topology.leader)
 
-    def _build(self, start: Path | None) -> tuple[Engine, nn.Module, nn.Module]:
-        """Returns the engine, its model, and a copy of the model without DeepSpeed for evaluation and export."""
-        config, world = self.config, self.topology.world_size
+    def _build(self, start: Path | None) -> Engine:
+        """Builds the model and its engine, and loads the checkpoint, if there is one."""
+        task, config, world = self.task, self.config, self.topology.world_size
         universal = start is not None and checkpoint.needs_universal(start, config.engine, world)
         if universal:
             checkpoint.to_universal(start)
-        module, copy = self.task.build(), self.task.build().eval()
+        module = build(task.build, config.engine, config.batch)
         if start is None:
-            self.task.prepare(module)
+            task.prepare(module)
         engine = Engine(module, build_optimizer(module, config.optim), config.engine, config.batch, universal)
         if start is not None:
             engine.load(start, universal)
-        return engine, module, copy
+        return engine
 
     def __enter__(self) -> "Trainer":
         return self
@@ -306,9 +306,8 @@ class Trainer:
         state.evaluating = True
         if self.saved < state.samples:
             self.save()
-        with self.watchdog.allow_longer(), self.speed.paused():
-            self.engine.copy_to(self.copy.to(self.engine.device))
-            metrics, pictures = self.task.evaluate(self.copy)
+        with self.watchdog.allow_longer(), self.speed.paused(), self.engine.evaluating():
+            metrics, pictures = self.task.evaluate(self.engine)
             self._log_row({f"val/{name}": value for name, value in metrics.items()})
             if self.topology.leader:
                 pictures = pictures | self.task.curves(metrics_log.read_metrics(self.folder))
@@ -317,8 +316,7 @@ class Trainer:
             self.progress.set_postfix_str(f"val {metric} {metrics[metric]:.4g}")
             if math.isfinite(metrics[metric]) and (state.best is None or metrics[metric] < state.best):
                 state.best, state.best_at = metrics[metric], state.samples
-                dist.run_on_leader(self.task.export, self.copy, metrics)
-            self.copy.to("cpu")  # a whole second model on the device would need the memory that ZeRO 3 saves
+                self.task.export(self.engine.weights, metrics)
         state.evaluated, state.evaluating = state.samples, False
         self._check_patience()
         if state.ended_length:  # record that patience has run out: a longer training must start a new patience

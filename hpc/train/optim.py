@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from hpc.train.zero import shape_of
+
 RAMPUP_RATIO = 0.05  # longest half-life of averaged weights, as a fraction of the samples seen
 
 
@@ -142,7 +144,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> SkippableOptimize
     """
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
+    decayed = [p for p in trainable if len(shape_of(p)) >= 2 and id(p) not in embeddings]
     decayed_ids = {id(p) for p in decayed}
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},

@@ -6,6 +6,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from hpc.train.engine import Engine
+from hpc.train.zero import Weights
+
 
 class Task(Protocol):
     """A training problem: model, data, held-out metrics and export.
@@ -22,10 +25,16 @@ class Task(Protocol):
     size: int
 
     def build(self) -> nn.Module:
-        """Builds the model, untrained. forward(batch) returns what hpc/train/engine.py asks for."""
+        """Builds the model, untrained. forward(batch) returns what hpc/train/engine.py asks for.
+
+        Under ZeRO 3 each parameter is divided among the ranks when its layer is built (hpc/train/zero.py).
+        """
 
     def prepare(self, module: nn.Module) -> None:
-        """Initialises the model from data, before the engine is built. Every rank must get the same weights."""
+        """Initialises the model from data, before the engine is built. Collective.
+
+        Every rank must get the same weights. Parameters may be divided; hpc.train.zero.gathered() makes them whole.
+        """
 
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
         """Yields this rank's micro-batches without end.
@@ -49,16 +58,21 @@ class Task(Protocol):
             Metrics to log.
         """
 
-    def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Measures held-out metrics and draws pictures (name → PNG). Collective."""
+    def evaluate(self, engine: Engine) -> tuple[dict[str, float], dict[str, bytes]]:
+        """Measures held-out metrics and draws pictures (name → PNG). Collective.
+
+        Args:
+            engine: The engine, inside evaluating(). Every rank must call engine.module equally often, because under ZeRO 3 its
+                forward gathers weights. engine.whole_module() may be called by each rank as often as it likes.
+        """
 
     def curves(self, rows: list[dict]) -> dict[str, bytes]:
         """Draws the metrics log so far (name → PNG). Only rank 0 calls it."""
 
-    def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
-        """Writes the model's weights for use outside training. Only rank 0 calls it.
+    def export(self, weights: Weights, metrics: dict[str, float]) -> None:
+        """Writes the model's weights for use outside training. Collective.
 
         Args:
-            module: An ordinary copy of the model with full weights.
+            weights: The model's weights, in which averaged weights are in place of the weights of the last step.
             metrics: The held-out metrics of these weights.
         """

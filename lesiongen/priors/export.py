@@ -3,20 +3,25 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from hpc.config import convert, read_yaml
 from hpc.errors import UserError
+from hpc.train import weight_files
+from hpc.train.layer_streaming import stream_layers
 from lesiongen.priors import PriorModel, make
 from lesiongen.priors.prior import Prior
 
+# Share of a GPU's free memory that a prior's weights may take. The rest is for the caches of sampling and the other models.
+WEIGHTS_SHARE = 0.5
 
-def load_prior(path: Path, device: torch.device) -> tuple[Prior, dict]:
-    """Loads an exported prior.
+
+def load_prior(path: Path, device: torch.device, resident_bytes: int | None = None) -> tuple[Prior, dict]:
+    """Loads an exported prior. A prior that is too large for the device is copied to it layer by layer while it runs.
 
     Args:
         path: Directory of the prior's stage, which holds export/.
-        device: Device for the weights.
+        device: The device that computes.
+        resident_bytes: How many bytes of weights the device may hold; by default WEIGHTS_SHARE of a GPU's free memory.
 
     Returns:
         The prior in evaluation mode, and the content of the export's config.yaml.
@@ -27,12 +32,16 @@ def load_prior(path: Path, device: torch.device) -> tuple[Prior, dict]:
     description = read_yaml(path / "export" / "config.yaml")
     shape = description["shape"] | {"grid": tuple(description["shape"]["grid"])}
     shape["upper"] = tuple((entries, tuple(grid)) for entries, grid in shape["upper"])
-    net = make(convert(PriorModel, description["model"], "model"), **shape)
+    model = convert(PriorModel, description["model"], "model")
     try:
-        net.load_state_dict(load_file(path / "export" / "model.safetensors"))
+        net = weight_files.load_into(lambda: make(model, **shape), path / "export").eval()
     except RuntimeError as error:
         kind = description["model"]["kind"]
         raise UserError(
             f"The weights in {path / 'export'} do not fit this version's {kind}; train this prior again. ({error})"
         ) from None
-    return net.to(device).eval(), description
+    if resident_bytes is None and device.type == "cuda":
+        resident_bytes = int(WEIGHTS_SHARE * torch.cuda.mem_get_info(device)[0])
+    if resident_bytes is not None and weight_files.total_bytes(path / "export") > resident_bytes:
+        return stream_layers(net, device, resident_bytes), description
+    return net.to(device), description

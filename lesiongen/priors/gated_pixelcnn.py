@@ -80,8 +80,9 @@ class Block(nn.Module):
         self.known = nn.Linear(width, 4 * width, bias=False)  # projects the context, for the gates of both stacks
         self.dropout = config.dropout
         # The vertical stack has no residual connections, and a gate halves small values. Larger initial weights make up for
-        # this; otherwise the signal would vanish with depth.
-        nn.init.normal_(self.vertical.weight, std=2 / self.vertical.in_features**0.5)
+        # this; otherwise the signal would vanish with depth. Module.apply() gives the function whole weights, also where ZeRO 3
+        # divides them (hpc/train/zero.py).
+        self.vertical.apply(lambda layer: nn.init.normal_(layer.weight, std=2 / layer.in_features**0.5))
 
     def run_vertical(
         self, v: torch.Tensor, context: torch.Tensor, window: Window | None = None

@@ -132,15 +132,19 @@ class GPT(Prior):
         self.norm = nn.LayerNorm(config.width, bias=False)
         # The rotary table is saved with the weights, because weights work only with the table that they were trained with.
         self.register_buffer("table", rotary_table(grid, config.width // config.heads))
+        # Module.apply() gives the functions whole weights, also where ZeRO 3 divides them (hpc/train/zero.py).
         self.apply(self._init)
         for block in self.blocks:
             for layer in (block.out, block.down):
-                nn.init.normal_(layer.weight, std=0.02 / (2 * config.layers) ** 0.5)
+                layer.apply(self._init_residual)
 
     @staticmethod
     def _init(module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
+
+    def _init_residual(self, module: nn.Linear) -> None:
+        nn.init.normal_(module.weight, std=0.02 / (2 * self.config.layers) ** 0.5)
 
     def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
         # The input at position t is token t - 1 and the context; at position 0 it is the context alone.

@@ -13,7 +13,13 @@ class LevelSampler:
     """Samples grids of codes of one level. The sample stage owns one for each level and calls them coarse to fine."""
 
     def __init__(
-        self, prior: Prior, choice: TokenChooser, guidance: Callable[[int], float], seed: int, cuda_graphs: bool = False
+        self,
+        prior: Prior,
+        choice: TokenChooser,
+        guidance: Callable[[int], float],
+        seed: int,
+        device: torch.device,
+        cuda_graphs: bool = False,
     ):
         """Prepares the sampler.
 
@@ -23,10 +29,11 @@ class LevelSampler:
             guidance: Strength of guidance at each token.
             seed: Seed of the level's random numbers. Each level needs a seed of its own: with the same numbers, samples
                 that are unlikely on one level would be unlikely on all.
+            device: The device that computes.
             cuda_graphs: On a GPU, record a batch's kernels once and replay them for later batches.
         """
         self.prior, self.choice, self.guidance, self.seed = prior, choice, guidance, seed
-        self.device = prior.head.weight.device
+        self.device = device
         self._sample = GraphedFunction(self._draw) if cuda_graphs and self.device.type == "cuda" else self._draw
 
     def __call__(self, facts: Sequence[Sequence[int]], upper: list[torch.Tensor], members: range) -> torch.Tensor:

@@ -27,11 +27,14 @@ class Objective(nn.Module):
             batch: "codes" [B, h, w]; "facts" [B, F], -1 for unknown; "upper", list of the coarser levels' codes [B, h, w].
 
         Returns:
-            "loss", a scalar in nats per token; "metrics" {name: detached scalar}; "statistics", None.
+            "loss", a scalar in nats per token; "metrics" {name: detached scalar}; "statistics", None; and "bits_B", the mean
+            bits per token of each sample, detached.
         """
-        loss = self.net.loss(batch["codes"], batch["facts"], batch["upper"])
-        bits = loss.detach() / math.log(2)
-        return {"loss": loss, "metrics": {"bits_per_token": bits}, "statistics": None}
+        nats_BT = self.net.token_losses(batch["codes"], batch["facts"], batch["upper"])
+        loss = nats_BT.mean()
+        metrics = {"bits_per_token": loss.detach() / math.log(2)}
+        bits_B = nats_BT.detach().mean(1) / math.log(2)
+        return {"loss": loss, "metrics": metrics, "statistics": None, "bits_B": bits_B}
 
 
 def model_shape(store: CodeStore, level: str, names: tuple[str, ...]) -> dict:

@@ -150,8 +150,8 @@ class Prior(nn.Module, ABC):
         """Computes the logits of all tokens, [B, T, K]. Arguments as for features()."""
         return self.head(self.features(codes_BT, context_BTD))
 
-    def log_likelihood(self, codes_Bhw: torch.Tensor, facts_BF: torch.Tensor, upper: list[torch.Tensor]) -> torch.Tensor:
-        """Computes the natural log-probability of each token.
+    def token_losses(self, codes_Bhw: torch.Tensor, facts_BF: torch.Tensor, upper: list[torch.Tensor]) -> torch.Tensor:
+        """Computes the cross-entropy of each token in nats. In training mode, drops facts and input tokens at random.
 
         Args:
             codes_Bhw: Codes of this level.
@@ -162,20 +162,6 @@ class Prior(nn.Module, ABC):
             [B, T], fp32.
         """
         codes_BT = codes_Bhw.flatten(1).long()
-        return -self._negative_log_likelihood(self.features(codes_BT, self.context(facts_BF, upper)), codes_BT)
-
-    def loss(self, codes_Bhw: torch.Tensor, facts_BF: torch.Tensor, upper: list[torch.Tensor]) -> torch.Tensor:
-        """Computes the mean cross-entropy in nats per token. In training mode, drops facts and input tokens at random.
-
-        Args:
-            codes_Bhw: Codes of this level.
-            facts_BF: Index of each fact's value; -1 for unknown.
-            upper: Codes [B, h, w] of the coarser levels, coarse to fine.
-
-        Returns:
-            A scalar.
-        """
-        codes_BT = codes_Bhw.flatten(1).long()
         input_BT = codes_BT
         if self.training:
             dropped_B = torch.rand(len(facts_BF), device=facts_BF.device) < self.config.label_dropout
@@ -183,7 +169,7 @@ class Prior(nn.Module, ABC):
             if self.config.token_dropout:
                 dropped_BT = torch.rand(codes_BT.shape, device=codes_BT.device) < self.config.token_dropout
                 input_BT = codes_BT.masked_fill(dropped_BT, self.entries)
-        return self._negative_log_likelihood(self.features(input_BT, self.context(facts_BF, upper)), codes_BT).mean()
+        return self._negative_log_likelihood(self.features(input_BT, self.context(facts_BF, upper)), codes_BT)
 
     def _negative_log_likelihood(self, features_BTD: torch.Tensor, codes_BT: torch.Tensor) -> torch.Tensor:
         """Computes the cross-entropy of each token, [B, T], fp32. Holds the logits of one chunk of tokens at a time."""

@@ -23,7 +23,9 @@ from hpc.data.rows import CodeRows
 from hpc.data.shards import training_batches
 from hpc.dist import Topology
 from hpc.errors import UserError
+from hpc.train.engine import Engine
 from hpc.train.loop import train
+from hpc.train.zero import Weights
 from lesiongen.data import facts, images
 from lesiongen.data.balance import order_for
 from lesiongen.data.images import to_uint8
@@ -176,30 +178,36 @@ class PriorTask:
         return {}
 
     @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]:
+    def evaluate(self, engine: Engine) -> tuple[dict[str, float], dict[str, bytes]]:
         """Measures bits per token on the validation split and on as many training images, and those of a bigram. Collective.
 
         Returns:
-            The metrics, and a picture of samples (name → PNG).
+            The metrics, and a picture of samples (name → PNG). Under ZeRO 3 a prior above `gather_gib` draws no picture.
         """
         held_out = self.data["val"].all()
-        metrics = {"bits_per_token": self.bits(module.net, "val", held_out)}
-        metrics["train_bits_per_token"] = self.bits(module.net, "train", self.data["train"].all()[: len(held_out)])
+        metrics = {"bits_per_token": self.bits(engine.module, "val", held_out)}
+        metrics["train_bits_per_token"] = self.bits(engine.module, "train", self.data["train"].all()[: len(held_out)])
         if self.bigram is None:
             self.bigram = dist.run_on_leader(self._bigram)
         metrics["bigram_bits"] = self.bigram
-        return metrics, self._sample_picture(module.net)
+        if not engine.fits_whole():
+            return metrics, {}
+        with engine.whole_module() as module:
+            return metrics, self._sample_picture(module.net)
 
     def curves(self, rows: list[dict]) -> dict[str, bytes]:
         """Draws the learning curves from the metrics log. Returns name → PNG."""
         picture = plots.curves({f"prior-{self.level}": rows})
         return {"bits": picture} if picture else {}
 
-    def bits(self, net: Prior, split: str, rows_N3: np.ndarray) -> float:
+    def bits(self, module: nn.Module, split: str, rows_N3: np.ndarray) -> float:
         """Measures the mean bits per token. The rows are divided among the ranks. Collective.
 
+        Every rank runs the model equally often on batches of equal size: a rank with fewer rows repeats the first row, which
+        then counts with weight 0.
+
         Args:
-            net: The prior, in evaluation mode.
+            module: The Objective, in evaluation mode. Under ZeRO 3 its forward gathers weights.
             split: Name of the split.
             rows_N3: The rows (draw, shard, ordinal).
 
@@ -207,11 +215,15 @@ class PriorTask:
             The mean over all tokens of all rows.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        longest = max(len(contiguous_share(len(rows_N3), r, dist.world_size())) for r in range(dist.world_size()))
+        size = min(BITS_BATCH, longest)
         mine = contiguous_share(len(rows_N3), dist.rank(), dist.world_size())
-        for first in range(mine.start, mine.stop, BITS_BATCH):
-            batch = self.batch(split, rows_N3[first : min(first + BITS_BATCH, mine.stop)])
-            total -= net.log_likelihood(batch["codes"], batch["facts"], batch["upper"]).double().sum()
-        return float(dist.all_reduce_sum(total)) / math.log(2) / (len(rows_N3) * self.tokens_per_sample)
+        for first in range(0, longest, size):
+            members = mine[first : first + size]
+            padded = np.concatenate([rows_N3[members], np.repeat(rows_N3[:1], size - len(members), axis=0)])
+            out = module(self.batch(split, padded))
+            total += out["bits_B"][: len(members)].double().sum()
+        return float(dist.all_reduce_sum(total)) / len(rows_N3)
 
     def _bigram(self) -> float:
         """Measures the bits per token on the validation split of a bigram that is fitted on all draws of the training split."""
@@ -256,11 +268,11 @@ class PriorTask:
         levels[self.level] = codes_Bhw.to(self.device)
         return {"samples": images.encode_png(images.tile_images(to_uint8(net.decode_codes(levels)).cpu(), 8))}
 
-    def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
-        """Writes the weights, the description that the sample stage reads, and a model card.
+    def export(self, weights: Weights, metrics: dict[str, float]) -> None:
+        """Writes the weights, the description that the sample stage reads, and a model card. Collective.
 
         Args:
-            module: The model, with full weights.
+            weights: The weights.
             metrics: The held-out metrics of these weights.
         """
         values = facts.vocabularies(self.store, self.prior_config.facts)
@@ -279,7 +291,7 @@ class PriorTask:
         card_facts |= {f"{name}s" if name == "label" else name: ", ".join(v) or "none" for name, v in values.items()}
         card_facts |= {"codes of tokenizer": about["tokenizer"]}
         name = f"{self.config.name}: prior of level {self.level}"
-        write_export(self.folder / "export", module.net, about, card("prior", name, card_facts, about["data"], metrics))
+        write_export(self.folder / "export", weights, about, card("prior", name, card_facts, about["data"], metrics))
 
 
 def check_codes(config: Experiment, store: CodeStore) -> None:

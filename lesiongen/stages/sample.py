@@ -59,7 +59,9 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     # Load the models.
     net, tokenizer_facts = load_tokenizer(require(config, "tokenizer"), topology.device)
     priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
-    samplers = {level: _sampler(sampling, level, i, prior) for i, (level, (prior, _)) in enumerate(priors.items())}
+    samplers = {
+        level: _sampler(sampling, level, i, prior, topology.device) for i, (level, (prior, _)) in enumerate(priors.items())
+    }
 
     # Decide what each sample shows, and what its metadata says.
     prior_facts = {level: PriorFacts(about["facts"], about["training_facts"]) for level, (_, about) in priors.items()}
@@ -108,12 +110,12 @@ def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str
     return provenance
 
 
-def _sampler(sampling: SampleConfig, level: str, index: int, prior: Prior) -> LevelSampler:
+def _sampler(sampling: SampleConfig, level: str, index: int, prior: Prior, device: torch.device) -> LevelSampler:
     """Returns the sampler of one level, with the level's settings. `index` counts the levels from the coarsest."""
     level_sampling = sampling.at(level)
     choice = TokenChooser(level_sampling.temperature, level_sampling.top_k, level_sampling.top_p)
     strength = guidance(level_sampling.guidance, level_sampling.guidance_schedule, prior.length)
-    return LevelSampler(prior, choice, strength, sampling.seed * 1009 + index, sampling.cuda_graphs)
+    return LevelSampler(prior, choice, strength, sampling.seed * 1009 + index, device, sampling.cuda_graphs)
 
 
 def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[str, str]]:

@@ -13,7 +13,9 @@ from hpc import dist
 from hpc.config import to_plain
 from hpc.dist import Topology
 from hpc.errors import UserError
+from hpc.train.engine import Engine
 from hpc.train.loop import train
+from hpc.train.zero import Weights, gathered
 from lesiongen.data.images import to_float
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
@@ -78,7 +80,8 @@ class TokenizerTask:
             number = min(KMEANS_IMAGES, self.size)
             # Every rank reads the same first images, so that all ranks get the same codebooks without communication.
             images = next(self.data.first(number, config.train.batch, config.augment, self.config.seed))["image"]
-            module.net.initialise(to_float(images))
+            with gathered(module.parameters(), changed=True):
+                module.net.initialise(to_float(images))
 
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
         """Yields this rank's micro-batches of augmented images, without end.
@@ -99,15 +102,20 @@ class TokenizerTask:
         """Updates the codebooks from the statistics of the global batch. Returns the metrics of each level's codebook."""
         return module.net.update(statistics)
 
-    def evaluate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Measures the tokenizer on the validation split; rank 0 warns of collapsing levels. Collective."""
-        check_codebooks(module.net)
-        metrics, pictures = evaluate_tokenizer(module.net, self.held_out, self.config.evaluate.batch)
-        for name in module.net.names:
+    def evaluate(self, engine: Engine) -> tuple[dict[str, float], dict[str, bytes]]:
+        """Measures the tokenizer on the validation split; rank 0 warns of collapsing levels. Collective.
+
+        Tokenizers have some million parameters, so ZeRO 3 gathers all of them for the evaluation.
+        """
+        with engine.whole_module() as module:
+            net = module.net
+            check_codebooks(net)
+            metrics, pictures = evaluate_tokenizer(net, self.held_out, self.config.evaluate.batch)
+        for name in net.names:
             if metrics[f"collapsed/{name}"] and dist.rank() == 0:
                 print(
                     f"warning: level '{name}' is collapsing. Held-out images use {metrics[f'usage/{name}']:.1%} of its "
-                    f"{module.net.entries} codes, with a perplexity of {metrics[f'perplexity/{name}']:.1f}. Samples from this "
+                    f"{net.entries} codes, with a perplexity of {metrics[f'perplexity/{name}']:.1f}. Samples from this "
                     "level will look alike. Try quantizer ema with a higher revive_below, kmeans: true, or fewer entries."
                 )
         return metrics, pictures
@@ -117,17 +125,17 @@ class TokenizerTask:
         picture = plots.curves({"tokenizer": rows})
         return {"curves": picture} if picture else {}
 
-    def export(self, module: nn.Module, metrics: dict[str, float]) -> None:
-        """Writes the weights, what is needed to build the model again, and a model card.
+    def export(self, weights: Weights, metrics: dict[str, float]) -> None:
+        """Writes the weights, what is needed to build the model again, and a model card. Collective.
 
         Args:
-            module: The model, with full weights.
+            weights: The weights.
             metrics: The held-out metrics of these weights.
         """
         facts = {"model": to_plain(self.config.tokenizer.model), "channels": self.data.channels, "size": self.data.size}
         facts |= {"preprocess": self.data.packed.preprocess, "data": self.data.packed.about, "held_out": metrics}
         about = {"levels": " + ".join(f"{g}² {n}" for n, g in self.grids.items()), "image size": f"{self.data.size} px"}
-        write_export(self.folder / "export", module.net, facts, card("tokenizer", self.name, about, facts["data"], metrics))
+        write_export(self.folder / "export", weights, facts, card("tokenizer", self.name, about, facts["data"], metrics))
 
 
 def check_codebooks(net: Tokenizer) -> None:

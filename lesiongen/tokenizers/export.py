@@ -1,35 +1,39 @@
 """Exports of trained models: write one, identify it by a digest, load a tokenizer from it. Priors use the same format.
 
-An export folder holds model.safetensors (fp32 weights), config.yaml (what is needed to build the model again, and where the
-weights come from) and README.md. The training stages write exports; later stages read them.
+An export folder holds the fp32 weights (hpc/train/weight_files.py), config.yaml (what is needed to build the model again, and
+where the weights come from) and README.md. The training stages write exports; later stages read them.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import load_file, save
-from torch import nn
 
+from hpc import dist
 from hpc.config import convert, digest, read_yaml
 from hpc.run.rundir import atomic_write
+from hpc.train import weight_files
+from hpc.train.zero import Weights
 from lesiongen.tokenizers import TokenizerModel, make
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
-def write_export(folder: Path, net: nn.Module, description: dict, readme: str) -> None:
-    """Writes the three files of an export, each atomically.
+def write_export(folder: Path, weights: Weights, description: dict, readme: str) -> None:
+    """Writes an export. Collective: the weights are gathered one tensor at a time, and rank 0 writes them.
 
     Args:
         folder: The export folder.
-        net: The trained model. Its whole state dict is written as fp32.
+        weights: The weights of an Objective; those of its `net` are written.
         description: Content of config.yaml. "model" holds the model config; export_digest() reads it.
         readme: Content of README.md, the model card.
     """
-    weights = {k: v.detach().float().cpu().contiguous() for k, v in net.state_dict().items()}
-    content = save(weights)
-    atomic_write(folder / "model.safetensors", content)
+    shapes = {name.removeprefix("net."): shape for name, shape in weights.shapes().items() if name.startswith("net.")}
+    tensors = weights.whole(f"net.{name}" for name in sorted(shapes))
+    weight_files.write(folder, shapes, ((name.removeprefix("net."), tensor) for name, tensor in tensors))
+    dist.run_on_leader(_write_texts, folder, description, readme)
+
+
+def _write_texts(folder: Path, description: dict, readme: str) -> None:
     atomic_write(folder / "README.md", readme.encode())
     atomic_write(folder / "config.yaml", yaml.safe_dump(description, sort_keys=False, allow_unicode=True).encode())
 
@@ -37,8 +41,7 @@ def write_export(folder: Path, net: nn.Module, description: dict, readme: str) -
 def export_digest(folder: Path) -> str:
     """Returns the digest of an export's weights and model config."""
     description = read_yaml(folder / "config.yaml")
-    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    return digest({"weights": weights, "model": description["model"]})
+    return digest({"weights": weight_files.sha256(folder), "model": description["model"]})
 
 
 def load_tokenizer(path: Path, device: torch.device) -> tuple[Tokenizer, dict]:
@@ -53,6 +56,5 @@ def load_tokenizer(path: Path, device: torch.device) -> tuple[Tokenizer, dict]:
     """
     description = read_yaml(path / "export" / "config.yaml")
     net = make(convert(TokenizerModel, description["model"], "model"), description["channels"], batch=1)
-    weights = load_file(path / "export" / "model.safetensors")
-    net.load_state_dict(weights)
+    net.load_state_dict(dict(weight_files.read(path / "export")))
     return net.to(device).eval(), description

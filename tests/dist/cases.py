@@ -9,7 +9,7 @@ from hpc import dist
 from hpc.errors import UserError
 from hpc.run.rundir import StageDir
 from hpc.train import checkpoint
-from hpc.train.engine import Engine, EngineConfig
+from hpc.train.engine import Engine, EngineConfig, build
 from hpc.train.optim import OptimConfig, build_optimizer
 from lesiongen import experiment
 from lesiongen.data.packed import Packed
@@ -23,8 +23,8 @@ def tokenizer_engine(topology, run: str, zero: int, accumulation: int, precision
     config = experiment.load(f"{run}/config.yaml")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
     task = TokenizerTask(config, Packed([Path(run) / "shards"]), Path(run) / "unused")
-    module = task.build()
     settings = EngineConfig(zero=zero, accumulation=accumulation, precision=precision)
+    module = build(task.build, settings, 16)
     engine = Engine(module, build_optimizer(module, OptimConfig(lr=1e-3)), settings, batch=16)
     return task, engine, module
 
@@ -46,28 +46,34 @@ def train_steps(task, engine, module, position: int, steps: int, poison: tuple[i
     return losses
 
 
-def fingerprints(engine, task) -> tuple[float, float, list[float]]:
+def fingerprints(engine) -> tuple[float, float, list[float]]:
     """Returns (sum of absolute weights, sum of the exported codebooks, each rank's sum of its codebooks)."""
-    plain = task.build()
-    engine.copy_to(plain)
-    books = float(sum(q.codebook.double().sum() for q in plain.net.quantizers))
+    whole = whole_weights(engine)
+    books = float(sum(value.double().sum() for name, value in whole.items() if name.endswith(".codebook")))
     own = float(sum(q.codebook.double().sum() for q in engine.module.net.quantizers))
-    return float(sum(p.double().abs().sum() for p in plain.parameters())), books, dist.gather(own)
+    parameters = [name for name, _ in engine.module.named_parameters()]
+    return float(sum(whole[name].double().abs().sum() for name in parameters)), books, dist.gather(own)
+
+
+def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Returns the weights and buffers that an export would hold now, by name. Collective."""
+    with engine.evaluating():
+        return {name: value.detach().clone() for name, value in engine.weights.whole(engine.weights.shapes())}
 
 
 def curve(topology, run: str, zero: int, accumulation: int, precision: str = "fp32"):
     task, engine, module = tokenizer_engine(topology, run, zero, accumulation, precision)
     losses = train_steps(task, engine, module, 0, 6)
-    return losses, *fingerprints(engine, task)
+    return losses, *fingerprints(engine)
 
 
 def skipped_step(topology, run: str, zero: int):
     """Puts NaN into the images of the last rank. No rank may change its weights at that step, and training must continue."""
     task, engine, module = tokenizer_engine(topology, run, zero, 1)
     train_steps(task, engine, module, 0, 2)
-    before = fingerprints(engine, task)
+    before = fingerprints(engine)
     train_steps(task, engine, module, 32, 1, poison=(0, topology.world_size - 1))
-    after = fingerprints(engine, task)
+    after = fingerprints(engine)
     losses = train_steps(task, engine, module, 48, 2)
     return before, after, losses
 
@@ -90,7 +96,7 @@ def resume(topology, run: str, zero: int, accumulation: int, folder: str):
     config = experiment.load(f"{run}/config.yaml")
     task = TokenizerTask(config, Packed([Path(run) / "shards"]), Path(run) / "unused")
     torch.manual_seed(1)  # initial weights differ from the saved ones, so a load that does nothing fails the test
-    module = task.build()
+    module = build(task.build, settings, 16)
     engine = Engine(module, build_optimizer(module, OptimConfig(lr=1e-3)), settings, 16, universal)
     engine.load(path, universal)
     return train_steps(task, engine, module, 48, 3)

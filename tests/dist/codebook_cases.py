@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from hpc import dist
-from hpc.train.engine import Engine, EngineConfig
+from hpc.train.engine import Engine, EngineConfig, build
 from hpc.train.optim import OptimConfig, build_optimizer
 from lesiongen.tokenizers import quantize
 from lesiongen.tokenizers.quantize import EMAQuantizer
 from lesiongen.tokenizers.quantizer import QuantizerConfig
+from tests.dist.cases import whole_weights
 
 BATCH, STEPS, ENTRIES, DIM = 16, 6, 32, 8
 
@@ -69,24 +70,25 @@ def plain(topology, kind: str, precision: str) -> dict:
     return {
         "vectors": quantize_fixed_vectors(model),
         "initial vectors": quantize_fixed_vectors(Model(kind)),
-        "metrics": metrics,
+        "metrics": {name: float(value) for name, value in metrics.items()},
     }
 
 
 def engine(topology, kind: str, zero: int, precision: str) -> dict:
     """Trains the same model under the engine, each rank on its share of the batch."""
-    model = Model(kind)
     settings = EngineConfig(zero=zero, precision=precision)
+    model = build(lambda: Model(kind), settings, BATCH)
     trainer = Engine(model, build_optimizer(model, OptimConfig(lr=1e-3)), settings, BATCH)
     share = slice(topology.rank * trainer.micro_batch, (topology.rank + 1) * trainer.micro_batch)
     for step in range(STEPS):
         step_result = trainer.step([{k: v[share] for k, v in make_batch(step).items()}], 1e-3, {})
         metrics = model.quantizer.update(step_result.statistics)
+    trainer.weights.update_model()  # as every step does: the model's weights become those that the optimizer has
     gathered = Model(kind)
-    trainer.copy_to(gathered)
+    gathered.load_state_dict(whole_weights(trainer))
     return {
         "vectors": quantize_fixed_vectors(gathered),
-        "metrics": metrics,
+        "metrics": {name: float(value) for name, value in metrics.items()},
         "vectors of ranks": dist.gather(quantize_fixed_vectors(gathered)),
     }
 

@@ -37,8 +37,14 @@ def test_the_loop_exports_the_average(pools, phantoms, tmp_path):
     pools(2).run(cases.run_stages, overrides, DEMO, ["shards", "tokenizer"])
     folder = tmp_path / "tiny" / "tokenizer"
     last = checkpoint.committed(folder / "checkpoints")[-1]
-    exported, average = load_file(folder / "export" / "model.safetensors"), load_file(last / "average.safetensors")
+    exported, average = load_file(folder / "export" / "model.safetensors"), load_file(last / "average-00000.safetensors")
     weights = torch.load(last / "engine" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    average = {key.removesuffix(":0"): value for key, value in average.items()}
     for name, value in average.items():
-        assert torch.equal(exported[name.removeprefix("net.")], value)
-    assert any(not torch.equal(weights[name], value) for name, value in average.items())
+        assert torch.equal(exported[name.removeprefix("net.")].flatten(), value)
+    assert any(not torch.equal(weights[name].flatten(), value) for name, value in average.items())
+
+
+def test_averages_of_older_checkpoints_load(pools, packed, tmp_path):
+    for before, after in pools(2).run(average_cases.former_file, str(packed), str(tmp_path)):
+        assert before == after

@@ -39,7 +39,7 @@ def test_each_rank_reads_only_the_files_that_it_wrote(pools, packed, tmp_path, z
     read = pools(2).run(described, str(packed), engine(zero), str(tmp_path))
     assert all(any("zero_pp_rank_" in name for name in names) for names in read)
     assert not set(read[0]) & set(read[1])
-    assert not [name for name in read[1] if "zero_pp_rank_1_" not in name]
+    assert not [name for name in read[1] if "zero_pp_rank_1_" not in name and name != "average-00001.safetensors"]
 
 
 def described(topology, run: str, settings: dict, folder: str) -> list[str]:

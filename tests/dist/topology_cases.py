@@ -9,11 +9,12 @@ import torch
 
 from hpc import dist
 from hpc.train import checkpoint
-from hpc.train.engine import Engine, EngineConfig, Step
+from hpc.train.engine import Engine, EngineConfig, Step, build
 from hpc.train.optim import OptimConfig, build_optimizer, learning_rate
 from lesiongen import experiment
 from lesiongen.data.packed import Packed
 from lesiongen.stages.tokenizer import TokenizerTask
+from tests.dist.cases import whole_weights
 
 BATCH, TOTAL = 16, 96  # samples
 DECAY = 0.6  # of averaged weights per step; far from 1, so that an error shows after a few steps
@@ -35,7 +36,14 @@ class Trainer:
     """A tiny tokenizer and its engine, from scratch or from the newest checkpoint in `load`."""
 
     def __init__(
-        self, topology, run: str, engine: dict, name: str = "adamw", load: str | None = None, model: dict | None = None
+        self,
+        topology,
+        run: str,
+        engine: dict,
+        name: str = "adamw",
+        load: str | None = None,
+        model: dict | None = None,
+        prepare: bool = False,
     ):
         config = experiment.load(f"{run}/config.yaml")
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
@@ -50,7 +58,9 @@ class Trainer:
         if universal:
             checkpoint.to_universal(start)
         torch.manual_seed(1 if start else 0)  # initial weights differ from the saved ones: loading must restore them
-        self.module = self.task.build()
+        self.module = build(self.task.build, settings, BATCH)
+        if prepare:
+            self.task.prepare(self.module)
         self.engine = Engine(self.module, build_optimizer(self.module, self.optim), settings, BATCH, universal)
         self.seen = checkpoint.read_manifest(start)["state"]["samples"] if start else 0
         if start:
@@ -77,9 +87,8 @@ def leg(topology, run: str, engine: dict, steps: int, name: str = "adamw", load:
     metrics = [trainer.step().metrics for _ in range(steps)]
     if save:
         checkpoint.save(Path(save), trainer.seen // BATCH, trainer.engine, {"samples": trainer.seen})
-    plain = trainer.task.build()
-    trainer.engine.copy_to(plain)
-    weights = np.concatenate([p.detach().flatten().numpy() for p in plain.parameters()])
+    whole = whole_weights(trainer.engine)
+    weights = np.concatenate([whole[name].flatten().numpy() for name, _ in trainer.module.named_parameters()])
     own = b"".join(q.codebook.numpy().tobytes() for q in trainer.module.net.quantizers)
     optimizer = trainer.engine.optimizer
     settings = [g["weight_decay"] for g in optimizer.param_groups], {float(s["step"]) for s in optimizer.state.values()}

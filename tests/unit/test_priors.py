@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 from hpc.config import from_plain, to_yaml
@@ -47,7 +48,7 @@ def condition(upper: bool = False):
 def gradients(net: Prior, codes: torch.Tensor, facts: torch.Tensor, above: list) -> tuple[float, dict]:
     torch.manual_seed(1)  # dropout
     net.zero_grad()
-    loss = net.loss(codes, facts, above)
+    loss = net.token_losses(codes, facts, above).mean()
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in net.named_parameters()}
 
@@ -98,11 +99,13 @@ class TestPrior:
         if upper:
             assert (moved(facts, [(above[0] + 1) % 7]) > 1e-3).all()
 
-    def test_loss_is_minus_log_likelihood_without_dropout(self, name, upper):
+    def test_token_losses_are_the_cross_entropies_of_the_logits(self, name, upper):
         net = prior(name, upper).eval()
         facts, above = condition(upper)
         codes = torch.randint(0, 11, (3, 4, 3))
-        assert net.loss(codes, facts, above).item() == pytest.approx(-net.log_likelihood(codes, facts, above).mean().item())
+        logits = net(codes.flatten(1), net.context(facts, above))
+        expected = F.cross_entropy(logits.transpose(1, 2), codes.flatten(1), reduction="none")
+        assert torch.allclose(net.token_losses(codes, facts, above), expected, atol=1e-5)
 
     def test_guidance_one_changes_nothing_and_more_does(self, name, upper):
         net = prior(name, upper).eval()
@@ -183,7 +186,7 @@ class TestEachPrior:
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
         for _ in range(60):
             label = torch.randint(0, 5, (32,))
-            loss = net.loss(label[:, None, None].expand(-1, 3, 3), label[:, None], [])
+            loss = net.token_losses(label[:, None, None].expand(-1, 3, 3), label[:, None], []).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -198,11 +201,11 @@ class TestEachPrior:
         for step in range(160):
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 160)
             codes = torch.randint(0, 4, (32, 1, 3)).expand(-1, 3, 3)
-            found = net.log_likelihood(codes, NONE.expand(32, 0), [])
+            found = net.token_losses(codes, NONE.expand(32, 0), [])
             optimizer.zero_grad()
-            (-found.mean()).backward()
+            found.mean().backward()
             optimizer.step()
-        assert -found[:, 3:].mean().item() / math.log(2) < 0.5
+        assert found[:, 3:].mean().item() / math.log(2) < 0.5
 
 
 def influence(net: Prior, t: int) -> torch.Tensor:
