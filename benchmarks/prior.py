@@ -1,7 +1,7 @@
 """Training speed of our GPT prior compared with nanoGPT: tokens a second through forward, backward and AdamW.
 
     git clone https://github.com/karpathy/nanoGPT NANOGPT
-    OMP_NUM_THREADS=1 python -m benchmarks.prior --nanogpt NANOGPT [--compile]
+    OMP_NUM_THREADS=1 python -m benchmarks.prior [--nanogpt NANOGPT] [--compile] [--stages 1 2 3]
 
 Both nets have the same length, vocabulary, layers, width and heads, no biases and no dropout. Their numbers of non-embedding
 parameters agree within 1 %. Ours has SwiGLU and 2-D rotary positions, theirs GELU and learned positions. Each uses its own
@@ -30,7 +30,7 @@ from torch import nn
 from benchmarks.timing import DEVICE, Apart
 from hpc import dist
 from hpc.dist import Topology
-from hpc.train.engine import Engine, EngineConfig
+from hpc.train.engine import Engine, EngineConfig, build
 from hpc.train.flops import peak_flops, training_flops
 from hpc.train.optim import OptimConfig, build_optimizer
 from lesiongen.priors import make
@@ -62,6 +62,8 @@ CASES = {
     "small": Case((16, 16), 8, layers=4, width=192, heads=3),
     "medium": Case((32, 32), 2),
     "350m": Case((32, 32), 16, layers=24, width=1024, heads=16),
+    "1b": Case((32, 32), 8, layers=20, width=2048, heads=16),
+    "tiny": Case((4, 4), 2, layers=1, width=32, heads=2),
 }
 
 
@@ -126,12 +128,13 @@ def ours(case: Case, compiled: bool = False) -> Callable[[dict], None]:
     return plain_step(forward, lambda net, batch: net(batch)["loss"], build_optimizer(net, OPTIM))
 
 
-def engine(case: Case, compiled: bool = False) -> Callable[[dict], object]:
+def engine(case: Case, compiled: bool = False, zero: int = 0) -> Callable[[dict], object]:
     """Returns a training step of our net under our engine."""
     torch.manual_seed(0)
     dist.init(Topology())
-    net = our_net(case)
-    made = Engine(net, build_optimizer(net, OPTIM), EngineConfig(compile=compiled, precision=PRECISION), case.batch)
+    config = EngineConfig(compile=compiled, precision=PRECISION, zero=zero)
+    net = build(lambda: our_net(case), config, case.batch)
+    made = Engine(net, build_optimizer(net, OPTIM), config, case.batch)
     return lambda batch: made.step([batch], OPTIM.lr, {"stop": 0})
 
 
@@ -156,27 +159,41 @@ def contender(make: Callable, case: Case) -> dict[str, Callable[[], object]]:
     return {"step": lambda: step(batch)}
 
 
-def flops(case: Case, module: ModuleType) -> dict[str, int]:
-    """Counts the floating-point operations of a training step, for our net and nanoGPT's."""
+def flops(case: Case, module: ModuleType | None) -> dict[str, int]:
+    """Counts the floating-point operations of a training step, for our net and, if it is present, nanoGPT's."""
     with torch.device("meta"):
         batch = blank(case)
-        mine, other = our_net(case).eval(), their_net(case, module)
-        codes = batch["codes"].flatten(1)
-        return {"ours": training_flops(lambda: mine(batch)), "nanoGPT": training_flops(lambda: other(codes, codes))}
+        mine, codes = our_net(case).eval(), batch["codes"].flatten(1)
+        found = {"ours": training_flops(lambda: mine(batch))}
+        if module:
+            other = their_net(case, module)
+            found["nanoGPT"] = training_flops(lambda: other(codes, codes))
+    return found
+
+
+def contender_kinds(args: argparse.Namespace) -> dict[str, tuple[Callable, bool]]:
+    """Returns what is timed: name → (function that builds the step, whether the process keeps freed memory)."""
+    kinds: dict[str, tuple[Callable, bool]] = {"ours": (ours, True), "ours, engine": (engine, True)}
+    their = partial(theirs, folder=args.nanogpt)
+    if args.nanogpt:
+        kinds["nanoGPT"] = their, False
+    if args.compile:
+        kinds |= {f"{kind}, compiled": (partial(make, compiled=True), keep) for kind, (make, keep) in kinds.items()}
+    if args.nanogpt and DEVICE.type == "cpu":
+        kinds["nanoGPT, our allocator"] = their, True
+    return kinds | {f"ours, ZeRO {zero}": (partial(engine, zero=zero), True) for zero in args.stages}
 
 
 def measure(name: str, args: argparse.Namespace) -> None:
     """Times all contenders of one case and prints its table."""
     case = CASES[name]
-    module = load_nanogpt(args.nanogpt)
-    sizes = [non_embedding(net, case.entries) for net in (our_net(case), their_net(case, module))]
-    assert abs(sizes[0] / sizes[1] - 1) < 0.01, sizes
-    their = partial(theirs, folder=args.nanogpt)
-    kinds = {"ours": (ours, True), "ours, engine": (engine, True), "nanoGPT": (their, False)}
-    if args.compile:
-        kinds |= {f"{kind}, compiled": (partial(make, compiled=True), keep) for kind, (make, keep) in kinds.items()}
-    if DEVICE.type == "cpu":
-        kinds["nanoGPT, our allocator"] = (their, True)
+    module = load_nanogpt(args.nanogpt) if args.nanogpt else None
+    with torch.device("meta"):
+        sizes = {"ours": non_embedding(our_net(case), case.entries)}
+        if module:
+            sizes["nanoGPT"] = non_embedding(their_net(case, module), case.entries)
+            assert abs(sizes["ours"] / sizes["nanoGPT"] - 1) < 0.01, sizes
+    kinds = contender_kinds(args)
     contenders = {kind: Apart(partial(contender, make, case), keep) for kind, (make, keep) in kinds.items()}
     for each in contenders.values():  # the first steps allocate, tune and compile
         each.timed("step", 3)
@@ -189,11 +206,12 @@ def measure(name: str, args: argparse.Namespace) -> None:
         end="",
     )
     print(f"{PRECISION}; {args.rounds} rounds of {args.number} steps, {torch.get_num_threads()} threads, {DEVICE}")
-    print(f"non-embedding parameters: ours {sizes[0]:,}, nanoGPT {sizes[1]:,}\n")
-    print("| | ms per step | tokens/s | ÷ nanoGPT | MFU |\n|---|---|---|---|---|")
+    print("non-embedding parameters: " + ", ".join(f"{who} {number:,}" for who, number in sizes.items()) + "\n")
+    first = "nanoGPT" if module else "ours, engine"
+    print(f"| | ms per step | tokens/s | ÷ {first} | MFU |\n|---|---|---|---|---|")
     work, peak = flops(case, module), peak_flops(DEVICE)
     for kind, seconds in found.items():  # compiled contenders are compared with nanoGPT compiled, the others with it as it is
-        peer = found["nanoGPT, compiled" if "compiled" in kind else "nanoGPT"]
+        peer = found[f"{first}, compiled" if "compiled" in kind else first]
         ratio = statistics.median(b / a for a, b in zip(seconds, peer, strict=True))
         middle = statistics.median(seconds)
         mfu = f"{work[kind.split(',')[0]] / middle / peak:.1%}" if peak else "–"
@@ -203,14 +221,15 @@ def measure(name: str, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--nanogpt", type=Path, required=True, help="folder that holds nanoGPT's model.py")
+    parser.add_argument("--nanogpt", type=Path, help="folder that holds nanoGPT's model.py")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: small and medium; on a GPU also 350m")
+    parser.add_argument("--stages", type=int, nargs="+", default=[], help="also time our engine under these ZeRO stages")
     parser.add_argument("--compile", action="store_true", help="also time all contenders with torch.compile")
     parser.add_argument("--number", type=int, default=3, help="steps timed in each round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="one round of the small case, to check that everything runs")
     args = parser.parse_args()
-    cases = args.cases or (list(CASES) if DEVICE.type == "cuda" else ["small", "medium"])
+    cases = args.cases or ["small", "medium"] + ["350m"] * (DEVICE.type == "cuda")
     if args.quick:
         cases, args.number, args.rounds = ["small"], 1, 1
     for name in cases:

@@ -1,25 +1,27 @@
 """Time and memory of a quantizer alone, compared with the one-hot form of most VQ-VAE code and with vector-quantize-pytorch.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.quantizer
+    OMP_NUM_THREADS=1 python -m benchmarks.quantizer [--quick]
 
 Prints a table within three minutes, for a step of forward, backward and update: K = 512 codes of D = 64 dimensions, grids of
-32×32, fp32 on the CPU. Times are medians over rounds. Every round times every contender once, so that a busy machine slows all
-of them alike. Memory is the peak growth of a fresh process during a step, without its input. vector-quantize-pytorch is
-measured where it is installed.
+32×32, fp32, on the GPU if there is one. Times are medians over rounds. Every round times every contender once, so that a busy
+machine slows all of them alike. Memory is the peak growth of a fresh process (on a GPU, of the allocator) during a step,
+without its input. vector-quantize-pytorch is measured where it is installed.
 """
 
 import importlib.util
 import multiprocessing
 import os
 import statistics
-import time
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.timing import DEVICE, timed
 from lesiongen.tokenizers import quantize
 from lesiongen.tokenizers.quantize import QUANTIZERS
 from lesiongen.tokenizers.quantizer import QuantizerConfig
@@ -63,7 +65,7 @@ def contenders(batch: int) -> dict[str, Callable[[torch.Tensor], None]]:
 
     def ours(kind: str) -> Callable:
         config = QuantizerConfig(quantizer=kind, dim=DIM, entries=ENTRIES, decay=DECAY, commitment=COMMITMENT)
-        quantizer, slot = quantize.build(config, batch), torch.arange(batch)
+        quantizer, slot = quantize.build(config, batch).to(DEVICE), torch.arange(batch, device=DEVICE)
 
         def step(z):
             found = quantizer(z, slot, slot)
@@ -79,28 +81,28 @@ def contenders(batch: int) -> dict[str, Callable[[torch.Tensor], None]]:
 
         return step
 
-    found = {"one-hot form": theirs(OneHot())}
+    found = {"one-hot form": theirs(OneHot().to(DEVICE))}
     if importlib.util.find_spec("vector_quantize_pytorch"):
         from vector_quantize_pytorch import VectorQuantize
 
         options = {"decay": DECAY, "commitment_weight": COMMITMENT, "accept_image_fmap": True, "rotation_trick": False}
-        found["vector-quantize-pytorch"] = theirs(VectorQuantize(DIM, codebook_size=ENTRIES, **options))
+        found["vector-quantize-pytorch"] = theirs(VectorQuantize(DIM, codebook_size=ENTRIES, **options).to(DEVICE))
     return found | {f"ours, {kind}": ours(kind) for kind in QUANTIZERS}
 
 
 def vectors(batch: int) -> torch.Tensor:
     """Returns random vectors to quantize, [B, D, H, W]."""
-    return torch.randn(batch, DIM, GRID, GRID, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    z = torch.randn(batch, DIM, GRID, GRID, generator=torch.Generator().manual_seed(0))
+    return z.to(DEVICE).requires_grad_()
 
 
-def times(batch: int) -> dict[str, float]:
+def times(batch: int, rounds: int) -> dict[str, float]:
     """Measures the median seconds per step of each contender. The first round is a warm-up and does not count."""
     steps, found, z = contenders(batch), {}, vectors(batch)
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         for name, step in steps.items():
-            z.grad, began = None, time.perf_counter()
-            step(z)
-            found.setdefault(name, []).append(time.perf_counter() - began)
+            z.grad = None
+            found.setdefault(name, []).append(timed(partial(step, z)))
     return {name: statistics.median(values[1:]) for name, values in found.items()}
 
 
@@ -112,6 +114,11 @@ def peak(name: str, batch: int) -> float:
     step, z = contenders(batch)[name], vectors(batch)
     step(z)
     z.grad = None
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.max_memory_allocated()
+        step(z)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = high_water()
     step(z)
@@ -124,10 +131,13 @@ def high_water() -> int:
 
 
 def main() -> None:
+    """Prints the table."""
+    quick = "--quick" in sys.argv
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # in child processes, return freed memory at once
-    print("| vectors | | ms per step | million vectors/s | speed | extra MiB | memory |\n|---|---|---|---|---|---|---|")
-    for batch in BATCHES:
-        taken, extra = times(batch), {}
+    print(f"{DEVICE}\n\n| vectors | | ms per step | million vectors/s | speed | extra MiB | memory |")
+    print("|---|---|---|---|---|---|---|")
+    for batch in (2,) if quick else BATCHES:
+        taken, extra = times(batch, 1 if quick else ROUNDS), {}
         for name in taken:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 extra[name] = pool.apply(peak, (name, batch))

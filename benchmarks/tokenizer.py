@@ -1,12 +1,13 @@
 """Our VQ-VAE-2 compared with rosinality/vq-vae-2-pytorch: speed of training and encoding, and quality after equal steps.
 
     git clone https://github.com/rosinality/vq-vae-2-pytorch PEER
-    python -m benchmarks.tokenizer speed --peer PEER [--size 128] [--batch 16] [--compile]
+    python -m benchmarks.tokenizer speed [--peer PEER] [--size 128] [--batch 16] [--compile] [--precision fp32]
     python -m benchmarks.tokenizer quality --peer PEER --shards SHARDS [--size 64] [--steps 1000]
 
 Both nets have the same architecture: strides 4 and 2, hidden 128, two residual blocks of 32, K = 512, D = 64. Ours runs as
-shipped, through DeepSpeed with clipping and codebook statistics. Theirs runs as published, and once more with our trainers'
-settings of the allocator.
+shipped, through DeepSpeed with clipping and codebook statistics. Theirs runs as published, and once more at its best: on a CPU
+with our trainers' settings of the allocator, on a GPU with channels-last layout. Both have the same precision and the same
+arithmetic modes.
 
 `speed` runs each contender in a process of its own and times all of them in every round. It prints medians of the speeds and
 of the ratios within rounds. `quality` trains the nets on the same batches and measures the held-out PSNR of the last weights;
@@ -32,6 +33,7 @@ from hpc import dist
 from hpc.dist import Topology
 from hpc.train import allocator
 from hpc.train.engine import Engine, EngineConfig
+from hpc.train.math_modes import allow_tf32
 from hpc.train.optim import OptimConfig, build_optimizer
 from lesiongen.data.augment import AugmentConfig
 from lesiongen.data.images import to_float, to_unit
@@ -48,11 +50,12 @@ from lesiongen.tokenizers.vqvae2 import VQVAE2Config
 class Ours:
     """Our net, trained by our engine."""
 
-    def __init__(self, batch: int, lr: float = 3e-4, compiled: bool = False):
+    def __init__(self, batch: int, lr: float = 3e-4, compiled: bool = False, precision: str = "fp32"):
         torch.manual_seed(0)
+        allow_tf32(DEVICE)
         dist.init(Topology())
         self.module = Objective(make(VQVAE2Config(), 3, batch), LossConfig(), variance=0.05)
-        settings = EngineConfig(compile=compiled)
+        settings = EngineConfig(compile=compiled, precision=precision)
         self.engine = Engine(self.module, build_optimizer(self.module, OptimConfig(lr=lr)), settings, batch)
         self.lr = lr
 
@@ -76,7 +79,15 @@ class Ours:
 class Theirs:
     """Their net, trained as in their train_vqvae.py: Adam, no clipping, latent loss × 0.25."""
 
-    def __init__(self, peer: Path, lr: float = 3e-4, compiled: bool = False, batch: int = 0):
+    def __init__(
+        self,
+        peer: Path,
+        lr: float = 3e-4,
+        compiled: bool = False,
+        batch: int = 0,
+        precision: str = "fp32",
+        channels_last: bool = False,
+    ):
         """Builds the net.
 
         Args:
@@ -84,12 +95,17 @@ class Theirs:
             lr: Learning rate.
             compiled: Whether to use torch.compile.
             batch: If above 0, replace their quantizers by ours, for this global batch size.
+            precision: bf16 for autocast.
+            channels_last: Whether images and filters are channels-last in memory.
         """
+        allow_tf32(DEVICE)
+        self.precision = precision
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         sys.path.insert(0, str(peer))
         import vqvae
 
         torch.manual_seed(0)
-        self.net = vqvae.VQVAE().to(DEVICE)
+        self.net = vqvae.VQVAE().to(DEVICE, memory_format=self.layout)
         self.batch = batch
         if batch:
             self.net.quantize_t, self.net.quantize_b = Repaired(batch).to(DEVICE), Repaired(batch).to(DEVICE)
@@ -97,12 +113,13 @@ class Theirs:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr)
 
     def step(self, batch: dict) -> None:
-        x = to_float(batch["image"].to(DEVICE))
+        x = to_float(batch["image"].to(DEVICE)).to(memory_format=self.layout)
         for q in self.repaired():
             q.where = (batch["slot"].to(DEVICE), batch["position"].to(DEVICE))
         self.net.zero_grad()
-        y, latent = self.forward(x)
-        loss = F.mse_loss(y, x) + 0.25 * latent.mean()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            y, latent = self.forward(x)
+            loss = F.mse_loss(y.float(), x) + 0.25 * latent.mean()
         loss.backward()
         self.optimizer.step()
         loss.item()  # their loop also reads the loss at each step
@@ -169,13 +186,20 @@ def contender(make: Callable, size: int, batch: int) -> dict[str, Callable[[], o
 
 def speed(args: argparse.Namespace) -> None:
     """Prints a table of training and encoding speeds, and the peak memory of both nets."""
-    mine, other = partial(Ours, args.batch), partial(Theirs, args.peer)
-    kinds = {"ours, eager": (mine, True), "theirs, eager": (other, False)}
-    if DEVICE.type == "cpu":
-        kinds["theirs, eager, our allocator"] = (other, True)
+    mine = partial(Ours, args.batch, precision=args.precision)
+    other = partial(Theirs, args.peer, precision=args.precision)
+    kinds = {"ours, eager": (mine, True)}
+    if args.peer:
+        kinds["theirs, eager"] = (other, False)
+        if DEVICE.type == "cpu":
+            kinds["theirs, eager, our allocator"] = (other, True)
+        else:
+            kinds["theirs, eager, channels-last"] = (partial(other, channels_last=True), False)
     if args.compile:
-        kinds |= {"ours, compiled": (partial(mine, compiled=True), True)}
-        kinds |= {"theirs, compiled": (partial(other, compiled=True), False)}
+        kinds["ours, compiled"] = partial(mine, compiled=True), True
+        if args.peer:
+            kinds["theirs, compiled"] = partial(other, compiled=True), False
+            kinds["theirs, compiled, channels-last"] = partial(other, compiled=True, channels_last=True), False
     contenders = {name: Apart(partial(contender, make, args.size, args.batch), keep) for name, (make, keep) in kinds.items()}
     for net in contenders.values():  # the first steps allocate, tune and compile
         net.timed("step", 3)
@@ -185,15 +209,17 @@ def speed(args: argparse.Namespace) -> None:
             for name, net in contenders.items():
                 found.setdefault((kind, name), []).append(args.batch / net.timed(kind, args.number))
     threads = torch.get_num_threads()
-    print(f"{args.size} px, batch {args.batch}, {args.rounds} rounds of {args.number}, {threads} threads, {DEVICE}\n")
-    print("| | images/s | ÷ theirs, eager |\n|---|---|---|")
+    title = f"{args.size} px, batch {args.batch}, {args.precision}, {args.rounds} rounds of {args.number}"
+    print(f"{title}, {threads} threads, {DEVICE}\n")
+    peer = "theirs, eager" if args.peer else "ours, eager"
+    print(f"| | images/s | ÷ {peer} |\n|---|---|---|")
     for (kind, name), speeds in found.items():
-        ratios = [a / b for a, b in zip(speeds, found[kind, "theirs, eager"], strict=True)]
+        ratios = [a / b for a, b in zip(speeds, found[kind, peer], strict=True)]
         print(f"| {kind}: {name} | {statistics.median(speeds):.1f} | {statistics.median(ratios):.2f} |")
-    if args.compile:
+    if args.compile and args.peer:
         ratios = [a / b for a, b in zip(found["step", "ours, compiled"], found["step", "theirs, compiled"], strict=True)]
         print(f"\nstep, compiled ÷ compiled: {statistics.median(ratios):.2f}")
-    for who in ("ours", "theirs"):
+    for who in ("ours", "theirs") if args.peer and DEVICE.type == "cpu" else ():
         print(f"peak memory of {who}, in a process of its own: {peak(args, who):.0f} MB more than after building the model")
 
 
@@ -250,7 +276,8 @@ def quality(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["speed", "quality", "peak"], help="speed calls peak by itself, in new processes")
-    parser.add_argument("--peer", type=Path, required=True, help="a checkout of rosinality/vq-vae-2-pytorch")
+    parser.add_argument("--peer", type=Path, help="a checkout of rosinality/vq-vae-2-pytorch; only `speed` can do without")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="for speed; bf16 is autocast")
     parser.add_argument("--size", type=int, default=128, help="side of the images for speed, in pixels")
     parser.add_argument("--batch", type=int, default=16, help="global batch size")
     parser.add_argument("--number", type=int, default=5, help="calls timed in each round")

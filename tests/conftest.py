@@ -4,6 +4,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks do not compete for cores, and sums round alike on every machine
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+if not os.environ.get("LESIONGEN_TEST_GPU"):  # the tests run on the CPU, also on a machine with GPUs; those marked gpu need it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from pathlib import Path
 
@@ -12,6 +14,16 @@ import pytest
 from tests.ranks import Ranks
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    """Skips the tests marked gpu unless LESIONGEN_TEST_GPU is set and there is a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU and LESIONGEN_TEST_GPU=1"))
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from hpc.train.averages import Averages
 from hpc.train.optim import SkippableOptimizer
 from hpc.train.zero import Weights, build_divided, gathered, import_deepspeed, shape_of, without_hooks
 
+MAX_BUCKET = 10**8  # elements that are sent at once; larger buffers do not make communication faster
 COLLECTED_ELEMENTS = 2**23  # gradients that are checked together: few kernel launches, and 32 MB that are freed late
 
 
@@ -115,7 +116,8 @@ class Engine:
         self.world_size = torch.distributed.get_world_size()
         self.micro_batch = config.micro_batch(batch, self.world_size)
         self.config, self.optimizer = config, optimizer
-        settings = _deepspeed_config(config, batch, self.micro_batch, universal)
+        sizes = communication_sizes([shape_of(p).numel() for p in module.parameters()])
+        settings = _deepspeed_config(config, batch, self.micro_batch, universal, sizes)
         self._plain = without_hooks(module)
         if config.precision == "bf16":
             _autocast_forward(module)
@@ -205,6 +207,7 @@ class Engine:
                 yield
             finally:
                 self.module.train()
+                self.weights.end_forward()
         if self.averages:
             self.weights.update_model()
 
@@ -217,6 +220,7 @@ class Engine:
         """
         for plain, hooked in zip(self._plain.modules(), self.module.modules(), strict=True):
             plain._buffers = hooked._buffers  # the engine has moved the buffers to its device
+        self.weights.end_forward()
         with gathered(self.module.parameters()):
             yield self._plain
 
@@ -313,7 +317,7 @@ def build(build_module: Callable[[], nn.Module], config: EngineConfig, batch: in
     if config.zero < 3:
         return build_module()
     micro_batch = config.micro_batch(batch, torch.distributed.get_world_size())
-    return build_divided(build_module, _deepspeed_config(config, batch, micro_batch, universal=False))
+    return build_divided(build_module, _deepspeed_config(config, batch, micro_batch))
 
 
 def _autocast_forward(module: nn.Module) -> None:
@@ -332,13 +336,29 @@ def _autocast_forward(module: nn.Module) -> None:
     module.forward = autocast_forward
 
 
-def _deepspeed_config(config: EngineConfig, batch: int, micro_batch: int, universal: bool) -> dict:
+def communication_sizes(parameters: list[int]) -> dict[str, int]:
+    """Returns the sizes of DeepSpeed's communication buffers, in elements.
+
+    DeepSpeed's defaults of 5e8 to 1e9 elements take gigabytes for a small model, and keep a model of that size whole under
+    ZeRO 3.
+
+    Args:
+        parameters: The number of elements of each parameter.
+    """
+    bucket = max(*parameters, min(sum(parameters) // 32, MAX_BUCKET))
+    sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
+    return sizes | {"stage3_max_live_parameters": 2 * bucket, "stage3_max_reuse_distance": bucket}
+
+
+def _deepspeed_config(
+    config: EngineConfig, batch: int, micro_batch: int, universal: bool = False, sizes: dict[str, int] | None = None
+) -> dict:
     settings = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.clip,
-        "zero_optimization": {"stage": config.zero},
+        "zero_optimization": {"stage": config.zero} | (sizes or {}),
         # Accept the optimizers of hpc/train/optim.py: under ZeRO, and with the optimizer state in CPU memory.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

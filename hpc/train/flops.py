@@ -3,31 +3,12 @@
 A multiply-add counts as two operations. Task classes count the operations of one sample; the training loop logs the speed.
 """
 
-import re
 from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-# Operations per second in dense bf16 (no sparsity), from the vendors' data sheets. peak_flops() uses the first name that
-# occurs in the device's name, so special variants stand before the general name.
-PEAK_FLOPS = {
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H20": 148e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A100": 312e12,
-    "A40": 150e12,
-    "A30": 165e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+from hpc.train.hardware import known_gpu
 
 
 def training_flops(forward: Callable[[], object]) -> int:
@@ -45,11 +26,9 @@ def training_flops(forward: Callable[[], object]) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Returns the peak operations per second of one device in bf16, or None if the device is not in PEAK_FLOPS."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+    """Returns the peak operations per second of one device in bf16, or None if nothing is known of the device."""
+    known = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known[0] if known else None
 
 
 def throughput(task: object, rate: float, world: int, device: torch.device) -> dict[str, float]:

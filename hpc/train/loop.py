@@ -27,6 +27,7 @@ from hpc.train.engine import Engine, EngineConfig, Step, build
 from hpc.train.health import HealthConfig
 from hpc.train.optim import OptimConfig, average_decay, build_optimizer, learning_rate
 from hpc.train.preempt import Preemption
+from hpc.train.prefetch import on_device
 from hpc.train.task import Task
 
 
@@ -156,7 +157,8 @@ def train(
     start = checkpoint.newest_sound(folder / "checkpoints")
     state = State.resume(start, config.samples)
     # Start the data workers first: they load while the engine is built.
-    batches = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world_size))
+    stream = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world_size))
+    batches = on_device(stream, topology.device)
     trainer = Trainer(task, config, folder, topology, seed, what, state, start, ledger)
 
     with Preemption() as preemption, trainer:
@@ -252,7 +254,7 @@ class Trainer:
         """Takes one optimizer step and adds its result to the state.
 
         Args:
-            micro_batches: This rank's micro-batches, from the task's stream.
+            micro_batches: This rank's micro-batches from the task's stream, on the device.
             stop: Whether this rank was asked to stop.
         """
         config, state, engine = self.config, self.state, self.engine
@@ -262,7 +264,7 @@ class Trainer:
         # Seed dropout by the position, so that a resumed training draws the same random numbers.
         torch.manual_seed(sample_seed(self.seed, state.samples) + self.topology.rank)
         step = engine.step(
-            [_to(batch, engine.device) for batch in micro_batches],
+            micro_batches,
             lr=learning_rate(config.optim, state.samples, config.samples),
             flags={"stop": stop, "bad": len(bad)},
             decay=average_decay(config.engine.average, state.samples, config.batch),
@@ -401,12 +403,3 @@ class Speed:
         began = time.monotonic()
         yield
         self.waited += time.monotonic() - began
-
-
-def _to(value, device: torch.device):
-    """Moves every tensor in nested dicts and lists to the device."""
-    if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_to(v, device) for v in value]
-    return value.to(device, non_blocking=True)

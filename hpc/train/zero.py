@@ -131,6 +131,15 @@ class Weights:
             if kept_whole:
                 kept_whole[0].all_gather(kept_whole)
 
+    def end_forward(self) -> None:
+        """Frees what a forward pass without a backward pass has left. Collective.
+
+        Under stage 3 DeepSpeed requests the weights of the backward pass ahead of time, and they stay on their way.
+        """
+        if self.stage == 3:
+            self._optimizer.checkpoint_event_prologue()  # waits for these weights, and divides all parameters
+            self._optimizer.checkpoint_event_epilogue()  # gathers again the small parameters that always stay whole
+
     def fragments(self) -> Iterator[tuple[str, int, torch.Tensor]]:
         """Yields this rank's part of each parameter's master weights.
 
@@ -162,6 +171,7 @@ class Weights:
         Args:
             names: Names as in the module's state dict, in the same order on all ranks.
         """
+        self.end_forward()
         parameters = dict(self.module.named_parameters())
         for name in names:
             if name not in parameters:

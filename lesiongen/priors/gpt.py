@@ -65,15 +65,15 @@ def apply_rotary(x_BTHE: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 class SwiGLUGate(nn.Linear):
-    """First half of SwiGLU: two linear maps, one of which gates the other.
+    """First half of SwiGLU (Shazeer 2020, arXiv:2002.05202): two linear maps, one of which gates the other.
 
-    The two maps are separate matrix products. With a single product, autograd would concatenate the gradients of both results,
-    which are the largest tensors of the model.
+    They are one product with the whole weight. Products with its halves would make autograd keep views of the weight, and with
+    them the memory of a weight that ZeRO 3 has gathered for the layer and frees after it.
     """
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Maps [B, T, D] to [B, T, out_features / 2]."""
-        a, b = (F.linear(x_BTD, half) for half in self.weight.chunk(2))
+        a, b = super().forward(x_BTD).chunk(2, -1)
         return F.silu(a) * b
 
 

@@ -41,7 +41,6 @@ from lesiongen.stages.base import Stage, digest_of, require
 from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
 
 GRID_SAMPLES = 32  # samples in the picture that is drawn at each evaluation
-BITS_BATCH = 64  # images whose bits are measured at once
 
 
 def stage(config: Experiment, level: str) -> Stage:
@@ -185,8 +184,9 @@ class PriorTask:
             The metrics, and a picture of samples (name → PNG). Under ZeRO 3 a prior above `gather_gib` draws no picture.
         """
         held_out = self.data["val"].all()
-        metrics = {"bits_per_token": self.bits(engine.module, "val", held_out)}
-        metrics["train_bits_per_token"] = self.bits(engine.module, "train", self.data["train"].all()[: len(held_out)])
+        net, batch = engine.module, engine.micro_batch  # a training batch fits the memory, so an evaluation batch does too
+        metrics = {"bits_per_token": self.bits(net, "val", held_out, batch)}
+        metrics["train_bits_per_token"] = self.bits(net, "train", self.data["train"].all()[: len(held_out)], batch)
         if self.bigram is None:
             self.bigram = dist.run_on_leader(self._bigram)
         metrics["bigram_bits"] = self.bigram
@@ -200,7 +200,7 @@ class PriorTask:
         picture = plots.curves({f"prior-{self.level}": rows})
         return {"bits": picture} if picture else {}
 
-    def bits(self, module: nn.Module, split: str, rows_N3: np.ndarray) -> float:
+    def bits(self, module: nn.Module, split: str, rows_N3: np.ndarray, batch_size: int) -> float:
         """Measures the mean bits per token. The rows are divided among the ranks. Collective.
 
         Every rank runs the model equally often on batches of equal size: a rank with fewer rows repeats the first row, which
@@ -210,13 +210,14 @@ class PriorTask:
             module: The Objective, in evaluation mode. Under ZeRO 3 its forward gathers weights.
             split: Name of the split.
             rows_N3: The rows (draw, shard, ordinal).
+            batch_size: Rows that are measured at once.
 
         Returns:
             The mean over all tokens of all rows.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         longest = max(len(contiguous_share(len(rows_N3), r, dist.world_size())) for r in range(dist.world_size()))
-        size = min(BITS_BATCH, longest)
+        size = min(batch_size, longest)
         mine = contiguous_share(len(rows_N3), dist.rank(), dist.world_size())
         for first in range(0, longest, size):
             members = mine[first : first + size]

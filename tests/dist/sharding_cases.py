@@ -10,6 +10,7 @@ from hpc import dist
 from hpc.config import from_plain
 from hpc.train.engine import Engine, EngineConfig, build
 from hpc.train.optim import OptimConfig, build_optimizer
+from hpc.train.prefetch import on_device
 from hpc.train.zero import gathered, shape_of
 from lesiongen import experiment, priors
 from lesiongen.experiment import PriorConfig
@@ -67,7 +68,7 @@ def tokenizer_buffers(topology, run: str, quantizer: dict) -> tuple[dict, dict]:
 
 
 def batches(topology, steps: int, micro: int) -> list[dict]:
-    """A fixed sequence of batches; each rank gets its share of each."""
+    """A fixed sequence of batches on the device; each rank gets its share of each."""
     rng = torch.Generator().manual_seed(DATA_SEED)
     found = []
     for _ in range(steps):
@@ -77,7 +78,8 @@ def batches(topology, steps: int, micro: int) -> list[dict]:
             "upper": [torch.randint(16, (4, 2, 2), generator=rng)],
         }
         share = slice(topology.rank * micro, (topology.rank + 1) * micro)
-        found.append({k: [u[share] for u in v] if isinstance(v, list) else v[share] for k, v in whole.items()})
+        mine = {k: [u[share] for u in v] if isinstance(v, list) else v[share] for k, v in whole.items()}
+        found += on_device([mine], topology.device)
     return found
 
 
@@ -94,7 +96,7 @@ def trained(topology, kind: str, settings: dict, model: dict | None = None) -> d
         with engine.whole_module() as whole:
             assert all(p.shape == shape_of(p) for p in whole.parameters())
             from_whole = dist.gather(whole(held_out)["bits_B"].tolist())
-    plain = small_prior(kind).eval()
+    plain = small_prior(kind).to(topology.device).eval()
     plain.load_state_dict(whole_weights(engine))
     with torch.no_grad():
         exported = dist.gather(plain(held_out)["bits_B"].tolist())
@@ -110,6 +112,6 @@ def stage_and_export(topology, overrides: list[str], config_path: str) -> dict:
     net, about = load_prior(folder, topology.device)
     task = PriorTask(config, config.prior("top"), "top", folder, topology)
     with torch.no_grad():
-        bits = task.bits(Objective(net).eval(), "val", task.data["val"].all())
+        bits = task.bits(Objective(net).eval(), "val", task.data["val"].all(), 64)
     pictures = sorted(path.name for path in Path(folder, "images").glob("samples-*"))
     return {"held_out": about["held_out"]["bits_per_token"], "exported": bits, "pictures": pictures}

@@ -91,7 +91,7 @@ def test_a_result_is_the_callers_own(graphs):
     assert [r.tolist() for r in results] == [[0, 0], [2, 2], [4, 4], [6, 6]]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", PRIORS)
 def test_on_a_gpu(name):
     net = prior(name).eval().cuda()
