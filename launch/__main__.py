@@ -107,9 +107,9 @@ def _add_pipeline_verbs(verbs: Verbs) -> None:
     submit.add_argument("--cluster", required=True, help="cluster file, such as configs/cluster/example.yaml")
     submit.add_argument("--dry", action="store_true", help="print the batch scripts and submit nothing")
 
-    plan = _add_verb(verbs, "plan", "print parameters, memory per GPU and numbers of tokens, computed without training")
+    plan = _add_verb(verbs, "plan", "print whether a run fits the machines, its memory in each phase and its hours")
     _add_config(plan)
-    _add_fresh(plan)
+    plan.add_argument("--images", type=int, help="number of training images, for epochs (default: those of packed shards)")
 
 
 def _add_inspection_verbs(verbs: Verbs) -> None:

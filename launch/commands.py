@@ -15,6 +15,7 @@ from launch import executors, pipeline, status
 from lesiongen import experiment
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
+from lesiongen.stages.base import training_images
 
 
 def run(options: argparse.Namespace) -> int:
@@ -202,10 +203,11 @@ def submit(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Prints the parameters, memory and tokens of a run."""
-    from launch.cost import format_cost
+    """Prints whether a run fits the machines, its memory, and how long it takes."""
+    from launch.cost_table import format_cost
 
-    print(format_cost(experiment.load(options.config, options.overrides)))
+    config = experiment.load(options.config, options.overrides)
+    print(format_cost(config, options.images or training_images(config)))
     return errors.DONE
 
 

@@ -1,227 +1,266 @@
-"""The verb `plan`: what a run will cost, known before it is queued. Parameters, memory per GPU, tokens, operations, steps.
+"""What a run will cost, known before it is queued: memory in each phase, hours, and what to change if it does not fit.
 
-Parameters are counted on models without storage (torch's meta device). Activations are measured on a training step without
-storage (hpc/train/memory.py). The scratch memory of convolution kernels, 10 to 30 % on a CPU, and the memory that the
-allocator keeps are not included.
-
-The other memory follows Rajbhandari et al. 2020 (ZeRO, section 3). With fp32 parameters, a parameter and its gradient take
-4 bytes each, and Adam's two moments 8. ZeRO 1 shards the moments over the ranks, ZeRO 2 also the gradients, ZeRO 3 also the
-parameters. ZeRO 1 and 2 keep an fp32 copy of each rank's shard beside the model.
+Parameters are counted on models without storage (torch's meta device). Activations are measured on a step without storage, and
+the memory of each phase is computed from them (hpc/train/memory.py). The scratch memory of convolution kernels, 10 to 30 % on a
+CPU, and the memory that the allocator keeps are not included: a plan fits if it takes at most MARGIN of the memory.
+launch/cost_table.py prints the result.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpc.errors import UserError
 from hpc.train.engine import EngineConfig
+from hpc.train.flops import training_flops
+from hpc.train.hardware import Machines
 from hpc.train.loop import TrainConfig
-from hpc.train.memory import peak_activations
+from hpc.train.memory import ModelSize, device_bytes, host_bytes, peak_activations
 from lesiongen import priors, tokenizers
 from lesiongen.experiment import Experiment
 from lesiongen.priors import objective as prior_objective
-from lesiongen.priors.prior import BasePriorConfig
-from lesiongen.tokenizers import TokenizerModel
 from lesiongen.tokenizers import objective as tokenizer_objective
 from lesiongen.tokenizers.losses import LossConfig, ReconstructionLoss
 
-GIB = 2**30
+MARGIN = 0.85  # share of the memory that a plan may take
+PROCESS_BYTES = {"cpu": 0.6e9, "gpu": 3e9}  # main memory of a rank without the model: Python, libraries, CUDA
+WORKER_BYTES = 0.6e9  # main memory of a data worker
 ASSUMED_VALUES = {"label": 7, "site": 12, "sex": 2, "age_band": 5}  # distinct values of each fact, before data are packed
-# The columns of the memory table: what memory_per_gpu() returns, and the width of each column.
-COLUMN_WIDTHS = {
-    "parameters": 11,
-    "gradients": 11,
-    "optimizer": 11,
-    "fp32 copy": 11,
-    "average": 9,
-    "activations": 13,
-    "evaluation": 12,
-    "total": 9,
-}
 
 
-def parameters_by_part(net: nn.Module) -> dict[str, int]:
-    """Returns the number of trainable parameters of each child module that has any."""
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
-    return {name: number for name, number in parts.items() if number}
+@dataclass(frozen=True)
+class Training:
+    """One training of a run, as far as its cost depends on it.
 
-
-def tokenizer_parameters(config: TokenizerModel, channels: int) -> dict[str, int]:
-    """Counts the parameters of a tokenizer.
-
-    Args:
-        config: The model's config.
-        channels: Colour channels of the images, 1 or 3.
-
-    Returns:
-        {child module: trainable parameters}, and under "buffers" the numbers in the codebooks' buffers.
-    """
-    with torch.device("meta"):
-        net = tokenizers.make(config, channels, batch=1)
-    return parameters_by_part(net) | {"buffers": sum(b.numel() for b in net.buffers())}
-
-
-def prior_parameters(config: BasePriorConfig, shape: dict) -> dict[str, int]:
-    """Counts the parameters of a prior.
-
-    Args:
-        config: The model's config.
-        shape: The arguments of `priors.make`: grid, entries, facts, upper.
-
-    Returns:
-        {child module: trainable parameters}.
-    """
-    with torch.device("meta"):
-        return parameters_by_part(priors.make(config, **shape))
-
-
-def tokenizer_activations(config: Experiment, micro: int) -> int:
-    """Returns the peak bytes of a tokenizer's training step, without weights and gradients.
-
-    Args:
-        config: The run's config.
-        micro: Images of the micro-batch.
-    """
-    tokenizer, size, channels = config.tokenizer, config.data.size, config.data.channels
-    # The loss is made outside make_step, which runs on fake tensors: LPIPS reads its weights from a file.
-    loss = ReconstructionLoss(tokenizer.loss, 1.0)
-
-    def make_step() -> tuple[nn.Module, dict]:
-        net = tokenizers.make(tokenizer.model, channels, tokenizer.train.batch)
-        module = tokenizer_objective.Objective(net, LossConfig(), 1.0)
-        module.reconstruction = loss
-        image = torch.zeros(micro, channels, size, size, dtype=torch.uint8)
-        return module.train(), {"image": image, "slot": torch.arange(micro), "position": torch.arange(micro)}
-
-    return peak_activations(make_step, tokenizer.train.engine.precision == "bf16")
-
-
-def prior_activations(config: BasePriorConfig, shape: dict, micro: int, bf16: bool = False) -> int:
-    """Returns the peak bytes of a prior's training step, without weights and gradients.
-
-    Args:
-        config: The model's config.
-        shape: The arguments of `priors.make`.
-        micro: Samples of the micro-batch.
-        bf16: Whether training runs under bf16 autocast.
+    Attributes:
+        name: Name of the stage.
+        section: Key of its TrainConfig in the config.
+        train: Its TrainConfig.
+        build: Builds the model with its loss, on the default device.
+        batch_of: Makes a blank batch of some samples, on the default device.
+        checkpointed: Like `build`, with activation checkpointing.
+        uses_checkpoint: Whether the config has activation checkpointing.
+        tokens: Tokens of a sample; 0 for a tokenizer.
+        workers: Data workers of a rank.
+        about: What the plan prints of the model.
     """
 
-    def make_step() -> tuple[nn.Module, dict]:
-        return prior_objective.Objective(priors.make(config, **shape)).train(), prior_objective.blank_batch(shape, micro)
+    name: str
+    section: str
+    train: TrainConfig
+    build: Callable[[], nn.Module]
+    batch_of: Callable[[int], dict]
+    checkpointed: Callable[[], nn.Module]
+    uses_checkpoint: bool
+    tokens: int
+    workers: int
+    about: str
 
-    return peak_activations(make_step, bf16)
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """Trainable parameters of each child of the net that has any; and the elements of its buffers."""
+        with torch.device("meta"):
+            net = self.build().net
+        parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
+        return {name: number for name, number in parts.items() if number} | {"buffers": sum(b.numel() for b in net.buffers())}
+
+    @cached_property
+    def parameters(self) -> tuple[int, ...]:
+        """Elements of each trainable parameter."""
+        with torch.device("meta"):
+            return tuple(p.numel() for p in self.build().parameters())
+
+    @cached_property
+    def flops(self) -> int:
+        """Floating-point operations of training on one sample."""
+        with FakeTensorMode(allow_non_fake_inputs=True):  # not the meta device, which has no autocast
+            module, batch = self.build().eval(), self.batch_of(1)
+            return training_flops(lambda: module(batch))
+
+    def activations(self, micro_batch: int, training: bool = True, checkpoint: bool | None = None) -> int:
+        """Returns the peak bytes of the activations of one micro-batch.
+
+        Args:
+            micro_batch: Samples of the micro-batch.
+            training: Whether of a training step or of an evaluation.
+            checkpoint: With or without activation checkpointing; None for what the config says.
+        """
+        build = self.build if checkpoint in (None, self.uses_checkpoint) else self.checkpointed
+        bf16 = self.train.engine.precision == "bf16"
+        return peak_activations(lambda: (build(), self.batch_of(micro_batch)), bf16, training)
+
+    def micro_batch(self, ranks: int) -> int:
+        """Returns the samples in one micro-batch of one rank. Raises UserError if the batch cannot be divided so."""
+        try:
+            return self.train.engine.micro_batch(self.train.batch, ranks)
+        except ValueError as error:
+            raise UserError(f"{self.section}: {error}") from None
+
+    def size(self, ranks: int) -> ModelSize:
+        """Returns what the training's memory depends on."""
+        micro = self.micro_batch(ranks)
+        return ModelSize(self.parameters, self.activations(micro), self.activations(micro, training=False))
 
 
-def memory_per_gpu(parameters: int, activations: int, zero: int, ranks: int, engine: EngineConfig) -> dict[str, float]:
-    """Returns the bytes that a training takes on one GPU, by part, and their total.
-
-    An evaluation needs a full copy of the weights, but only when a step's activations are freed. So the total counts the
-    larger of the two.
-
-    Args:
-        parameters: Number of trainable parameters.
-        activations: Peak bytes of the activations of one micro-batch.
-        zero: ZeRO stage, 0 to 3.
-        ranks: Number of ranks.
-        engine: The engine's config; only `offload` and `average` matter.
-    """
-    shard, on_gpu = 1 / ranks, not (engine.offload and zero)
-    permanent = {
-        "parameters": 4 * parameters * (shard if zero == 3 else 1),
-        "gradients": 4 * parameters * (shard if zero >= 2 else 1),
-        "optimizer": 8 * parameters * (shard if zero >= 1 else 1) * on_gpu,
-        "fp32 copy": 4 * parameters * shard * on_gpu if zero in (1, 2) else 0,
-        "average": 4 * parameters * (shard if zero >= 1 else 1) if engine.average else 0,
-    }
-    temporary = {"activations": activations, "evaluation": 4 * parameters}
-    return permanent | temporary | {"total": sum(permanent.values()) + max(temporary.values())}
-
-
-def format_cost(config: Experiment) -> str:
-    """Returns the cost of every training of a run, and the size of its code store, as text."""
-    ranks, model = config.local.ranks, config.tokenizer.model
-    grids = model.grids(config.data.size)
-    fact_values = ASSUMED_VALUES | {"label": len(config.data.classes) or ASSUMED_VALUES["label"]}
-    lines = [f"{config.name}: {config.data.size} px, {ranks} ranks (local.ranks); {fact_values['label']} classes assumed", ""]
-    lines += _format_tokenizer(config, grids)
+def trainings(config: Experiment) -> Iterator[Training]:
+    """Yields the trainings of a run: the tokenizer, then the prior of each level from coarse to fine."""
+    yield _tokenizer(config)
+    grids, entries = config.tokenizer.model.grids(config.data.size), config.tokenizer.model.entries
+    values = ASSUMED_VALUES | {"label": len(config.data.classes) or ASSUMED_VALUES["label"]}
     upper: tuple = ()
     for level in config.levels:
         grid = (grids[level], grids[level])
-        facts = {fact: fact_values[fact] for fact in config.prior(level).facts}
-        lines += _format_prior(config, level, {"grid": grid, "entries": model.entries, "facts": facts, "upper": upper})
-        upper += ((model.entries, grid),)
-    code_bytes = 1 if model.entries <= 256 else 2
-    image_bytes = sum(side**2 for side in grids.values()) * code_bytes * config.encode.draws
-    lines.append(f"code store  {image_bytes:,} bytes per training image ({config.encode.draws} draws)")
-    return "\n".join(lines)
+        facts = {fact: values[fact] for fact in config.prior(level).facts}
+        yield _prior(config, level, {"grid": grid, "entries": entries, "facts": facts, "upper": upper})
+        upper += ((entries, grid),)
 
 
-def _format_tokenizer(config: Experiment, grids: dict[str, int]) -> list[str]:
-    model, train, ranks = config.tokenizer.model, config.tokenizer.train, config.local.ranks
-    micro = _micro_batch("tokenizer", train, ranks)
-    parts = tokenizer_parameters(model, config.data.channels)
-    activations = tokenizer_activations(config, micro)
-    title = f"tokenizer   {' + '.join(f'{grids[name]}² {name}' for name in reversed(model.names))}, K={model.entries}"
-    return [
-        title,
-        _format_parameters(parts),
-        *_format_length(train, micro),
-        *_format_memory(parts, activations, train, ranks),
-        "",
-    ]
+def _tokenizer(config: Experiment) -> Training:
+    tokenizer, side, channels = config.tokenizer, config.data.size, config.data.channels
+    # The loss is made here, not on fake tensors: LPIPS reads its weights from a file.
+    loss, grids = ReconstructionLoss(tokenizer.loss, 1.0), tokenizer.model.grids(side)
+
+    def build_with(model: tokenizers.TokenizerModel) -> Callable[[], nn.Module]:
+        def build() -> nn.Module:
+            module = tokenizer_objective.Objective(tokenizers.make(model, channels, tokenizer.train.batch), LossConfig(), 1.0)
+            module.reconstruction = loss
+            return module
+
+        return build
+
+    def batch_of(number: int) -> dict:
+        image = torch.zeros(number, channels, side, side, dtype=torch.uint8)
+        return {"image": image, "slot": torch.arange(number), "position": torch.arange(number)}
+
+    return Training(
+        name="tokenizer",
+        section="tokenizer.train",
+        train=tokenizer.train,
+        build=build_with(tokenizer.model),
+        batch_of=batch_of,
+        checkpointed=build_with(replace(tokenizer.model, checkpoint=True)),
+        uses_checkpoint=tokenizer.model.checkpoint,
+        tokens=0,
+        workers=config.data.workers,
+        about=f"{' + '.join(f'{grids[n]}² {n}' for n in reversed(tokenizer.model.names))}, K={tokenizer.model.entries}",
+    )
 
 
-def _format_prior(config: Experiment, level: str, shape: dict) -> list[str]:
-    model, train, ranks = config.prior(level).model, config.prior(level).train, config.local.ranks
-    micro = _micro_batch(f"prior-{level}", train, ranks)
-    parts = prior_parameters(model, shape)
-    activations = prior_activations(model, shape, micro, train.engine.precision == "bf16")
-    tokens, flops = math.prod(shape["grid"]), prior_objective.training_flops_per_sample(model, shape)
-    title = f"prior-{level}   {model.kind}, {tokens} tokens per sample, K={shape['entries']}"
-    return [
-        title,
-        _format_parameters(parts),
-        *_format_length(train, micro, tokens, flops),
-        *_format_memory(parts, activations, train, ranks),
-        "",
-    ]
+def _prior(config: Experiment, level: str, shape: dict) -> Training:
+    prior = config.prior(level)
+
+    def build_with(model: priors.PriorModel) -> Callable[[], nn.Module]:
+        return lambda: prior_objective.Objective(priors.make(model, **shape))
+
+    tokens = math.prod(shape["grid"])
+    return Training(
+        name=f"prior-{level}",
+        section=f"priors.{level}.train",
+        train=prior.train,
+        build=build_with(prior.model),
+        batch_of=lambda number: prior_objective.blank_batch(shape, number),
+        checkpointed=build_with(replace(prior.model, checkpoint=True)),
+        uses_checkpoint=prior.model.checkpoint,
+        tokens=tokens,
+        workers=0,
+        about=f"{prior.model.kind}, {tokens} tokens per sample, K={shape['entries']}",
+    )
 
 
-def _micro_batch(stage: str, train: TrainConfig, ranks: int) -> int:
-    """Returns the samples in one micro-batch of one rank. Raises UserError if the batch cannot be divided so."""
-    try:
-        return train.engine.micro_batch(train.batch, ranks)
-    except ValueError as error:
-        raise UserError(f"{stage}: {error}") from None
+@dataclass(frozen=True)
+class Memory:
+    """What one training takes on the machines.
+
+    Attributes:
+        device: Phase → bytes on one rank's device; on the CPU, in the main memory of one rank.
+        host: Phase → bytes of main memory on one node, for all its ranks.
+    """
+
+    device: dict[str, float]
+    host: dict[str, float]
+
+    def fits(self, machines: Machines) -> bool:
+        """Returns whether every phase fits, with MARGIN to spare."""
+        on_device = not machines.gpu_bytes or max(self.device.values()) <= MARGIN * machines.gpu_bytes
+        return on_device and max(self.host.values()) <= MARGIN * machines.host_bytes
 
 
-def _trainable(parts: dict[str, int]) -> int:
-    return sum(number for name, number in parts.items() if "buffers" not in name)
+def memory(training: Training, size: ModelSize, engine: EngineConfig, machines: Machines) -> Memory:
+    """Computes the memory of a training.
+
+    Args:
+        training: The training.
+        size: Its size; see Training.size().
+        engine: The engine's config, which may differ from the training's own.
+        machines: The machines.
+    """
+    on_cpu = not machines.gpu_bytes
+    device = device_bytes(size, engine, machines.ranks, gloo=on_cpu and machines.ranks > 1)
+    around = PROCESS_BYTES["cpu" if on_cpu else "gpu"] + training.workers * WORKER_BYTES
+    of_rank = device if on_cpu else host_bytes(size, engine, machines.ranks)
+    return Memory(device, {phase: machines.ranks_per_node * (around + bytes_) for phase, bytes_ in of_rank.items()})
 
 
-def _format_parameters(parts: dict[str, int]) -> str:
-    numbers = ", ".join(f"{name} {number:,}" for name, number in parts.items())
-    return f"  parameters  {numbers}; trainable {_trainable(parts):,}"
+def advice(training: Training, machines: Machines) -> str:
+    """Returns the smallest change of the config that makes a training fit, as text."""
+    micro, section = training.micro_batch(machines.ranks), training.section
+    engine = training.train.engine
+    stages = sorted({engine.zero, *range(engine.zero + 1, 4)}) if machines.ranks > 1 else [engine.zero]
+    for checkpoint in sorted({training.uses_checkpoint, True}):
+        size = ModelSize(training.parameters, training.activations(micro, checkpoint=checkpoint), 0)
+        evaluation = training.activations(micro, training=False)
+        for divisor in (d for d in (1, 2, 4, 8, 16, 32) if micro % d == 0):
+            for zero in stages:
+                # Activations are proportional to the micro-batch.
+                smaller = replace(size, step_bytes=size.step_bytes // divisor, evaluation_bytes=evaluation // divisor)
+                if memory(training, smaller, replace(engine, zero=zero), machines).fits(machines):
+                    changes = [f"{section}.engine.zero={zero}"] * (zero != engine.zero)
+                    changes += [f"{section}.engine.accumulation={engine.accumulation * divisor}"] * (divisor > 1)
+                    model = section.removesuffix("train") + "model.checkpoint=true"
+                    changes += [model] * (checkpoint != training.uses_checkpoint)
+                    return f"set {' '.join(changes)}"
+    return "use a smaller model, or more or larger machines"
 
 
-def _format_length(train: TrainConfig, micro: int, tokens: int = 0, flops: int = 0) -> list[str]:
-    """Returns lines about one step and the whole training. tokens, flops: of one sample, for a prior."""
-    step = f"{train.batch} images" + (f", {train.batch * tokens:,} tokens" if tokens else "")
-    total = f"{train.samples:,} samples" + (f", {train.samples * tokens:,} tokens" if tokens else "")
-    total += f", {train.samples * flops:.2g} floating-point operations" if flops else ""
-    return [
-        f"  per step    {step}; {micro} images per rank and micro-batch × {train.engine.accumulation}",
-        f"  total       {total}, {math.ceil(train.samples / train.batch):,} steps",
-    ]
+@dataclass(frozen=True)
+class Length:
+    """How long a training takes.
+
+    Attributes:
+        steps: Optimizer steps.
+        flops: Floating-point operations of the whole training.
+        hours: Hours at the stated utilisation; None if the peak speed is unknown.
+        checkpoint_bytes: Size of one checkpoint.
+        checkpoint_seconds: Time to write it.
+    """
+
+    steps: int
+    flops: float
+    hours: float | None
+    checkpoint_bytes: float
+    checkpoint_seconds: float
 
 
-def _format_memory(parts: dict[str, int], activations: int, train: TrainConfig, ranks: int) -> list[str]:
-    """Returns a table of the memory per GPU: one row per ZeRO stage, the configured stage marked with an arrow."""
-    lines = ["  GiB per GPU" + "".join(f"{name:>{width}}" for name, width in COLUMN_WIDTHS.items())]
-    for zero in range(4):
-        memory = memory_per_gpu(_trainable(parts), activations, zero, ranks, train.engine)
-        mark = "→" if zero == train.engine.zero else " "
-        cells = "".join(f"{memory[name] / GIB:>{width}.3f}" for name, width in COLUMN_WIDTHS.items())
-        lines.append(f"  {mark} ZeRO {zero}    {cells}")
-    return lines
+def length(training: Training, machines: Machines, utilisation: float, disk_bytes_per_s: float) -> Length:
+    """Computes how long a training takes.
+
+    Args:
+        training: The training.
+        machines: The machines.
+        utilisation: Share of the peak speed that training reaches.
+        disk_bytes_per_s: Speed at which one node writes.
+    """
+    train, weights = training.train, 4 * sum(training.parameters)
+    flops = float(train.samples) * training.flops
+    hours = None
+    if machines.peak_flops:
+        hours = flops / (machines.peak_flops * utilisation * machines.ranks) / 3600
+    # Weights and moments; ZeRO 1 to 3 also write the optimizer's fp32 copy, and under ZeRO 3 the weights are only in it.
+    size = weights * ({0: 3, 1: 4, 2: 4, 3: 4}[train.engine.zero] + bool(train.engine.average))
+    writers = machines.nodes if train.engine.zero else 1
+    return Length(math.ceil(train.samples / train.batch), flops, hours, size, size / writers / disk_bytes_per_s)

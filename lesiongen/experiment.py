@@ -15,6 +15,7 @@ from typing import Literal
 from hpc import config as hpc_config
 from hpc.config import volatile
 from hpc.errors import UserError
+from hpc.train.hardware import HardwareConfig
 from hpc.train.loop import TrainConfig
 from hpc.train.optim import OptimConfig
 from lesiongen.data.augment import AugmentConfig
@@ -175,6 +176,7 @@ class Experiment:
     sample: SampleConfig = field(default_factory=SampleConfig)  # generating images
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)  # measuring the samples
     local: LocalConfig = volatile(default_factory=LocalConfig)  # ranks on this machine
+    hardware: HardwareConfig = volatile(default_factory=HardwareConfig)  # machines that `lesiongen plan` computes for
 
     def __post_init__(self):
         if not self.name or "/" in self.name or self.name.startswith("."):

@@ -30,10 +30,10 @@ def on_device(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
         with torch.cuda.stream(copying):
             copied = _map_tensors(batch, copy)
         if ahead is not None:
-            yield _arrived(ahead, copying_done, device)
-        ahead, copying_done = copied, copying.record_event()
+            yield _arrived(*ahead, device)
+        ahead = copied, copying.record_event()
     if ahead is not None:
-        yield _arrived(ahead, copying_done, device)
+        yield _arrived(*ahead, device)
 
 
 def _arrived(batch: dict, copied: torch.cuda.Event, device: torch.device) -> dict:

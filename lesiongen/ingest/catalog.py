@@ -150,6 +150,13 @@ def _filter_licences(records: list[Record], allowed: Iterable[str]) -> tuple[lis
     return [r for r, fit in zip(records, fits, strict=True) if fit], left_out
 
 
+def count_images(folder: str | None) -> int:
+    """Returns the number of image files below a folder; 0 if there is no such folder. Does not open the files."""
+    if not folder or not Path(folder).is_dir():
+        return 0
+    return sum(path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") for path in Path(folder).rglob("*"))
+
+
 def _image_files(images: Path) -> dict[str, Path]:
     """Returns the path of each image in the folder by the image's id."""
     if not images.is_dir():

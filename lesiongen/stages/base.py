@@ -19,6 +19,7 @@ from hpc.run import rundir
 from hpc.run.rundir import StageDir
 from lesiongen.data.packed import Packed
 from lesiongen.experiment import Experiment
+from lesiongen.ingest.catalog import count_images
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ def shards_are_current(config: Experiment) -> bool:
         return True
     shards = StageDir(config.directory / "shards", shards_identity(config), {})
     return shards.done() and not shards.differences()
+
+
+def training_images(config: Experiment) -> int | None:
+    """Returns the number of training images: of the packed shards, else about as many as the folder holds; None if unknown."""
+    if config.inputs.shards or shards_are_current(config):
+        return sum(packed(config).counts["train"].values())
+    number = count_images(config.data.images)
+    return round(number * (1 - config.data.val - config.data.test)) or None
 
 
 def stage_dir_of(config: Experiment, stage: Stage) -> StageDir:

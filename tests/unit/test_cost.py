@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch.profiler import profile
 
+from hpc.errors import UserError
 from hpc.train import flops
 from hpc.train.memory import peak_activations
 from launch import cost
+from launch.cost_table import format_cost
 from lesiongen import priors
+from lesiongen.experiment import load as load_experiment
 from lesiongen.experiment import make as experiment
 from lesiongen.priors import objective
 from lesiongen.priors.gated_pixelcnn import GatedPixelCNNConfig
@@ -33,6 +36,16 @@ PRIORS = {
 def shape(side: int, facts: int = 7, upper: bool = True) -> dict:
     above = ((512, (side // 2, side // 2)),) if upper else ()
     return {"grid": (side, side), "entries": 512, "facts": {"label": facts}, "upper": above}
+
+
+def prior_activations(config, shape: dict, micro: int, bf16: bool = False, training: bool = True) -> int:
+    module = lambda: objective.Objective(priors.make(config, **shape))  # noqa: E731
+    return peak_activations(lambda: (module(), objective.blank_batch(shape, micro)), bf16, training)
+
+
+def number_of_parameters(config, shape: dict) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in priors.make(config, **shape).parameters())
 
 
 def measured(module, batch) -> int:
@@ -61,7 +74,7 @@ def saved(module, batch) -> int:
 def test_memory_is_what_a_real_step_takes(name, side):
     """Compares with real steps of 1,024 and 4,096 tokens."""
     torch.manual_seed(0)
-    predicted = cost.prior_activations(PRIORS[name], shape(side), micro=1)
+    predicted = prior_activations(PRIORS[name], shape(side), micro=1)
     module = objective.Objective(priors.make(PRIORS[name], **shape(side))).train()
     batch = objective.blank_batch(shape(side), 1)
     assert predicted == pytest.approx(measured(module, batch), rel=0.05)
@@ -71,10 +84,17 @@ def test_memory_is_what_a_real_step_takes(name, side):
         assert predicted == pytest.approx(saved(module, batch) + 2 * logits, rel=0.15)
 
 
+def test_an_evaluation_takes_less_than_a_step():
+    config = GPTConfig(layers=4, heads=2, width=32)
+    step = prior_activations(config, shape(32), micro=2)
+    evaluation = prior_activations(config, shape(32), micro=2, training=False)
+    assert 0 < evaluation < 0.5 * step
+
+
 def test_checkpointing_and_bf16_take_less():
-    full = cost.prior_activations(GPTConfig(layers=4, heads=2, width=32), shape(32), micro=2)
-    assert cost.prior_activations(PRIORS["gpt checkpointed"], shape(32), micro=2) < 0.6 * full
-    assert cost.prior_activations(GPTConfig(layers=4, heads=2, width=32), shape(32), micro=2, bf16=True) < 0.8 * full
+    full = prior_activations(GPTConfig(layers=4, heads=2, width=32), shape(32), micro=2)
+    assert prior_activations(PRIORS["gpt checkpointed"], shape(32), micro=2) < 0.6 * full
+    assert prior_activations(GPTConfig(layers=4, heads=2, width=32), shape(32), micro=2, bf16=True) < 0.8 * full
 
 
 def test_memory_of_a_tokenizers_step():
@@ -84,7 +104,8 @@ def test_memory_of_a_tokenizers_step():
     net = make_tokenizer(config.tokenizer.model, 3, 32)
     module = tokenizer_objective.Objective(net, config.tokenizer.loss, 1.0).train()
     batch = {"image": torch.zeros(8, 3, 64, 64, dtype=torch.uint8), "slot": torch.arange(8), "position": torch.arange(8)}
-    assert 0.8 < cost.tokenizer_activations(config, 8) / measured(module, batch) < 1.02
+    predicted = next(cost.trainings(config)).activations(8)
+    assert 0.8 < predicted / measured(module, batch) < 1.02
 
 
 def test_a_storage_counts_once_and_until_it_is_freed():
@@ -146,6 +167,52 @@ def test_the_table_of_sizes_is_true():
     for number, unit, rest in rows:
         layers, heads, width, top, bottom = (int(cell.replace(",", "")) for cell in rest.split("|")[:5])
         config = GPTConfig(layers=layers, heads=heads, width=width)
-        assert sum(cost.prior_parameters(config, shape(32, upper=False)).values()) == top
-        assert sum(cost.prior_parameters(config, shape(64)).values()) == bottom
+        assert number_of_parameters(config, shape(32, upper=False)) == top
+        assert number_of_parameters(config, shape(64)) == bottom
         assert top == pytest.approx(int(number) * {"M": 1e6, "B": 1e9}[unit], rel=0.2)
+
+
+def plan(machine: str, *overrides: str) -> str:
+    """Returns what `lesiongen plan` prints for a GPT of 100 M parameters on a machine."""
+    model = "{layers: 8, width: 1024, heads: 16}"
+    given = [f"hardware={machine}", f"priors.top.model={model}", f"priors.bottom.model={model}", *overrides]
+    return format_cost(load_experiment(str(Path(__file__).parents[2] / "configs" / "demo.yaml"), given), images=10_000)
+
+
+def test_a_plan_says_that_it_fits_and_for_how_long():
+    text = plan("{gpus: 4, gpu: H100, host_gb: 500}")
+    assert "it fits" in text and "hours at 35% of the peak speed" in text and "4 H100 of 80 GB" in text
+    row = next(line for line in text.splitlines() if line.startswith("  prior-top") and "GB," in line).split()
+    assert row[1:4] == ["18,000", "1.8", "563"]
+    flops, hours = float(row[4]), float(row[5])
+    assert hours == pytest.approx(flops / (4 * 989e12 * 0.35) / 3600, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("machine", "overrides", "advised"),
+    [
+        ("{gpus: 8, gpu_gb: 1.9, host_gb: 500}", (), ("priors.top.train.engine.zero=",)),
+        ("{gpus: 1, gpu_gb: 3.0, host_gb: 500}", (), ("priors.top.train.engine.accumulation=",)),
+        ("{gpus: 1, gpu_gb: 0.1, host_gb: 500}", (), ("use a smaller model",)),
+        ("{gpus: 8, gpu: H100, host_gb: 20}", (), ("of main memory of a node", "use a smaller model")),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_what_to_change(machine, overrides, advised):
+    text = plan(machine, *overrides)
+    line = next(line for line in text.splitlines() if line.startswith("prior-top DOES NOT FIT"))
+    assert all(part in line for part in advised), line
+    if "set " in line:
+        changes = line.split("set ")[1].split()
+        assert "prior-top DOES NOT FIT" not in plan(machine, *overrides, *changes)
+
+
+def test_an_unknown_gpu_needs_its_memory():
+    with pytest.raises(UserError, match="nothing is known of the GPU 'X1'; set gpu_gb, or gpu to one of GH200"):
+        plan("{gpus: 1, gpu: X1}")
+    assert "of 30 GB" in plan("{gpus: 1, gpu: X1, gpu_gb: 30}")
+
+
+def test_ranks_on_the_cpu_share_the_main_memory():
+    text = plan("{host_gb: 100}", "local.ranks=2")
+    assert "2 ranks on the CPU" in text and "it fits" in text
+    assert "DOES NOT FIT" in plan("{host_gb: 4}", "local.ranks=2")
