@@ -145,6 +145,9 @@ def _add_verb(verbs: Verbs, name: str, text: str) -> argparse.ArgumentParser:
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", help=CONFIG_HELP)
+    verb.add_argument(
+        "--preset", help="fill in what the config leaves open: small, base, large, or auto by the number of images"
+    )
     _add_overrides(verb)
 
 
@@ -171,6 +174,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognized: {' '.join(unknown)}")
     if rest:
         options.overrides += rest
+    if getattr(options, "preset", None):
+        options.overrides.insert(0, f"preset={options.preset}")
     return options
 
 

@@ -18,6 +18,7 @@ from hpc.errors import UserError
 from hpc.train.hardware import HardwareConfig
 from hpc.train.loop import TrainConfig
 from hpc.train.optim import OptimConfig
+from lesiongen import presets
 from lesiongen.data.augment import AugmentConfig
 from lesiongen.data.balance import StreamConfig
 from lesiongen.data.config import DataConfig
@@ -232,7 +233,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     """
     data = hpc_config.apply_overrides(hpc_config.read_yaml(Path(path)), list(overrides))
     data.setdefault("name", Path(path).stem)
-    return make(data)
+    return make(presets.fill_in(data))
 
 
 def make(data: dict) -> Experiment:

@@ -21,6 +21,7 @@ FLOORS = {
         ["tokenizers"],
         ["priors"],
         ["evaluation"],
+        ["presets"],
         ["experiment"],
         ["stages"],
     ],

@@ -1,0 +1,102 @@
+"""Presets: settings that fit a number of photographs. `preset: auto` in a config, or --preset, fills in what the config leaves open.
+
+A preset is one of the configs in configs/gpu, with the lengths of its trainings changed to epochs that suit the number of training
+images. lesiongen/experiment.py merges a preset with the user's config before the config is checked.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc.config import read_yaml
+from hpc.errors import UserError
+from lesiongen.ingest.catalog import count_images
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "gpu"
+SECTIONS = ("tokenizer", "encode", "priors", "sample")  # sections of the config that a preset fills in
+LENGTHS = ("samples", "patience", "log_every", "eval_every", "save_every")  # settings of a training that are scaled
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Where a preset comes from, and how long its trainings are.
+
+    Attributes:
+        config: Config in configs/gpu.
+        images: Largest number of training images that `auto` chooses this preset for.
+        tokenizer_epochs: Length of tokenizer training.
+        prior_epochs: Length of prior training. Each epoch shows other views of the images.
+    """
+
+    config: str
+    images: float
+    tokenizer_epochs: int
+    prior_epochs: int
+
+
+PRESETS = {
+    "small": Preset("one-128.yaml", 15_000, tokenizer_epochs=100, prior_epochs=200),
+    "base": Preset("one-256.yaml", 150_000, tokenizer_epochs=40, prior_epochs=60),
+    "large": Preset("node-256.yaml", float("inf"), tokenizer_epochs=20, prior_epochs=20),
+}
+
+
+def fill_in(data: dict) -> dict:
+    """Returns a config with the settings of its preset where the config says nothing. Without `preset` it is unchanged.
+
+    Args:
+        data: Plain data of a config. `preset` is small, base, large, or auto for the one that suits the number of images.
+
+    Raises:
+        UserError: There is no such preset, or the images cannot be counted.
+    """
+    data = dict(data)
+    name = data.pop("preset", None)
+    if name is None:
+        return data
+    if name not in (*PRESETS, "auto"):
+        raise UserError(f"preset: '{name}' is not a preset; choose among {', '.join(PRESETS)} and auto.")
+    own = data.get("data") or {}
+    photographs = count_images(own.get("images"))
+    number = round(photographs * (1 - own.get("val", 0.1) - own.get("test", 0.1)))
+    if number < 1:
+        raise UserError(f"preset: there are no images in data.images={own.get('images')}, so a preset cannot set lengths.")
+    if name == "auto":
+        name = next(name for name, preset in PRESETS.items() if number <= preset.images)
+    return _merge(settings(name, number), data)
+
+
+def settings(name: str, images: int) -> dict:
+    """Returns the settings of a preset for a number of training images, as plain data of a config."""
+    preset = PRESETS[name]
+    content = copy.deepcopy(read_yaml(CONFIGS / preset.config))
+    filled = {section: content[section] for section in SECTIONS}
+    filled["data"] = {"size": content["data"]["size"]}
+    filled["tokenizer"]["train"] = _scale(filled["tokenizer"]["train"], preset.tokenizer_epochs * images)
+    for prior in filled["priors"].values():
+        prior["train"] = _scale(prior["train"], preset.prior_epochs * images)
+    if name == "small":  # also for machines without a GPU, which compute slowly in bf16; fp32 takes twice the memory
+        for training in (filled["tokenizer"], *filled["priors"].values()):
+            training["train"]["engine"] = {"accumulation": 2}
+    return filled
+
+
+def _scale(train: dict, samples: int) -> dict:
+    """Returns the settings of a training with its length changed, and its intervals and warm-up in proportion."""
+    factor, batch = samples / train["samples"], train["batch"]
+
+    def scaled(value: int) -> int:
+        return batch * max(1, round(value * factor / batch))
+
+    optim = train["optim"] | {"warmup": scaled(train["optim"]["warmup"])}
+    return (
+        train | {key: scaled(train[key]) for key in LENGTHS if key in train} | {"optim": optim, "engine": dict(train["engine"])}
+    )
+
+
+def _merge(base: dict, own: dict) -> dict:
+    """Returns `base` with the values of `own` in place of its own, section by section."""
+    merged = dict(base)
+    for key, value in own.items():
+        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged

@@ -1,0 +1,80 @@
+"""Presets: which one is chosen, lengths in epochs, what the user's own settings keep, and that a plan fits a common GPU."""
+
+import pytest
+
+from hpc.errors import UserError
+from launch.__main__ import main
+from lesiongen import experiment, presets
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """photographs(number) returns a config of two lines for a folder of that many (empty) image files."""
+
+    def make(number: int, more: str = ""):
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        for i in range(number):
+            (folder / f"{i}.jpg").touch()
+        config = tmp_path / "mine.yaml"
+        config.write_text(f"data: {{images: {folder}}}\npreset: auto\n{more}")
+        return str(config)
+
+    return make
+
+
+@pytest.mark.parametrize(("images", "expected"), [(1, "small"), (15_000, "small"), (15_001, "base"), (800_000, "large")])
+def test_auto_goes_by_the_number_of_training_images(monkeypatch, images, expected):
+    monkeypatch.setattr(presets, "count_images", lambda folder: round(images / 0.8))
+    chosen = presets.fill_in({"preset": "auto", "data": {"images": "x"}})
+    assert chosen["priors"] == presets.settings(expected, round(round(images / 0.8) * 0.8))["priors"]
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("images", [40, 4_000, 500_000])
+def test_lengths_are_epochs_and_the_rest_is_in_proportion(name, images):
+    config = experiment.make(presets.settings(name, images) | {"name": "x", "data": {"images": "x"}})
+    preset = presets.PRESETS[name]
+    lengths = {config.tokenizer.train: preset.tokenizer_epochs}
+    lengths |= {config.prior(level).train: preset.prior_epochs for level in config.levels}
+    for train, epochs in lengths.items():
+        assert train.samples == pytest.approx(epochs * images, abs=train.batch)
+        assert train.samples % train.batch == train.log_every % train.batch == 0
+        assert train.optim.warmup < 0.05 * train.samples + train.batch
+        assert train.log_every <= train.eval_every <= train.samples
+
+
+def test_two_lines_give_a_plan_that_fits(photographs, capsys):
+    assert main(["plan", photographs(5_000), "hardware={gpus: 1, gpu: RTX 4090, host_gb: 64}"]) == 0
+    text = capsys.readouterr().out
+    assert "it fits" in text and "4,000 training images" in text
+    epochs = {line.split()[0]: float(line.split()[2]) for line in text.splitlines() if "GB," in line}
+    assert epochs == {"tokenizer": 100.0, "prior-top": 200.0, "prior-bottom": 200.0}
+
+
+def test_own_settings_go_before_those_of_a_preset(photographs):
+    config = photographs(40, "tokenizer: {model: {hidden: 32}, train: {samples: 640}}\nencode: {draws: 3}\n")
+    found = experiment.load(config, ["priors.top.model.layers=2", "tokenizer.train.batch=16"])
+    assert (found.tokenizer.model.hidden, found.tokenizer.train.samples, found.encode.draws) == (32, 640, 3)
+    assert (found.prior("top").model.layers, found.tokenizer.train.batch) == (2, 16)
+    assert found.prior("bottom").model.layers == 8 and found.tokenizer.model.entries == 512
+    assert found.tokenizer.train.engine.precision == "fp32"
+
+
+def test_the_option_is_the_same_as_the_line(photographs, tmp_path, capsys):
+    config = photographs(40)
+    assert main(["plan", config]) == 0
+    expected = capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text((tmp_path / "mine.yaml").read_text().replace("preset: auto\n", ""))
+    assert main(["plan", config, "--preset", "small"]) == 0
+    numbers = lambda text: [line for line in text.splitlines() if "hours" not in line and "GB," not in line]  # noqa: E731
+    assert numbers(capsys.readouterr().out) == numbers(expected)
+
+
+def test_what_is_wrong_with_a_preset_is_said(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("data: {images: nowhere}\n")
+    with pytest.raises(UserError, match="'huge' is not a preset; choose among small, base, large and auto"):
+        experiment.load(str(config), ["preset=huge"])
+    with pytest.raises(UserError, match="no images in data.images=nowhere"):
+        experiment.load(str(config), ["preset=auto"])
