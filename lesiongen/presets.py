@@ -1,7 +1,7 @@
-"""Presets: settings that fit a number of photographs. `preset: auto` in a config, or --preset, fills in what the config leaves open.
+"""Presets: settings that fit a number of photographs, for all that a config leaves open (`preset: auto`, or --preset auto).
 
-A preset is one of the configs in configs/gpu, with the lengths of its trainings changed to epochs that suit the number of training
-images. lesiongen/experiment.py merges a preset with the user's config before the config is checked.
+A preset is one of the configs in configs/gpu, with the lengths of its trainings changed to epochs that suit the number of
+training images. lesiongen/experiment.py merges a preset with the user's config before the config is checked.
 """
 
 import copy

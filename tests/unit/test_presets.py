@@ -76,5 +76,5 @@ def test_what_is_wrong_with_a_preset_is_said(tmp_path):
     config.write_text("data: {images: nowhere}\n")
     with pytest.raises(UserError, match="'huge' is not a preset; choose among small, base, large and auto"):
         experiment.load(str(config), ["preset=huge"])
-    with pytest.raises(UserError, match="no images in data.images=nowhere"):
+    with pytest.raises(UserError, match=r"no images in data\.images=nowhere"):
         experiment.load(str(config), ["preset=auto"])
