@@ -264,7 +264,7 @@ class Trainer:
         # Seed dropout by the position, so that a resumed training draws the same random numbers.
         torch.manual_seed(sample_seed(self.seed, state.samples) + self.topology.rank)
         step = engine.step(
-            micro_batches,
+            [self.task.finish(batch) for batch in micro_batches],
             lr=learning_rate(config.optim, state.samples, config.samples),
             flags={"stop": stop, "bad": len(bad)},
             decay=average_decay(config.engine.average, state.samples, config.batch),

@@ -47,6 +47,9 @@ class Task(Protocol):
             Dicts of tensors for the model, with "key" (names of the samples) and maybe "bad" (samples that were replaced).
         """
 
+    def finish(self, batch: dict) -> dict:
+        """Completes a micro-batch on the device, for example augments its images, without waiting for the device."""
+
     def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Updates the model after an accepted optimizer step, outside the optimizer.
 

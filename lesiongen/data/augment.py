@@ -7,7 +7,7 @@ Do not copy them to another layout before they are resized: antialiased resizing
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.functional import affine_grid, grid_sample, interpolate
@@ -111,6 +111,62 @@ def augment(image_CHW: torch.Tensor, size: int, config: AugmentConfig, rng: torc
         config: Which operations to apply, and how strongly.
         rng: Source of all randomness. The same state gives the same view.
     """
+    view = draw_view(config, rng)
+    out = crop(image_CHW, size, view)
+    if view.symmetry:
+        out = dihedral(out, view.symmetry)
+    if view.hflip:
+        out = F.horizontal_flip(out)
+    if view.vflip:
+        out = F.vertical_flip(out)
+    if view.jittered:
+        out = jitter(out, view.brightness, view.contrast, view.saturation, view.hue)
+    if view.noise:
+        out = noise(out, view.noise, rng)
+    return out.contiguous()
+
+
+class View(NamedTuple):
+    """The random decisions of one view. The defaults give the unaugmented view, the central square.
+
+    Attributes:
+        side: Side of the window, as a fraction of the image's short side.
+        ratio: Width / height of the window. It does not change the window's area.
+        top: Vertical position of the window, from 0 (top edge of the image) to 1 (bottom edge).
+        left: Horizontal position of the window, from 0 (left edge) to 1 (right edge).
+        angle: Rotation in radians.
+        symmetry: One of the 8 symmetries of the square; 0 is the identity. See dihedral().
+        hflip: Whether to flip horizontally.
+        vflip: Whether to flip vertically.
+        jittered: Whether the colours change.
+        brightness, contrast, saturation: Factors; 1 changes nothing.
+        hue: Shift as a fraction of the colour circle; 0 changes nothing.
+        noise: Standard deviation of the noise, as a fraction of the range from black to white; 0 for none.
+    """
+
+    side: float = 1.0
+    ratio: float = 1.0
+    top: float = 0.5
+    left: float = 0.5
+    angle: float = 0.0
+    symmetry: int = 0
+    hflip: bool = False
+    vflip: bool = False
+    jittered: bool = False
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
+    noise: float = 0.0
+
+
+def draw_view(config: AugmentConfig, rng: torch.Generator) -> View:
+    """Draws the random decisions of one view.
+
+    Args:
+        config: Which operations to apply, and how strongly.
+        rng: Source of the random numbers; exactly DRAWS are drawn.
+    """
     u = dict(zip(DRAWS, torch.rand(len(DRAWS), generator=rng).tolist(), strict=True))
     only = config.one_of[int(u["one_of"] * len(config.one_of))] if config.one_of else None
 
@@ -121,30 +177,25 @@ def augment(image_CHW: torch.Tensor, size: int, config: AugmentConfig, rng: torc
         """Maps the draw from [0, 1) to [-limit, limit)."""
         return limit * (2 * u[name] - 1)
 
-    angle = math.radians(symmetric(config.rotate, "angle")) if applies("rotate") else 0.0
+    decided: dict[str, float] = {}
+    if applies("rotate"):
+        decided["angle"] = math.radians(symmetric(config.rotate, "angle"))
     if applies("crop"):
-        side = config.crop + (config.crop_max - config.crop) * u["side"]
-        ratio = math.exp(symmetric(math.log(config.aspect), "aspect"))
-        out = crop(image_CHW, size, side, ratio, u["top"], u["left"], angle)
-    else:
-        out = crop(image_CHW, size, angle=angle)
+        decided["side"] = config.crop + (config.crop_max - config.crop) * u["side"]
+        decided |= {"ratio": math.exp(symmetric(math.log(config.aspect), "aspect")), "top": u["top"], "left": u["left"]}
     if applies("dihedral"):
-        out = dihedral(out, int(u["symmetry"] * 8))
-    if applies("hflip"):
-        out = F.horizontal_flip(out)
-    if applies("vflip"):
-        out = F.vertical_flip(out)
+        decided["symmetry"] = int(u["symmetry"] * 8)
     if applies("jitter"):
-        factors = (1 + symmetric(getattr(config, name), name) for name in ("brightness", "contrast", "saturation"))
-        out = jitter(out, *factors, hue=symmetric(config.hue, "hue"))
+        decided |= {name: 1 + symmetric(getattr(config, name), name) for name in ("brightness", "contrast", "saturation")}
+        decided |= {"jittered": True, "hue": symmetric(config.hue, "hue")}
     if applies("noise"):
-        out = noise(out, config.noise, rng)
-    return out.contiguous()
+        decided["noise"] = config.noise
+    return View(hflip=applies("hflip"), vflip=applies("vflip"), **decided)
 
 
 def centre(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
     """Returns the unaugmented view: the central square, resized to uint8 [C, size, size]."""
-    return crop(image_CHW, size)
+    return crop(image_CHW, size, View())
 
 
 def preprocess(image_CHW: torch.Tensor, config: PreprocessConfig) -> torch.Tensor:
@@ -157,46 +208,52 @@ def preprocess(image_CHW: torch.Tensor, config: PreprocessConfig) -> torch.Tenso
     return stretch(out) if config.stretch else out
 
 
-def crop(
-    image_CHW: torch.Tensor,
-    size: int,
-    side: float = 1.0,
-    ratio: float = 1.0,
-    top: float = 0.5,
-    left: float = 0.5,
-    angle: float = 0.0,
-) -> torch.Tensor:
-    """Cuts a window, which may be rotated, and resizes it with antialiasing. The defaults give the central square.
+def window_of(view: View, height: int, width: int) -> tuple[int, int, int, int]:
+    """Returns the window of a view in an image, (top, left, height, width) in pixels.
 
     Cutting a rotated window needs its whole bounding box. If the box does not fit into the image, the window is made
     smaller, so that no corner of the view is empty.
 
     Args:
+        view: The view's random decisions.
+        height: Height of the image.
+        width: Width of the image.
+    """
+    short = min(height, width)
+    window_h, window_w = short * view.side / math.sqrt(view.ratio), short * view.side * math.sqrt(view.ratio)
+    scale = min(_growth(view.angle), height / window_h, width / window_w)
+    window_h, window_w = max(1, round(window_h * scale)), max(1, round(window_w * scale))
+    return round((height - window_h) * view.top), round((width - window_w) * view.left), window_h, window_w
+
+
+def _growth(angle: float) -> float:
+    """Returns the side of a rotated square's bounding box, relative to the side of the square."""
+    return abs(math.cos(angle)) + abs(math.sin(angle))
+
+
+def box_side(size: int, angle: float) -> int:
+    """Returns the side of the square that a window is resized to, so that its rotated centre has `size` pixels."""
+    return math.ceil(size * _growth(angle))
+
+
+def crop(image_CHW: torch.Tensor, size: int, view: View) -> torch.Tensor:
+    """Cuts a window, which may be rotated, and resizes it with antialiasing.
+
+    Args:
         image_CHW: The image, uint8.
         size: Side of the result, in pixels.
-        side: Side of the window, as a fraction of the image's short side.
-        ratio: Width / height of the window. It does not change the window's area.
-        top: Vertical position of the window, from 0 (top edge of the image) to 1 (bottom edge).
-        left: Horizontal position of the window, from 0 (left edge) to 1 (right edge).
-        angle: Rotation in radians.
+        view: Side, ratio, position and angle of the window.
 
     Returns:
         The view, uint8 [C, size, size].
     """
-    height, width = image_CHW.shape[-2:]
-    short = min(height, width)
-    window_h, window_w = short * side / math.sqrt(ratio), short * side * math.sqrt(ratio)
-    # Side of a rotated square's bounding box, relative to the side of the square.
-    growth = abs(math.cos(angle)) + abs(math.sin(angle))
-    scale = min(growth, height / window_h, width / window_w)
-    window_h, window_w = max(1, round(window_h * scale)), max(1, round(window_w * scale))
-    top, left = round((height - window_h) * top), round((width - window_w) * left)
+    top, left, window_h, window_w = window_of(view, *image_CHW.shape[-2:])
     window = image_CHW[:, top : top + window_h, left : left + window_w]  # a slice without a copy, so still channels-last
-    box = math.ceil(size * growth)
+    box = box_side(size, view.angle)
     # Not torchvision's resize: it makes the same call, but first copies a channels-last window to another layout.
     exact = box == window_h == window_w
     out = window if exact else interpolate(window[None], (box, box), mode="bilinear", antialias=True)[0]
-    return rotate(out, size, angle) if angle else out
+    return rotate(out, size, view.angle) if view.angle else out
 
 
 def rotate(image_CHW: torch.Tensor, size: int, angle: float) -> torch.Tensor:

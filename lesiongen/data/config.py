@@ -36,6 +36,11 @@ class DataConfig:
     # Processes per rank that pack. 0 = divide the node's cores among its ranks, but use one process for up to 2,000 images.
     processes: int = volatile(0)
     workers: int = volatile(1)  # processes per rank that decode and augment in training; 0 = the training process does it
+    # Where training images are augmented. workers: by the data workers. device: on the training device, for whole batches; the
+    # data workers then only decode. Pixels differ slightly between the two.
+    augment_on: Literal["workers", "device"] = volatile("workers")
+    # With augment_on: device, hold all decoded training images on the GPU if they take at most a quarter of its free memory.
+    resident: Literal["auto", "never"] = volatile("auto")
     cache: CacheConfig = volatile(default_factory=CacheConfig)  # copies of remote or slow shards on the node's own disk
     ledger: bool = volatile(False)  # each rank writes the keys of the samples that it trained on to ledger-<rank>.jsonl
 

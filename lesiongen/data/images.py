@@ -232,3 +232,11 @@ def to_uint8(x_BCHW: torch.Tensor) -> torch.Tensor:
 def to_unit(x_BCHW: torch.Tensor) -> torch.Tensor:
     """Converts float pixels in [-1, 1] to [0, 1], the range that PSNR and SSIM expect; clamps values outside."""
     return (x_BCHW.float().clamp(-1, 1) + 1) / 2
+
+
+def pad_to_one_size(images_CHW: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Pads images at the bottom and the right with 0 to the largest height and width among them."""
+    height, width = (max(image.shape[i] for image in images_CHW) for i in (1, 2))
+    if all(image.shape[1:] == (height, width) for image in images_CHW):
+        return images_CHW
+    return [torch.nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images_CHW]

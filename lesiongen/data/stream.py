@@ -18,11 +18,12 @@ import torch
 from torch.utils.data import default_collate
 
 from hpc import dist
-from hpc.data.order import SampleOrder, sample_seed
+from hpc.data.order import MixtureOrder, SampleOrder, sample_seed
 from hpc.data.shards import BadSample, ShardReader, Source, evaluation_batches, loader, training_batches
 from lesiongen.data import images
 from lesiongen.data.augment import AugmentConfig, augment, centre
 from lesiongen.data.balance import StreamConfig, order_for
+from lesiongen.data.device_augment import random_row
 from lesiongen.data.packed import Packed
 
 
@@ -84,6 +85,7 @@ class ImageShards:
         seed: int,
         workers: int,
         stream: StreamConfig | None = None,
+        on_device: bool = False,
     ) -> Iterator[dict]:
         """Yields this rank's augmented micro-batches, without end.
 
@@ -95,6 +97,7 @@ class ImageShards:
             seed: Seed of the sample order and of the augmentation.
             workers: Data workers; 0 = this process decodes.
             stream: Balance of the classes and weights of the sets; None for the defaults.
+            on_device: Leave the augmentation to augment_batch() of lesiongen/data/device_augment.py.
 
         Yields:
             Batches as `collate` describes them, with tensors instead of arrays.
@@ -102,10 +105,15 @@ class ImageShards:
         Raises:
             UserError: `stream` does not fit the batch or the sets.
         """
-        reader, stream = self.reader(), stream or StreamConfig()
-        order = order_for(self.label_counts(), self.sets, batch, seed, stream, partial(self.member, reader))
+        reader = self.reader()
+        order = self.order(reader, batch, seed, stream)
         batches = partial(training_batches, position, batch, micro_batch, dist.rank(), dist.world_size())
-        return loader(Source(reader, order, batches), Decoder(self, config, seed), collate, micro_batch, workers)
+        decoder = Decoder(self, config, seed, on_device)
+        return loader(Source(reader, order, batches), decoder, collate, micro_batch, workers)
+
+    def order(self, reader: ShardReader, batch: int, seed: int, stream: StreamConfig | None) -> SampleOrder | MixtureOrder:
+        """Returns the order of the training sequence. Arguments as for train(); `reader` reads the shards' indices."""
+        return order_for(self.label_counts(), self.sets, batch, seed, stream or StreamConfig(), partial(self.member, reader))
 
     def first(self, number: int, batch: int, config: AugmentConfig, seed: int) -> Iterator[dict]:
         """Yields one batch with the first images of the training sequence (without balance or weights), the same on every rank.
@@ -164,21 +172,26 @@ class Decoder:
         data: The split that the sample is from.
         config: The augmentation; None for the unaugmented, central view.
         seed: Together with the position, decides every random number of the view.
+        on_device: Return the whole image and what augment_batch() needs to know of the view, instead of the view.
     """
 
     data: ImageShards
     config: AugmentConfig | None = None
     seed: int = 0
+    on_device: bool = False
 
     def __call__(self, raw: dict) -> dict:
         """Returns a sample for `collate`. Raises BadSample."""
         image, facts = self.data.image(raw)
-        if self.config:
+        sample = {k: raw[k] for k in ("position", "slot", "shard", "ordinal")}
+        if self.on_device:
+            sample["view"] = random_row(self.config, self.seed, raw["position"], self.data.size, *image.shape[1:])
+            view = image
+        elif self.config:
             rng = torch.Generator().manual_seed(sample_seed(self.seed, raw["position"]))
             view = augment(image, self.data.size, self.config, rng)
         else:
             view = centre(image, self.data.size)
-        sample = {k: raw[k] for k in ("position", "slot", "shard", "ordinal")}
         label = self.data.label_index.get(facts.get("dx", ""), -1)
         return {**sample, "key": raw["__key__"], "image": view, "label": label, "facts": facts}
 
@@ -187,7 +200,8 @@ def collate(samples: list[dict]) -> dict:
     """Collates decoded samples to a batch.
 
     Returns:
-        image: tensor uint8 [B, C, H, W].
+        image: tensor uint8 [B, C, H, W]. Whole images of several sizes are padded at the bottom and the right.
+        view: array [B, V], rows for augment_batch(); only if the augmentation is left to the device.
         label: array [B], -1 for unlabelled images.
         position, slot, shard, ordinal: arrays [B].
         key: list of the images' keys in their shards.
@@ -195,9 +209,11 @@ def collate(samples: list[dict]) -> dict:
         bad: list of {"position", "error"} of samples that could not be read and were replaced.
     """
     numbers = ("label", "position", "slot", "shard", "ordinal")
+    views = {"view": np.array([s["view"] for s in samples], np.float32)} if "view" in samples[0] else {}
     return {
         # In a data worker, default_collate stacks directly into shared memory.
-        "image": default_collate([s["image"] for s in samples]),
+        "image": default_collate(images.pad_to_one_size([s["image"] for s in samples])),
+        **views,
         **{name: np.array([s[name] for s in samples]) for name in numbers},
         "key": [s["key"] for s in samples],
         "facts": [s["facts"] for s in samples],

@@ -16,8 +16,10 @@ from hpc.errors import UserError
 from hpc.train.engine import Engine
 from hpc.train.loop import train
 from hpc.train.zero import Weights, gathered
+from lesiongen.data.device_augment import augment_batch
 from lesiongen.data.images import to_float
 from lesiongen.data.packed import Packed
+from lesiongen.data.resident import load_if_small
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation import plots
 from lesiongen.evaluation.card import card
@@ -40,7 +42,7 @@ def stage(config: Experiment) -> Stage:
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """Trains the tokenizer and returns the digest of the export. Collective."""
-    task = TokenizerTask(config, packed(config), folder)
+    task = TokenizerTask(config, packed(config), folder, topology.device)
     train(task, config.tokenizer.train, folder, topology, config.seed, "tokenizer", ledger=config.data.ledger)
     return export_digest(folder / "export")
 
@@ -50,18 +52,22 @@ class TokenizerTask:
 
     metric = "mse"
 
-    def __init__(self, config: Experiment, shards: Packed, folder: Path):
+    def __init__(self, config: Experiment, shards: Packed, folder: Path, device: torch.device | None = None):
         """Prepares the task. Raises UserError if the images do not fit the model's strides.
 
         Args:
             config: The run's config.
             shards: The images.
             folder: The stage's directory; the export is written below it.
+            device: The device that trains; the CPU by default.
         """
         self.config, self.folder, self.name = config, folder, f"{config.name}: tokenizer"
         self.data = ImageShards(shards, "train")
         self.held_out = ImageShards(shards, "val")
         self.size = len(self.data)
+        on_device = config.data.augment_on == "device"
+        small = on_device and config.data.resident == "auto"
+        self.resident = load_if_small(self.data, device or torch.device("cpu")) if small else None
         try:
             self.grids = config.tokenizer.model.grids(self.data.size)
         except ValueError as error:
@@ -91,12 +97,26 @@ class TokenizerTask:
             micro_batch: Images in each micro-batch.
 
         Yields:
-            Dicts with image uint8 [B, C, H, W], slot and position [B], and the lists key and bad.
+            Dicts with image uint8 [B, C, H, W], slot and position [B], and the lists key and bad. If the augmentation is left
+            to the device, also view; and for resident images index in place of image. See finish().
         """
-        config = self.config.tokenizer
-        seed, workers = self.config.seed, self.config.data.workers
-        batches = self.data.train(position, config.train.batch, micro_batch, config.augment, seed, workers, config.stream)
-        return ({k: batch[k] for k in ("image", "slot", "position", "key", "bad")} for batch in batches)
+        config, seed = self.config.tokenizer, self.config.seed
+        if self.resident:
+            return self.resident.train(position, config.train.batch, micro_batch, config.augment, seed, config.stream)
+        on_device, workers = self.config.data.augment_on == "device", self.config.data.workers
+        how = config.augment, seed, workers, config.stream, on_device
+        batches = self.data.train(position, config.train.batch, micro_batch, *how)
+        names = ("image", "slot", "position", "key", "bad", *(("view",) if on_device else ()))
+        return ({k: batch[k] for k in names} for batch in batches)
+
+    def finish(self, batch: dict) -> dict:
+        """Augments the images of a batch on the device, if the data workers have left that to it."""
+        if "view" not in batch:
+            return batch
+        batch = dict(batch)
+        images = self.resident.pixels[batch.pop("index")] if self.resident else batch["image"]
+        batch["image"] = augment_batch(images, batch.pop("view"), batch["position"], self.data.size)
+        return batch
 
     def after_step(self, module: nn.Module, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """Updates the codebooks from the statistics of the global batch. Returns the metrics of each level's codebook."""
