@@ -1,8 +1,8 @@
 """Random views of whole batches on the training device: the operations of lesiongen/data/augment.py for many images at once.
 
 The random numbers of a view are drawn as on the CPU. The pixels differ slightly: crop, rotation and symmetries are one bilinear
-sampling here, without antialiasing. Packed images are hardly larger than the views, so little is shrunk. Noise comes from a hash
-of the sample's position and the pixel, so it does not depend on how a batch is divided among ranks.
+sampling here, without antialiasing. Packed images are hardly larger than the views, so little is shrunk. Noise comes from a
+hash of the sample's position and the pixel, so it does not depend on how a batch is divided among ranks.
 
 Data workers call random_row() for each image; the tokenizer stage calls augment_batch() on the device.
 """
@@ -102,7 +102,7 @@ def _symmetry_matrices(column: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _jitter(x_BCHW: torch.Tensor, column: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Applies brightness, contrast, saturation and hue, as jitter() of augment.py does; images of one channel have no colour."""
+    """Applies brightness, contrast, saturation and hue, as jitter() of augment.py does. Grey images keep their hue."""
     factor = {name: column[name].view(-1, 1, 1, 1) for name in ("brightness", "contrast", "saturation", "hue")}
     colour = x_BCHW.shape[1] == 3
     x = (x_BCHW * factor["brightness"]).clamp(0, 255)

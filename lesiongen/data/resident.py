@@ -70,7 +70,7 @@ class ResidentImages:
 
 
 def load_if_small(data: ImageShards, device: torch.device) -> ResidentImages | None:
-    """Loads a split onto a GPU if it takes at most DEVICE_SHARE of the free memory and every image can be decoded, else None."""
+    """Loads a split onto a GPU. Returns None if it takes more than DEVICE_SHARE of the free memory or has unreadable images."""
     if device.type != "cuda":
         return None
     estimate = len(data) * data.channels * data.size**2 * USUAL_ASPECT

@@ -164,8 +164,9 @@ def test_one_operation_does_not_change_the_draws_of_another(lesion, name, monkey
 
         def spy(inner, real, image, *args, **more):
             state = [a.get_state().tolist() for a in args if isinstance(a, torch.Generator)]
-            plain = [list(a[:5]) if isinstance(a, A.View) else [a] for a in args if not isinstance(a, torch.Generator)]
-            seen[inner] = sum(plain, []) + list(more.values()) + state
+            plain = [a for a in args if not isinstance(a, (torch.Generator, A.View))]
+            window = [value for a in args if isinstance(a, A.View) for value in a[:5]]
+            seen[inner] = plain + window + list(more.values()) + state
             return real(image, *args, **more)
 
         with monkeypatch.context() as patch:
