@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hpc.config import read_yaml
 from hpc.errors import UserError
-from lesiongen.ingest.catalog import count_images
+from lesiongen.ingest.folders import count_images
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "gpu"
 SECTIONS = ("tokenizer", "encode", "priors", "sample")  # sections of the config that a preset fills in

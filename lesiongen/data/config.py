@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hpc.config import volatile
+from hpc.config import added, volatile
 from hpc.data.storage import CacheConfig
 from lesiongen.data.augment import PreprocessConfig
 
@@ -23,6 +23,9 @@ class DataConfig:
     # CSV file with the split (train, val or test) of each image. Without it, folders named train, val and test decide if the
     # images come in such folders, and else a hash of the lesion's id.
     splits: str | None = None
+    unlabelled: bool = added(False)  # pack images of which none has a label; otherwise packing stops
+    # Pack images without lesion or patient although a column of the metadata looks like one; otherwise packing stops.
+    ungrouped: bool = added(False)
     near_duplicates: bool = False  # search for photographs of one lesion under several ids, and keep them in one split
     size: int = 256  # short side of the packed images, and side of the square views that are trained on, in pixels
     channels: Literal[1, 3] = 3  # 3 = RGB, 1 = greyscale

@@ -5,6 +5,7 @@ are matched by name only. They are opened later, in packing.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from pathlib import Path
 from hpc.errors import UserError
 from lesiongen.data.facts import AGE_BANDS
 from lesiongen.ingest import licences, sources
-from lesiongen.ingest.sources import IMAGE_SUFFIXES, Table, image_id
+from lesiongen.ingest.folders import find_images
+from lesiongen.ingest.layouts import ID_COLUMNS
+from lesiongen.ingest.sources import Table, image_id
 
-# Names of files that the ISIC challenges put beside the photographs: masks of lesions, superpixels, dermoscopic attributes.
-MASKS = re.compile(r"_(segmentation|superpixels|attribute_[a-z_]+)$", re.IGNORECASE)
 # Name of a split, as a folder or a CSV file spells it → split
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -68,6 +69,8 @@ class Catalog:
         pairs: Images that the metadata says show the same lesion.
         recognised: A line to print for each metadata file.
         listed: Number of distinct image ids among the files and the rows.
+        unread: "lesion", "patient" or "dx" → columns of the metadata that may hold it but were not read.
+        notes: Lines to print of files and folders that were left out.
     """
 
     records: list[Record]
@@ -76,6 +79,8 @@ class Catalog:
     pairs: list[tuple[str, str]]
     recognised: list[str]
     listed: int
+    unread: dict[str, list[str]]
+    notes: list[str]
 
 
 def read_catalog(
@@ -101,7 +106,8 @@ def read_catalog(
     Raises:
         UserError: The folder or a CSV file cannot be used, or no image has an allowed licence.
     """
-    files = _image_files(images)
+    found = find_images(images)
+    files = found.paths
     supplied_splits = _read_splits(splits) if splits else _folder_splits(images, files)
     if metadata is None:
         table = _table_of_folders(images, files, bool(supplied_splits) and not splits)
@@ -113,7 +119,8 @@ def read_catalog(
     listed_ids = table.rows.keys() | {image for image, _ in table.unusable}
     rejected += [{"image": image, "reason": "no row in the metadata"} for image in files if image not in listed_ids]
     records, left_out = _filter_licences(records, allowed)
-    return Catalog(records, rejected, left_out, table.pairs, table.recognised, len(files.keys() | listed_ids))
+    number = len(files.keys() | listed_ids)
+    return Catalog(records, rejected, left_out, table.pairs, table.recognised, number, table.unread, found.notes)
 
 
 def _match(
@@ -121,6 +128,7 @@ def _match(
 ) -> tuple[list[Record], list[dict]]:
     """Returns the records of rows that have a file and an accepted label, and the rejected rows."""
     records, rejected = [], [{"image": image, "reason": reason} for image, reason in table.unusable]
+    _match_other_case(files, table)
     for image, row in table.rows.items():
         row["dx"] = rename.get(row["dx"], row["dx"])
         if image not in files:
@@ -132,6 +140,16 @@ def _match(
             age = _age(row.get("age", ""))
             records.append(Record(image, str(files[image]), **facts, age=age, split=supplied_splits.get(image, "")))
     return records, rejected
+
+
+def _match_other_case(files: dict[str, Path], table: Table) -> None:
+    """Renames rows without a file to the file whose name differs in upper and lower case only, if there is one such file."""
+    lower = Counter(name.lower() for name in files)
+    by_lower = {name.lower(): name for name in files if lower[name.lower()] == 1}
+    for image in [image for image in table.rows if image not in files]:
+        name = by_lower.get(image.lower())
+        if name and name not in table.rows:
+            table.rows[name] = table.rows.pop(image) | {"image": name}
 
 
 def _filter_licences(records: list[Record], allowed: Iterable[str]) -> tuple[list[Record], list[dict]]:
@@ -148,33 +166,6 @@ def _filter_licences(records: list[Record], allowed: Iterable[str]) -> tuple[lis
         {"image": r.image, "reason": f"licence '{r.licence or 'not stated'}' is not among data.licences"} for r in others
     ]
     return [r for r, fit in zip(records, fits, strict=True) if fit], left_out
-
-
-def count_images(folder: str | None) -> int:
-    """Returns the number of image files below a folder; 0 if there is no such folder. Does not open the files."""
-    if not folder or not Path(folder).is_dir():
-        return 0
-    return sum(path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") for path in Path(folder).rglob("*"))
-
-
-def _image_files(images: Path) -> dict[str, Path]:
-    """Returns the path of each image in the folder by the image's id."""
-    if not images.is_dir():
-        raise UserError(f"The images folder {images} does not exist or is not a folder. Correct data.images.")
-    try:
-        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"The images folder {images} cannot be read: {error.strerror}.") from None
-    files: dict[str, Path] = {}
-    for path in paths:
-        if MASKS.search(path.stem):
-            continue
-        if path.stem in files:
-            raise UserError(f"Two images share the id '{path.stem}': {files[path.stem]} and {path}. Rename one of them.")
-        files[path.stem] = path
-    if not files:
-        raise UserError(f"The images folder {images} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-    return files
 
 
 def _folder_splits(images: Path, files: dict[str, Path]) -> dict[str, str]:
@@ -217,7 +208,7 @@ def _read_splits(path: Path) -> dict[str, str]:
     rows, header = sources.read_csv(path)
     if "split" not in header or len(header) < 2:
         raise UserError(f"{path} needs a column of image ids and a column 'split'; it has: {', '.join(header)}.")
-    column = next((c for c in sources.ID_COLUMNS if c in header), next(c for c in header if c != "split"))
+    column = next((c for c in ID_COLUMNS if c in header), next(c for c in header if c != "split"))
     splits: dict[str, str] = {}
     for row in rows:
         image, split = image_id(row.get(column) or ""), SPLIT_NAMES.get((row.get("split") or "").strip().lower(), "")

@@ -102,8 +102,9 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
         Path(data.splits) if data.splits else None,
         data.rename,
     )
-    for line in listing.recognised:
+    for line in (*listing.recognised, *listing.notes):
         print(line)
+    _refuse_lost_facts(data, listing)
     records = [r for r in listing.records if r.image not in packed]
     rejected = [entry for entry in listing.rejected if entry["image"] not in packed]
     if append:
@@ -121,6 +122,31 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
         folder, listing, rejected + unjoined, classes, catalog.vocabularies(records, classes, before.get("vocabularies"))
     )
     return _write_work(data, folder, members, classes, before.get("shards", []))
+
+
+def _refuse_lost_facts(data: DataConfig, listing: Catalog) -> None:
+    """Stops where labels or groups would be lost in silence, and warns of columns that look like them and are not read.
+
+    Raises:
+        UserError: No image has a label, or none has a group although a column looks like one, and the config does not allow it.
+    """
+    what = {"dx": "a diagnosis", "lesion": "a lesion's id", "patient": "a patient's id"}
+    for name, columns in listing.unread.items():
+        print(f"WARNING: {', '.join(columns)} may hold {what[name]} and is not read. If it does, set data.columns.{name}.")
+    if not data.unlabelled and listing.records and not any(record.dx for record in listing.records):
+        candidates = listing.unread.get("dx") or ["COLUMN"]
+        raise UserError(
+            f"None of the {len(listing.records):,} images has a label. Name the column of diagnoses, for example "
+            f"data.columns.dx={candidates[0].partition(' of ')[0]}, or set data.unlabelled=true to pack images without labels."
+        )
+    grouped = any(record.lesion or record.patient for record in listing.records)
+    candidates = [(name, columns[0]) for name in ("lesion", "patient") if (columns := listing.unread.get(name))]
+    if not data.ungrouped and not grouped and candidates:
+        name, column = candidates[0]
+        raise UserError(
+            f"No image has a lesion or a patient, so photographs of one lesion may fall into training and test. {column} looks "
+            f"like one: set data.columns.{name}={column.partition(' of ')[0]}, or data.ungrouped=true if it is none."
+        )
 
 
 def _classes(data: DataConfig, records: list[Record], before: dict, append: bool) -> list[str]:

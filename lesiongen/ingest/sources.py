@@ -6,132 +6,17 @@ folder of the named table are therefore read too: they often hold the lesion's i
 lesion would fall into different splits. `catalog.read_catalog` matches the resulting rows with image files.
 """
 
-import csv
-import io
-import re
+import unicodedata
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpc.errors import UserError
+from lesiongen.ingest.csv_text import column_key, read_cells
+from lesiongen.ingest.folders import IMAGE_SUFFIXES
+from lesiongen.ingest.layouts import FIELDS, ID_COLUMNS, Layout, common_columns, lacks_header, lookalikes, recognise
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-FIELDS = ("image", "lesion", "patient", "dx", "age", "sex", "site", "licence", "attribution")
+TABLE_SUFFIXES = (".csv", ".tab", ".tsv", ".txt")
 UNKNOWN = {"", "unknown", "unk", "nan", "na", "n/a", "none"}  # cells that state nothing, in lower case
-VIDIR = "ViDIR Group, Department of Dermatology, Medical University of Vienna"
-ISIC = "International Skin Imaging Collaboration"
-ID_COLUMNS = ("image_id", "isic_id", "image", "image_name", "filename", "file_name", "file", "id")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the files of one data set are recognised and read.
-
-    Attributes:
-        name: Name of the data set, recorded as each image's source.
-        required: Columns that a file of this layout has.
-        columns: Our field → column of the file.
-        one_hot: Column → diagnosis, for files with a column of 0 and 1 for each diagnosis.
-        default_dx: Diagnosis of a row in which no column of `one_hot` is 1.
-        coarse: Columns to read a coarser diagnosis from, such as benign or malignant, where the exact one is unknown.
-        dx_names: Diagnosis as written in the file → name to use.
-        companion: Whether the file only adds facts to images whose diagnosis is in another file.
-        licence: Licence of rows that state none.
-        attribution: Attribution of rows that state none.
-    """
-
-    name: str
-    required: tuple[str, ...]
-    columns: dict[str, str]
-    one_hot: dict[str, str] = field(default_factory=dict)
-    default_dx: str = ""
-    coarse: tuple[str, ...] = ()
-    dx_names: dict[str, str] = field(default_factory=dict)
-    companion: bool = False
-    licence: str = ""
-    attribution: str = ""
-
-
-_DX_HAM10000 = {c: c.lower() for c in ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")}
-_DX_2019 = {c: c.lower() for c in ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC")}
-_ARCHIVE_COLUMNS = {
-    "image": "isic_id",
-    "lesion": "lesion_id",
-    "patient": "patient_id",
-    "dx": "diagnosis",
-    "age": "age_approx",
-    "sex": "sex",
-    "site": "anatom_site_general",
-    "licence": "copyright_license",
-    "attribution": "attribution",
-}
-LAYOUTS = (
-    Layout("ISIC archive", ("isic_id",), _ARCHIVE_COLUMNS),
-    Layout(
-        "HAM10000",
-        ("lesion_id", "image_id", "dx"),
-        _ARCHIVE_COLUMNS | {"image": "image_id", "dx": "dx", "age": "age", "site": "localization"},
-        licence="CC-BY-NC",
-        attribution=VIDIR,
-    ),
-    Layout(
-        "ISIC 2017",
-        ("image_id", "melanoma", "seborrheic_keratosis"),
-        {"image": "image_id"},
-        {"melanoma": "melanoma", "seborrheic_keratosis": "seborrheic keratosis"},
-        default_dx="nevus",
-        licence="CC-0",
-        attribution=ISIC,
-    ),
-    Layout(
-        "ISIC 2017 metadata",
-        ("image_id", "age_approximate"),
-        {"image": "image_id", "age": "age_approximate", "sex": "sex"},
-        companion=True,
-    ),
-    Layout("ISIC 2019", ("image", "MEL", "SCC"), {"image": "image"}, _DX_2019, licence="CC-BY-NC", attribution=ISIC),
-    Layout(
-        "ISIC 2019 metadata",
-        ("image", "age_approx", "lesion_id"),
-        {"image": "image", "lesion": "lesion_id", "age": "age_approx", "sex": "sex", "site": "anatom_site_general"},
-        companion=True,
-    ),
-    Layout("ISIC 2018", ("image", "MEL", "AKIEC"), {"image": "image"}, _DX_HAM10000, licence="CC-BY-NC", attribution=VIDIR),
-    Layout(
-        "ISIC 2018 lesion groupings",
-        ("image", "lesion_id", "diagnosis_confirm_type"),
-        {"image": "image", "lesion": "lesion_id"},
-        companion=True,
-    ),
-    Layout(
-        "ISIC 2020",
-        ("image_name", "patient_id", "benign_malignant"),
-        _ARCHIVE_COLUMNS | {"image": "image_name", "site": "anatom_site_general_challenge"},
-        coarse=("benign_malignant",),
-        licence="CC-BY-NC",
-        attribution=ISIC,
-    ),
-    Layout("ISIC 2020 duplicates", ("image_name_1", "image_name_2"), {}, companion=True),
-)
-# ISIC 2016's files have no header: they are recognised by their first cell, and read_csv names their columns.
-_ISIC_2016 = Layout(
-    "ISIC 2016",
-    (),
-    {"image": "image", "dx": "dx"},
-    dx_names={"0.0": "benign", "1.0": "malignant"},
-    licence="CC-0",
-    attribution=ISIC,
-)
-# Common column names of each field, for tables of none of these layouts. The first that a table has is read.
-_COMMON_COLUMNS = {
-    "lesion": ("lesion_id", "lesion"),
-    "patient": ("patient_id", "patient", "subject_id", "subject"),
-    "dx": ("dx", "diagnosis", "label", "class"),
-    "age": ("age", "age_approx"),
-    "sex": ("sex", "gender"),
-    "site": ("site", "localization", "anatom_site_general"),
-    "licence": ("copyright_license", "licence", "license"),
-    "attribution": ("attribution",),
-}
 
 
 @dataclass
@@ -144,6 +29,7 @@ class Table:
         pairs: Images that a companion file says show the same lesion.
         recognised: A line to print for each file.
         source: Name of the last layout that rows were read with.
+        unread: "lesion", "patient" or "dx" → columns that may hold it, of files where no column was read for it.
     """
 
     rows: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -151,6 +37,7 @@ class Table:
     pairs: list[tuple[str, str]] = field(default_factory=list)
     recognised: list[str] = field(default_factory=list)
     source: str = ""
+    unread: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_table(metadata: Path, columns: dict[str, str]) -> Table:
@@ -158,13 +45,13 @@ def read_table(metadata: Path, columns: dict[str, str]) -> Table:
 
     Args:
         metadata: The file or the folder.
-        columns: Our field → column of the file, for a table of no known layout; else empty.
+        columns: Our field → column of the file. These go before the columns that are recognised.
 
     Raises:
         UserError: A file cannot be read, has no known columns, or no images are listed.
     """
     if metadata.is_dir():
-        paths = sorted(p for p in metadata.iterdir() if p.suffix.lower() in (".csv", ".tab") and not p.name.startswith("."))
+        paths = sorted(p for p in metadata.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
         if not paths:
             raise UserError(f"The metadata folder {metadata} holds no CSV file.")
     else:
@@ -173,7 +60,7 @@ def read_table(metadata: Path, columns: dict[str, str]) -> Table:
     table, companions = Table(), []
     for path in paths:
         rows, header = read_csv(path)
-        layout = _layout_of_columns(path, header, columns) if columns else recognise(header)
+        layout = _layout_of_columns(path, header, columns, alone=len(paths) == 1)
         if layout is None and len(paths) > 1:
             table.recognised.append(f"{path.name}: no known columns, ignored")
         elif layout is None:
@@ -185,71 +72,54 @@ def read_table(metadata: Path, columns: dict[str, str]) -> Table:
             companions.append((path, layout, rows))
         else:
             _read_rows(table, path, layout, rows)
+            for name, found in lookalikes(layout, header).items():
+                table.unread.setdefault(name, []).extend(f"{column} of {path.name}" for column in found)
     if not table.rows and not table.unusable:
         raise UserError(f"{metadata} lists no images. Set data.metadata to the table of images and their diagnoses.")
-    if not metadata.is_dir() and not columns and table.source != "table":
-        companions += _find_companions(metadata)
+    if not metadata.is_dir():
+        companions += _find_companions(metadata, table.source)
     for path, layout, rows in companions:
         _join_companion(table, path, layout, rows)
     return table
 
 
-def recognise(header: list[str]) -> Layout | None:
-    """Returns the first known layout whose required columns are in `header`.
+def _layout_of_columns(path: Path, header: list[str], columns: dict[str, str], alone: bool) -> Layout | None:
+    """Returns the layout of a file: as recognised, with the columns that the user names in place of others.
 
-    If no known layout fits, returns a layout named "table" of the columns with common names, or None if there is no column
-    of image ids.
+    Args:
+        path: The file.
+        header: Its columns, in column_key() form.
+        columns: Our field → column, from data.columns.
+        alone: Whether it is the only file, so that it must have the columns.
     """
-    for layout in LAYOUTS:
-        # A table with diagnoses lists images, even if it has all columns of a companion.
-        if all(c in header for c in layout.required) and not (layout.companion and {"dx", "diagnosis"} & set(header)):
-            if layout.columns.get("dx") not in (None, *header):
-                # Newer exports of the ISIC archive give the diagnosis at up to three levels, 1 the coarsest.
-                finest, *coarse = [d for d in ("diagnosis_3", "diagnosis_2", "diagnosis_1") if d in header] or [""]
-                return replace(layout, columns=layout.columns | {"dx": finest}, coarse=tuple(coarse)) if finest else layout
-            return layout
-    if _lacks_header(header):
-        return _ISIC_2016
-    common = {ours: next((c for c in names if c in header), "") for ours, names in _COMMON_COLUMNS.items()}
-    id_column = next((c for c in ID_COLUMNS if c in header), None)
-    return Layout("table", (), {"image": id_column} | {k: v for k, v in common.items() if v}) if id_column else None
-
-
-def _layout_of_columns(path: Path, header: list[str], columns: dict[str, str]) -> Layout:
-    if any(k not in FIELDS for k in columns) or "image" not in columns:
-        raise UserError(f"data.columns maps our fields ({', '.join(FIELDS)}) to your columns and must map 'image'.")
-    if missing := [v for v in columns.values() if v not in header]:
+    if any(k not in FIELDS for k in columns):
+        raise UserError(f"data.columns maps our fields ({', '.join(FIELDS)}) to your columns.")
+    found, named = recognise(header), {ours: column_key(column) for ours, column in columns.items()}
+    missing = [columns[ours] for ours, column in named.items() if column not in header]
+    if missing and alone:
         raise UserError(f"{path} has no column '{missing[0]}'; it has: {', '.join(header)}. Correct data.columns.")
-    return Layout("columns", (), columns)
-
-
-def _lacks_header(first_row: list[str]) -> bool:
-    """Returns whether the first row of a file is already an image and its diagnosis, as in the files of ISIC 2016."""
-    return len(first_row) == 2 and re.match(r"ISIC_\d{7}$", first_row[0]) is not None
+    if not named or missing:
+        return found
+    base = found or (Layout("columns", (), common_columns(header)) if "image" in named else None)
+    if base is None:
+        return None
+    return replace(base, columns=base.columns | named, one_hot={} if "dx" in named else base.one_hot, companion=False)
 
 
 def read_csv(path: Path) -> tuple[list[dict], list[str]]:
-    """Reads a file separated by commas or tabs.
+    """Reads a table.
 
     Returns:
-        The rows, each with its line number under "line" and its cells under the names of their columns; and the cells of
-        the first row.
+        The rows, each with its line number under "line" and its cells under the names of their columns; and the names of the
+        columns. Names are in column_key() form; the first of two columns of one name is read.
 
     Raises:
-        UserError: The file cannot be read, or is not CSV in UTF-8.
+        UserError: The file cannot be read, or is not a table of text.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        first = text.partition("\n")[0]
-        separator = "\t" if "\t" in first and "," not in first else ","
-        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
-    except OSError as error:
-        raise UserError(f"The metadata {path} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"The metadata {path} is not a CSV file in UTF-8: {error}.") from None
-    header = [name.strip() for name in lines[0]] if lines else []
-    names, body, start = (["image", "dx"], lines, 1) if _lacks_header(header) else (header, lines[1:], 2)
-    rows = [{"line": n, **dict(zip(names, row, strict=False))} for n, row in enumerate(body, start) if row]
+    lines = read_cells(path)
+    header = [column_key(name) for name in lines[0]] if lines else []
+    names, body, start = (["image", "dx"], lines, 1) if lacks_header(header) else (header, lines[1:], 2)
+    rows = [{"line": n, **dict(reversed(list(zip(names, row, strict=False))))} for n, row in enumerate(body, start) if any(row)]
     return rows, header
 
 
@@ -270,6 +140,7 @@ def _read_rows(table: Table, path: Path, layout: Layout, rows: list[dict]) -> No
                 fields["dx"] = (row.get(column) or "").strip()
         for name in ("dx", "lesion", "patient", "sex", "site"):
             fields[name] = "" if fields[name].lower() in UNKNOWN else fields[name]
+        fields["sex"] = fields["sex"].lower()
         fields["licence"] = fields["licence"] or layout.licence
         fields["attribution"] = fields["attribution"] or layout.attribution
         if not image:
@@ -282,18 +153,24 @@ def _read_rows(table: Table, path: Path, layout: Layout, rows: list[dict]) -> No
     table.recognised.append(f"{path.name}: {layout.name}, {len(rows):,} rows")
 
 
-def _find_companions(metadata: Path) -> list[tuple[Path, Layout, list[dict]]]:
-    """Returns path, layout and rows of each companion file in the folder of `metadata`."""
+def _find_companions(metadata: Path, source: str) -> list[tuple[Path, Layout, list[dict]]]:
+    """Returns path, layout and rows of each companion file beside `metadata` and in the folder above.
+
+    The ISIC challenges unpack some tables into folders of their own. In the folder above, only companions of the same data set
+    count: layouts whose name begins with `source`.
+    """
+    folder = metadata.resolve().parent
+    paths = {path.resolve() for pattern in ("*.csv", "../*.csv") for path in folder.glob(pattern)}
     companions = []
-    for path in sorted(metadata.parent.glob("*.csv")):
-        if path != metadata:
-            try:
-                rows, header = read_csv(path)
-            except UserError:
-                continue  # the user has not named this file, so it may be anything
-            layout = recognise(header)
-            if layout and layout.companion:
-                companions.append((path, layout, rows))
+    for path in sorted(paths - {metadata.resolve()}):
+        try:
+            rows, header = read_csv(path)
+        except UserError:
+            continue  # the user has not named this file, so it may be anything
+        layout = recognise(header)
+        near = path.parent == folder
+        if layout and layout.companion and (near or layout.name.startswith(source)):
+            companions.append((path, layout, rows))
     return companions
 
 
@@ -303,6 +180,8 @@ def _join_companion(table: Table, path: Path, layout: Layout, rows: list[dict]) 
         pairs = [(image_id(row["image_name_1"]), image_id(row["image_name_2"])) for row in rows]
         table.pairs += [(a, b) for a, b in pairs if a in table.rows and b in table.rows]
         joined = len(table.pairs)
+    elif "image" not in layout.columns:
+        joined = _join_by_lesion(table, layout, rows)
     else:
         joined = 0
         for row in rows:
@@ -317,9 +196,26 @@ def _join_companion(table: Table, path: Path, layout: Layout, rows: list[dict]) 
         table.recognised.append(f"{path.name}: {layout.name}, {joined:,} rows joined")
 
 
+def _join_by_lesion(table: Table, layout: Layout, rows: list[dict]) -> int:
+    """Gives the images of each lesion the diagnosis that a companion file states for the lesion. Returns the rows joined."""
+    images: dict[str, list[dict]] = {}
+    for fields in table.rows.values():
+        images.setdefault(fields["lesion"], []).append(fields)
+    joined = 0
+    for row in rows:
+        diagnoses = [dx for column, dx in layout.one_hot.items() if _number(row.get(column)) > 0.5]
+        members = images.get((row.get(layout.columns["lesion"]) or "").strip(), [])
+        joined += bool(members)
+        for fields in members:
+            fields["dx"] = fields["dx"] or (diagnoses[0] if len(diagnoses) == 1 else "")
+    if joined:
+        table.unread.pop("dx", None)
+    return joined
+
+
 def image_id(name: str) -> str:
-    """Returns an image's id: its file name without folders and image suffix."""
-    name = Path(name.strip()).name
+    """Returns an image's id: its file name without folders and image suffix. Windows' paths have backslashes."""
+    name = Path(unicodedata.normalize("NFC", name).strip().replace("\\", "/")).name
     return Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
 
 

@@ -22,7 +22,7 @@ from lesiongen.data.images import to_float, to_uint8, to_unit
 from lesiongen.data.similarity import psnr, ssim
 from lesiongen.evaluation import figures
 from lesiongen.experiment import Experiment
-from lesiongen.ingest.sources import IMAGE_SUFFIXES
+from lesiongen.ingest.folders import IMAGE_SUFFIXES
 from lesiongen.stages.base import require
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer

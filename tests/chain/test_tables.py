@@ -1,0 +1,314 @@
+"""Folders and tables as people have them: what is read, what is left out and said, and what stops packing."""
+
+import csv
+import io
+import json
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpc.errors import UserError
+from lesiongen.data.config import DataConfig
+from lesiongen.data.packed import Packed
+from lesiongen.ingest import layouts, sources
+from lesiongen.ingest.csv_text import column_key
+from lesiongen.ingest.folders import find_images
+from lesiongen.ingest.packing import pack
+from lesiongen.ingest.splits import split_of  # noqa: F401 — the drawn ids below fall into all three splits
+
+NUMBER = 48
+DIAGNOSES = ("mel", "nv", "bcc")
+
+
+def draw(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def row(i: int) -> dict:
+    """Two images of each lesion, two lesions of each patient."""
+    return {
+        "image": f"IMG_{i:04d}",
+        "lesion": f"LESION_{i // 2:03d}",
+        "patient": f"P_{i // 4:03d}",
+        "dx": DIAGNOSES[i // 2 % 3],
+    }
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    for i in range(NUMBER):
+        draw(tmp_path / "images" / f"IMG_{i:04d}.png", i)
+    return tmp_path / "images"
+
+
+def table(names: dict[str, str], more: dict[str, str] | None = None, separator: str = ",", end: str = "\r\n", form=str) -> str:
+    """Returns a table. names: our field → its column; more: column → the value of every row; form: applied to image names."""
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=separator, lineterminator=end)
+    writer.writerow([*names.values(), *(more or {})])
+    for i in range(NUMBER):
+        cells = {ours: value if ours != "image" else form(value) for ours, value in row(i).items() if ours in names}
+        writer.writerow([*(cells[ours] for ours in names), *(more or {}).values()])
+    return out.getvalue()
+
+
+HAM = {"lesion": "lesion_id", "image": "image_id", "dx": "dx"}
+
+
+def packed(images: Path, metadata: Path | None, folder: Path, **settings) -> list[dict]:
+    """Packs, and returns the facts of all images."""
+    pack(DataConfig(str(images), metadata and str(metadata), size=16, val=0.25, test=0.25, **settings), folder)
+    found = Packed([folder])
+    assert sum(sum(c.values()) for c in found.counts.values()) <= NUMBER
+    lines = []
+    for path in folder.glob("*.tar"):
+        import tarfile
+
+        with tarfile.open(path) as tar:
+            split = path.name.partition("-")[0]
+            lines += [
+                json.loads(tar.extractfile(m).read()) | {"split": split} for m in tar.getmembers() if m.name.endswith(".json")
+            ]
+    return lines
+
+
+def complete(lines: list[dict]) -> bool:
+    """Whether all images have their label and lesion, and no lesion lies in two splits."""
+    splits: dict[str, set] = {}
+    for line in lines:
+        splits.setdefault(line["lesion_id"], set()).add(line["split"])
+    labelled = all(line["dx"].lower() in DIAGNOSES and line["lesion_id"] for line in lines)
+    return len(lines) == NUMBER and labelled and all(len(found) == 1 for found in splits.values())
+
+
+SPELLINGS = {
+    "plain": table(HAM).encode(),
+    "semicolon": table(HAM, separator=";").encode(),
+    "bars": table(HAM, separator="|").encode(),
+    "tabs": table(HAM, separator="\t").encode(),
+    "BOM": table(HAM).encode("utf-8-sig"),
+    "UTF-16 of Excel": table(HAM, separator="\t").encode("utf-16"),
+    "Windows' encoding": table(HAM, {"note": "Müller"}).encode("cp1252"),
+    "old Mac": table(HAM, end="\r").encode(),
+    "sep= line": b"sep=;\r\n" + table(HAM, separator=";").encode(),
+    "capitals and spaces": table({"lesion": " Lesion ID", "image": "Image-Id ", "dx": "DX"}).encode(),
+    "quoted": table({"lesion": '"lesion_id"', "image": "image_id", "dx": "dx"}).encode(),
+    "file names": table(HAM, form=lambda name: f"{name}.JPG").encode(),
+    "paths": table(HAM, form=lambda name: f"some/where/{name}.png").encode(),
+    "backslashes": table(HAM, form=lambda name: f"images\\{name}.png").encode(),
+    "other case": table(HAM, form=str.lower).encode(),
+    "separator in a quoted name": table(HAM | {"patient": "a;b;c;d"}).encode(),
+    "empty lines": table(HAM).replace("\r\n", "\r\n\r\n").encode(),
+}
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        *((spelling, "table.csv") for spelling in SPELLINGS),
+        ("tabs", "table.tab"),
+        ("semicolon", "table"),
+        ("plain", "table.txt"),
+    ],
+)
+def test_a_table_is_read_however_it_was_saved(images, tmp_path, spelling, name):
+    path = tmp_path / "meta" / name
+    path.parent.mkdir()
+    path.write_bytes(SPELLINGS[spelling])
+    assert complete(packed(images, path, tmp_path / "shards"))
+
+
+@pytest.mark.parametrize(("in_table", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_one_letter_or_two(tmp_path, in_table, on_disk):
+    for i in range(NUMBER):
+        draw(tmp_path / "images" / (unicodedata.normalize(on_disk, f"lésion_{i:04d}") + ".png"), i)
+    form = lambda name: unicodedata.normalize(in_table, name.replace("IMG", "lésion"))  # noqa: E731
+    (tmp_path / "meta.csv").write_text(table(HAM, form=form), encoding="utf-8")
+    assert complete(packed(tmp_path / "images", tmp_path / "meta.csv", tmp_path / "shards"))
+
+
+def test_a_workbook_is_named(images, tmp_path):
+    (tmp_path / "meta.xlsx").write_bytes(b"PK\x03\x04rest")
+    with pytest.raises(UserError, match=r"is an Excel workbook\. Save it as CSV"):
+        packed(images, tmp_path / "meta.xlsx", tmp_path / "shards")
+
+
+# Data set → (names of its columns for our fields, other columns of its published header).
+HEADERS = {
+    "SLICE-3D 2024": (
+        {"image": "isic_id", "lesion": "lesion_id", "patient": "patient_id", "dx": "iddx_3"},
+        {"target": "0", "age_approx": "40", "sex": "male", "iddx_full": "x", "iddx_1": "Benign", "iddx_2": "", "tbp_lv_A": "1"},
+    ),
+    "BCN20000": (
+        {"image": "bcn_filename", "lesion": "lesion_id", "dx": "diagnosis"},
+        {"age_approx": "55", "anatom_site_general": "anterior torso", "sex": "male", "capture_date": "2010", "split": "train"},
+    ),
+    "PAD-UFES-20": (
+        {"patient": "patient_id", "lesion": "lesion_id", "dx": "diagnostic", "image": "img_id"},
+        {"smoke": "False", "age": "55", "gender": "FEMALE", "region": "NECK", "biopsed": "True", "skin_cancer_history": "True"},
+    ),
+    "Derm7pt": (
+        {"lesion": "case_num", "dx": "diagnosis", "image": "derm"},
+        {"seven_point_score": "2", "location": "abdomen", "sex": "female", "clinic": "NEL/x.jpg", "case_id": ""},
+    ),
+    "Fitzpatrick17k": (
+        {"image": "md5hash", "dx": "label"},
+        {"fitzpatrick_scale": "3", "nine_partition_label": "x", "url": "y"},
+    ),
+    "DDI": ({"image": "DDI_file", "dx": "disease"}, {"": "0", "DDI_ID": "1", "skin_tone": "56", "malignant": "True"}),
+    "HAM10000": (HAM, {"dx_type": "histo", "age": "80", "sex": "male", "localization": "scalp"}),
+    "ISIC archive": (
+        {"image": "isic_id", "lesion": "lesion_id", "dx": "diagnosis_3"},
+        {"diagnosis_1": "Benign", "diagnosis_2": "", "diagnosis_4": "", "diagnosis_5": "", "copyright_license": "CC-0"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_published_header_is_recognised(images, tmp_path, name, capsys):
+    columns, more = HEADERS[name]
+    (tmp_path / "meta.csv").write_text(table(columns, more), encoding="utf-8")
+    lines = packed(images, tmp_path / "meta.csv", tmp_path / "shards", max_rejected=0.0)
+    assert f"meta.csv: {name}, {NUMBER} rows" in capsys.readouterr().out
+    assert len(lines) == NUMBER and all(line["dx"] in DIAGNOSES for line in lines)
+    assert all(bool(line["lesion_id"]) == ("lesion" in columns) for line in lines)
+    assert all(bool(line["patient_id"]) == ("patient" in columns) for line in lines)
+    assert not any(line["sex"] in ("FEMALE", "MALE") for line in lines)
+
+
+def test_milk10k_joins_diagnoses_by_lesion(images, tmp_path):
+    names = {"lesion": "lesion_id", "image": "isic_id"}
+    more = {"image_type": "dermoscopic", "skin_tone_class": "3", "age_approx": "40", "sex": "male", "site": "trunk"}
+    (tmp_path / "MILK10k_Training_Metadata.csv").write_text(table(names, more))
+    classes = [name.upper() for name in layouts._MILK10K.split()]
+    lines = [["lesion_id", *classes]]
+    for i in range(0, NUMBER, 2):
+        lines.append([row(i)["lesion"], *(str(float(name.lower() == row(i)["dx"])) for name in classes)])
+    (tmp_path / "MILK10k_Training_GroundTruth.csv").write_text("\n".join(",".join(line) for line in lines))
+    assert complete(packed(images, tmp_path / "MILK10k_Training_Metadata.csv", tmp_path / "shards"))
+
+
+def test_companions_lie_beside_and_above(images, tmp_path):
+    """ISIC 2018 as its zips unpack: the groupings are one folder up."""
+    folder = tmp_path / "ISIC2018_Task3_Training_GroundTruth"
+    folder.mkdir()
+    one_hot = "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC\n"
+    for i in range(NUMBER):
+        dx = row(i)["dx"]
+        one_hot += (
+            ",".join([row(i)["image"], *(str(float(d == dx)) for d in ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc"))])
+            + "\n"
+        )
+    (folder / "truth.csv").write_text(one_hot)
+    groupings = table({"image": "image", "lesion": "lesion_id"}, {"diagnosis_confirm_type": "x"})
+    (tmp_path / "groupings.csv").write_text(groupings)
+    assert complete(packed(images, folder / "truth.csv", tmp_path / "shards"))
+    (tmp_path / "groupings.csv").rename(folder / "groupings.csv")
+    assert complete(packed(images, folder / "truth.csv", tmp_path / "shards2"))
+
+
+def test_named_columns_add_to_the_usual_ones(images, tmp_path):
+    """A table of no known layout: the user names the columns that have unusual names; lesion_id is read all the same."""
+    (tmp_path / "meta.csv").write_text(table({"image": "photo", "lesion": "lesion_id", "dx": "finding"}))
+    assert complete(packed(images, tmp_path / "meta.csv", tmp_path / "shards", columns={"image": "photo", "dx": "finding"}))
+    with pytest.raises(UserError, match="has no column 'nowhere'; it has: photo, lesion_id, finding"):
+        packed(images, tmp_path / "meta.csv", tmp_path / "s2", columns={"image": "photo", "dx": "nowhere"})
+
+
+def test_an_unread_group_stops_unless_allowed(images, tmp_path, capsys):
+    (tmp_path / "meta.csv").write_text(table({"image": "image_id", "lesion": "Mole_No", "dx": "dx"}))
+    with pytest.raises(
+        UserError, match=r"mole_no of meta\.csv looks like one: set data\.columns\.lesion=mole_no, or data\.ungrouped"
+    ):
+        packed(images, tmp_path / "meta.csv", tmp_path / "shards")
+    assert "WARNING: mole_no of meta.csv may hold a lesion's id and is not read" in capsys.readouterr().out
+    assert complete(packed(images, tmp_path / "meta.csv", tmp_path / "s2", columns={"lesion": "mole_no"}))
+    assert len(packed(images, tmp_path / "meta.csv", tmp_path / "s3", ungrouped=True)) == NUMBER
+
+
+def test_an_unread_patient_beside_lesions_is_warned_of(images, tmp_path, capsys):
+    (tmp_path / "meta.csv").write_text(table(HAM | {"patient": "Patient Number"}))
+    assert complete(packed(images, tmp_path / "meta.csv", tmp_path / "shards"))
+    assert "WARNING: patient_number of meta.csv may hold a patient's id" in capsys.readouterr().out
+
+
+def test_labels_that_are_all_lost_stop(images, tmp_path):
+    (tmp_path / "meta.csv").write_text(table({"image": "image_id", "lesion": "lesion_id", "dx": "histology result"}))
+    with pytest.raises(
+        UserError, match=r"None of the 48 images has a label.*data\.columns\.dx=histology_result, or set data\.unlab"
+    ):
+        packed(images, tmp_path / "meta.csv", tmp_path / "shards")
+    lines = packed(images, tmp_path / "meta.csv", tmp_path / "s2", unlabelled=True)
+    assert len(lines) == NUMBER and not any(line["dx"] for line in lines)
+
+
+# --- folders ---
+
+
+def test_thumbnails_trash_and_hidden_folders_are_skipped_and_counted(images):
+    for name in ("@eaDir/IMG_0000.png", "__MACOSX", ".thumbnails", "#recycle/old", "sub/.ipynb_checkpoints"):
+        draw(images / name / "SYNO_THUMB.png", 7)
+        draw(images / name / "IMG_0001.png", 8)
+    found = find_images(images)
+    assert len(found.paths) == NUMBER
+    assert any("folders skipped: " in note and "@eaDir (1)" in note and "__MACOSX (1)" in note for note in found.notes)
+
+
+def test_identical_copies_count_once_and_different_ones_stop(images, tmp_path):
+    for i in range(3):
+        (images / "again").mkdir(exist_ok=True)
+        (images / "again" / f"IMG_{i:04d}.png").write_bytes((images / f"IMG_{i:04d}.png").read_bytes())
+    found = find_images(images)
+    assert len(found.paths) == NUMBER and "3 copies of another file, byte for byte left out" in found.notes
+    draw(images / "again" / "IMG_0000.png", 99)
+    with pytest.raises(UserError, match="Two different images share the id 'IMG_0000'"):
+        find_images(images)
+
+
+def test_links_to_folders_are_followed_once(images, tmp_path):
+    (tmp_path / "photos").mkdir()
+    os.symlink(images, tmp_path / "photos" / "a")
+    os.symlink(images, tmp_path / "photos" / "b")
+    os.symlink(tmp_path / "photos", images / "loop")
+    assert len(find_images(tmp_path / "photos").paths) == NUMBER
+    assert len(find_images(images).paths) == NUMBER
+
+
+def test_masks_beside_photographs_are_left_out(tmp_path):
+    """PH2: IMD003.bmp with IMD003_lesion.bmp and IMD003_R1_Label1.bmp. A photograph that is called x_lesion stays."""
+    for name in ("IMD003/photo/IMD003", "IMD003/mask/IMD003_lesion", "IMD003/roi/IMD003_R1_Label1", "other_lesion"):
+        draw(tmp_path / "ph2" / f"{name}.bmp", len(name))
+    found = find_images(tmp_path / "ph2")
+    assert set(found.paths) == {"IMD003", "other_lesion"} and "2 masks left out" in found.notes
+
+
+def test_an_unreadable_folder_is_named(images, monkeypatch):
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    (images / "locked").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"locked cannot be read: Permission denied"):
+        find_images(images)
+
+
+def test_column_keys():
+    assert [column_key(n) for n in ("Lesion ID", "lesion-id ", '"LESION_ID"', "lesion  id")] == ["lesion_id"] * 4
+
+
+def test_every_layout_is_recognised_by_its_own_columns():
+    for layout in layouts.LAYOUTS:
+        header = [*layout.required, *(c for c in layout.columns.values() if c)]
+        assert layouts.recognise(header).name == layout.name, layout.name
+        assert all(c == column_key(c) for c in (*header, *layout.one_hot, *layout.coarse))
+    assert sources.image_id("a\\b\\ISIC_1.JPG") == "ISIC_1"
