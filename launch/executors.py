@@ -4,10 +4,13 @@ No other file imports submitit. The batch script of a Slurm job ends with launch
 is not done. launch/pipeline.py and launch/commands.py call the executors.
 """
 
+import contextlib
+import os
 import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,12 +52,14 @@ class Resources:
     tasks_per_node: int = 1  # each task is one rank
     gpus_per_node: int = 0
     cpus_per_task: int = 1
-    mem_gb: float = 8  # memory per node
+    mem_gb: float | None = 8  # memory per node; null = what the partition gives
     minutes: int = 60  # time limit
 
     def __post_init__(self):
-        if min(self.nodes, self.tasks_per_node, self.cpus_per_task, self.minutes) < 1 or self.mem_gb <= 0:
-            raise ValueError("nodes, tasks_per_node, cpus_per_task, minutes and mem_gb must be above 0")
+        if min(self.nodes, self.tasks_per_node, self.cpus_per_task, self.minutes) < 1:
+            raise ValueError("nodes, tasks_per_node, cpus_per_task and minutes must be above 0")
+        if self.mem_gb is not None and self.mem_gb <= 0:
+            raise ValueError("mem_gb must be above 0, or null for what the partition gives")
         if 0 < self.gpus_per_node < self.tasks_per_node:
             raise ValueError(
                 f"tasks_per_node={self.tasks_per_node} ranks would share gpus_per_node={self.gpus_per_node} GPUs; "
@@ -138,7 +143,8 @@ def submit_slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, 
             print(f"# {'-' * 20} {stage.name}\n" + executor._make_submission_file_text(executor._submitit_command_str, "dry"))
             continue
         try:
-            job = executor.submit(StageJob(hpc_config.to_yaml(config), stage.name, str(folder)))
+            with without_allocation():
+                job = executor.submit(StageJob(hpc_config.to_yaml(config), stage.name, str(folder)))
         except submitit.core.utils.FailedJobError as error:
             # Do not leave half of a pipeline in the queue.
             subprocess.run(["scancel", *jobs.values()] if jobs else ["true"], timeout=60)
@@ -149,6 +155,22 @@ def submit_slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, 
         jobs[stage.name] = job.job_id
         journal.append(folder / SUBMITTED, {"job": job.job_id, "after": dependencies, "time": time.time()})
     return jobs
+
+
+@contextlib.contextmanager
+def without_allocation() -> Iterator[None]:
+    """Removes Slurm's variables from the environment inside the block, except SLURM_CONF.
+
+    A shell inside an allocation has them, and sbatch hands them to the new job, where they contradict its own request.
+    """
+    inherited = {k: v for k, v in os.environ.items() if k.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_"))}
+    removed = {k: v for k, v in inherited.items() if k != "SLURM_CONF"}
+    for name in removed:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ |= removed
 
 
 def _make_executor(
@@ -164,7 +186,9 @@ def _make_executor(
         dependencies: Ids of the jobs that must succeed first.
     """
     resources = cluster.resources(stage)
-    extra: dict[str, object] = {"requeue": True, **cluster.extra}
+    # An empty wckey: submitit would send --wckey=submitit, which clusters with accounting by wckey refuse.
+    extra: dict[str, object] = {"requeue": True, "wckey": "", **cluster.extra}
+    own_memory = any(option.startswith("mem") for option in cluster.extra)  # sbatch accepts one way to request memory
     if dependencies:
         extra |= {"dependency": "afterok:" + ":".join(dependencies), "kill-on-invalid-dep": "yes"}
     exports = [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
@@ -176,7 +200,7 @@ def _make_executor(
         ntasks_per_node=resources.tasks_per_node,
         cpus_per_task=resources.cpus_per_task,
         gpus_per_node=resources.gpus_per_node or None,
-        mem=f"{int(resources.mem_gb * 1024)}MB",
+        mem=f"{int(resources.mem_gb * 1024)}MB" if resources.mem_gb and not own_memory else None,
         time=resources.minutes,
         partition=cluster.partition,
         account=cluster.account,

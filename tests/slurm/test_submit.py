@@ -1,5 +1,6 @@
 """Tests of the code around the jobs that need no Slurm: batch scripts, the decision to requeue, signals, topology."""
 
+import os
 import signal
 import subprocess
 import time
@@ -9,9 +10,10 @@ import pytest
 import yaml
 
 from hpc import dist, errors
+from hpc.errors import UserError
 from hpc.train.preempt import Interruptible, Preemption
 from launch import requeue
-from launch.executors import load_cluster
+from launch.executors import load_cluster, without_allocation
 from lesiongen import experiment
 from lesiongen.stages import stages
 from tests.conftest import DEMO, tiny
@@ -210,3 +212,36 @@ def test_topology_of_a_slurm_step_in_spite_of_torchrun_variables():
     again = dist.from_slurm(step | {"SLURM_RESTART_COUNT": "1"})
     assert found.port != again.port
     assert 20000 <= found.port < 32000
+
+
+@pytest.mark.parametrize(
+    ("own", "memory"),
+    [
+        ({"default": {"mem_gb": None}}, None),
+        ({"default": {"mem_gb": 2.5}}, "--mem=2560MB"),
+        ({"extra": {"mem-per-cpu": "4G"}}, "--mem-per-cpu=4G"),
+        ({"extra": {"mem-per-gpu": "40G"}, "default": {"gpus_per_node": 1}}, "--mem-per-gpu=40G"),
+    ],
+)
+def test_memory_is_requested_in_one_way_or_none(phantoms, tmp_path, own, memory):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(own))
+    for script in scripts(lesiongen("submit", DEMO, "--cluster", path, "--dry", *tiny(phantoms, tmp_path / "runs"))).values():
+        requested = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH --mem")]
+        assert requested == ([memory] if memory else [])
+        assert "wckey=submitit" not in script
+
+
+def test_memory_of_nothing_is_refused(tmp_path):
+    (tmp_path / "cluster.yaml").write_text("default: {mem_gb: 0}\n")
+    with pytest.raises(UserError, match="mem_gb must be above 0, or null"):
+        load_cluster(str(tmp_path / "cluster.yaml"))
+
+
+def test_the_allocation_of_the_shell_is_not_handed_on(monkeypatch):
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "500")
+    monkeypatch.setenv("SBATCH_PARTITION", "debug")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    with without_allocation():
+        assert "SLURM_MEM_PER_CPU" not in os.environ and os.environ["SLURM_CONF"] == "/etc/slurm.conf"
+    assert os.environ["SLURM_MEM_PER_CPU"] == "500"
