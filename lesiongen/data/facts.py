@@ -93,6 +93,13 @@ class PriorFacts:
         self.rows, self.counts = table[:, :-1], table[:, -1]
         self._matches: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
+    def trained_labels(self) -> list[str]:
+        """Returns the labels that at least one training image has."""
+        if "label" not in self.values:
+            return []
+        seen = set(self.rows[:, list(self.values).index("label")].tolist())
+        return [label for i, label in enumerate(self.values["label"]) if i in seen]
+
     def numbers(self, facts: dict[str, str]) -> list[int]:
         """Returns the index of each fact's value, in the prior's order of facts; -1 for a fact that is missing or ""."""
         return [values.index(facts[name]) if facts.get(name) else -1 for name, values in self.values.items()]

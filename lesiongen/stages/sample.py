@@ -135,7 +135,8 @@ def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[st
         UserError: No prior was trained with a label, a fact or a value in the settings.
     """
     refuse_unknown(sampling.facts, priors)
-    labels = assign_labels(sampling, next((prior.values["label"] for prior in priors if "label" in prior.values), []))
+    labelled = next((prior for prior in priors if "label" in prior.values), None)
+    labels = assign_labels(sampling, *((labelled.values["label"], labelled.trained_labels()) if labelled else ([], [])))
     ordered = sorted(priors, key=lambda prior: "label" not in prior.values)
     samples = []
     for i, label in enumerate(labels):
@@ -148,23 +149,28 @@ def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[st
     return samples
 
 
-def assign_labels(sampling: SampleConfig, classes: list[str]) -> list[str]:
-    """Divides the samples among the labels in blocks of equal size. Uses `sampling.labels`, or all classes if it is empty.
+def assign_labels(sampling: SampleConfig, classes: list[str], trained: list[str]) -> list[str]:
+    """Divides the samples among the labels in blocks of equal size. Uses `sampling.labels`, or `trained` if it is empty.
 
     Args:
         sampling: The settings.
-        classes: The labels that the priors were trained with.
+        classes: The labels that the priors know.
+        trained: Those that a training image has.
 
     Returns:
         The label of each sample; "" if the priors were trained without labels.
 
     Raises:
-        UserError: The priors were not trained with one of the labels.
+        UserError: The priors do not know one of the labels, or no training image has it.
     """
     for label in sampling.labels:
         if label not in classes:
             raise UserError(f"Unknown label '{label}'; this generator knows: {', '.join(classes)}.")
-    labels = list(sampling.labels) or classes or [""]
+        if label not in trained:
+            raise UserError(f"No training image has the label '{label}', so samples of it would show anything. Ask for others.")
+    if untrained := [label for label in classes if label not in trained and not sampling.labels]:
+        print(f"WARNING: no training image has the label {', '.join(untrained)}; no samples are made of it")
+    labels = list(sampling.labels) or trained or [""]
     return [labels[i * len(labels) // sampling.number] for i in range(sampling.number)]
 
 

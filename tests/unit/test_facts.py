@@ -136,3 +136,13 @@ def test_guidance_rises_from_none_to_all(schedule):
     assert sum(strengths) / 64 == pytest.approx(2)
     assert {guidance(1.0, schedule, 64)(t) for t in range(64)} == {1.0}
     assert guidance(2.5, "constant", 64)(0) == guidance(2.5, "constant", 64)(63) == 2.5
+
+
+def test_a_class_without_training_images_is_left_out_and_refused(capsys):
+    """The class may come from held-out images alone."""
+    values = {"label": ["mel", "mastocytosis", "nv"]}
+    trained = PriorFacts(values, ["0 4", "2 3"])
+    assert {w["label"] for w in draw_facts(SampleConfig(number=30), [trained])} == {"mel", "nv"}
+    assert "no training image has the label mastocytosis; no samples are made of it" in capsys.readouterr().out
+    with pytest.raises(UserError, match="No training image has the label 'mastocytosis'"):
+        draw_facts(SampleConfig(number=30, labels=("mastocytosis",)), [trained])
