@@ -6,6 +6,7 @@ To add a verb, add it to one of the `_add_…_verbs` functions below and to COMM
 """
 
 import argparse
+import getpass
 import os
 
 from launch.endings import exit_code_of, exit_process, print_error
@@ -186,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The words after `lesiongen`. None for those of this process.
     """
     options = parse_arguments(arguments)
+    name_the_user()
     # OpenMP threads that spin while they wait slow one another down by up to 30 times when ranks or data workers share
     # the cores. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -196,6 +198,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         print_error(error)
         return exit_code_of(error)
+
+
+def name_the_user() -> None:
+    """Sets USER for a user id without an entry in the system's list of users, as in containers. torch asks for the name."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
 
 
 def command() -> None:

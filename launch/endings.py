@@ -26,9 +26,14 @@ def is_disk_full(error: BaseException) -> bool:
     return any(text in str(error) for text in DISK_FULL_TEXTS) or (cause is not None and is_disk_full(cause))
 
 
+def is_refused(error: BaseException) -> bool:
+    """Returns whether the file system refuses an access: permissions, or a file system that is mounted read-only."""
+    return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and bool(error.filename)
+
+
 def exit_code_of(error: BaseException) -> int:
     """Returns the exit code for an error."""
-    if is_disk_full(error):
+    if is_disk_full(error) or is_refused(error):
         return errors.USAGE
     codes = {
         errors.UserError: errors.USAGE,
@@ -50,6 +55,11 @@ def print_error(error: BaseException) -> None:
     elif is_disk_full(error):
         text = "the disk is full. Everything that was finished is intact. Free some space and run the same command again."
         print(f"lesiongen: {text} ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
+    elif is_refused(error):
+        print(
+            f"lesiongen: {error.filename}: {error.strerror}. Correct the permissions, or use another directory.",
+            file=sys.stderr,
+        )
     else:
         traceback.print_exception(error)
 

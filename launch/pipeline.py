@@ -121,12 +121,22 @@ def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = (
     Returns:
         The exit code of the stage that failed, or 0.
     """
+    refuse_busy(config, todo)
     clear_stages(config, fresh)
     write_config(config)
     for stage in todo:
         if code := executors.run_local(config, stage):
             return code
     return errors.DONE
+
+
+def refuse_busy(config: Experiment, todo: list[Stage]) -> None:
+    """Raises UserError if another process works on one of the stages, before anything is changed."""
+    for stage in todo:
+        folder = config.directory / stage.name
+        if folder.exists():
+            with rundir.lock(folder, wait_s=5):  # the ranks of a killed run may need a moment to end
+                pass
 
 
 def clear_stages(config: Experiment, fresh: tuple[str, ...]) -> None:

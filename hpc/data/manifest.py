@@ -94,14 +94,20 @@ def verify(folder: Path, entries: Iterable[dict]) -> list[str]:
 
     Returns:
         One line of text for each file that is missing or differs.
+
+    Raises:
+        UserError: A file cannot be read, which says nothing about its content.
     """
     problems = []
     for entry in entries:
         path = folder / entry["name"]
-        if not path.exists():
+        try:
+            if path.stat().st_size != entry["bytes"]:
+                problems.append(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} expected")
+            elif crc32_file(path) != entry["crc32"]:
+                problems.append(f"{path}: checksum differs, the content has changed")
+        except FileNotFoundError:
             problems.append(f"{path}: missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} expected")
-        elif crc32_file(path) != entry["crc32"]:
-            problems.append(f"{path}: checksum differs, the content has changed")
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}). Correct its permissions or the file system.") from None
     return problems

@@ -24,6 +24,9 @@ from pathlib import Path
 from hpc.config import differences
 from hpc.errors import UserError
 
+# Files of a stage directory that hold no part of a result.
+WITHOUT_RESULT = {"stage.json", "config.yaml", ".lock", "rejected.jsonl", "left_out.jsonl"}
+
 
 def fsync_dir(path: Path) -> None:
     """Flushes a directory to the disk, so that new and renamed files in it survive a power failure."""
@@ -55,6 +58,13 @@ def atomic_write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+def share(path: Path) -> None:
+    """Gives a file that a library has written for its owner alone the permissions of an ordinary new file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -100,12 +110,14 @@ class StageDir:
             name the setting that differs.
         inputs: Digest of each artefact (result of a stage) that this stage reads, by name; None for an unfinished artefact.
         target: Amount of work after which the stage is done, such as a number of samples. A larger target continues the result.
+        paths: Keys of the identity that are paths. Two spellings of one path are no difference.
     """
 
     path: Path
     identity: dict
     inputs: dict
     target: int = 1
+    paths: tuple[str, ...] = ()
 
     @property
     def record(self) -> dict | None:
@@ -121,10 +133,18 @@ class StageDir:
     def differences(self) -> list[str]:
         """Lists differences between the recorded and the requested identity and inputs; [] if nothing is recorded."""
         record = self.record
-        if record is None:
+        if record is None or self._holds_nothing(record):
             return []
         identity = json.loads(json.dumps(self.identity))  # tuples become lists, as in the record
-        return differences(record["identity"], identity) + differences(record["inputs"], self.inputs, "input")
+        recorded = dict(record["identity"])
+        for key in self.paths:
+            if same_path(recorded.get(key), identity.get(key)):
+                recorded[key] = identity.get(key)
+        return differences(recorded, identity) + differences(record["inputs"], self.inputs, "input")
+
+    def _holds_nothing(self, record: dict) -> bool:
+        """Returns whether a first try failed before it made anything, so that the record binds nothing."""
+        return record["digest"] is None and {p.name for p in self.path.iterdir()} <= WITHOUT_RESULT
 
     def done(self) -> bool:
         """Returns whether the stage has finished at least the requested amount of work."""
@@ -180,6 +200,11 @@ class StageDir:
 
     def _write(self, record: dict) -> None:
         atomic_write(self.path / "stage.json", json.dumps(record, indent=1).encode() + b"\n")
+
+
+def same_path(one: str | None, other: str | None) -> bool:
+    """Returns whether two spellings name one file or folder: relative or absolute, with links, with a slash at the end."""
+    return bool(one and other) and os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
 
 
 def read_stage_record(path: Path) -> dict | None:

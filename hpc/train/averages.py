@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hpc import dist
+from hpc.run.rundir import share
 from hpc.train.zero import Weights
 
 
@@ -59,7 +60,9 @@ class Averages:
             return
         with self.in_masters():
             parts = {f"{name}:{start}": part.flatten() for name, start, part in self.weights.fragments()}
-            save_file(parts, folder / f"average-{dist.rank():05d}.safetensors")
+            path = folder / f"average-{dist.rank():05d}.safetensors"
+            save_file(parts, path)
+            share(path)
 
     def load(self, folder: Path) -> None:
         """Reads what save() wrote, with any number of ranks. Overwrites the master weights. Collective."""

@@ -107,10 +107,17 @@ def read_manifest(path: Path) -> dict:
 
 
 def verify(path: Path) -> list[str]:
-    """Compares a checkpoint's files with its manifest. Returns one line per problem, [] for a sound checkpoint."""
+    """Compares a checkpoint's files with its manifest. Returns one line per problem, [] for a sound checkpoint.
+
+    Raises UserError if a file cannot be read.
+    """
     try:
         return manifest.verify(path, read_manifest(path)["files"])
-    except (OSError, ValueError, KeyError) as error:
+    except UserError:  # a file cannot be read
+        raise
+    except PermissionError as error:
+        raise UserError(f"{path / MANIFEST} cannot be read ({error.strerror}). Correct its permissions.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{path / MANIFEST}: {error}"]
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from hpc import dist
 from hpc.config import volatile
 from hpc.data.order import batch_share
+from hpc.run.rundir import share
 from hpc.train.averages import Averages
 from hpc.train.optim import SkippableOptimizer
 from hpc.train.zero import Weights, build_divided, gathered, import_deepspeed, shape_of, without_hooks
@@ -238,6 +239,7 @@ class Engine:
         self.deepspeed.save_checkpoint(str(folder), tag="engine", save_latest=False)
         if dist.rank() == 0:
             save_file({k: v.contiguous() for k, v in self.module.named_buffers()}, folder / "buffers.safetensors")
+            share(folder / "buffers.safetensors")
         if self.averages:
             self.averages.save(folder)
 

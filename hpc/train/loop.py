@@ -155,6 +155,8 @@ def train(
     """
     torch.manual_seed(seed)
     start = checkpoint.newest_sound(folder / "checkpoints")
+    if start is None:
+        dist.run_on_leader(_refuse_second_start, folder)
     state = State.resume(start, config.samples)
     # Start the data workers first: they load while the engine is built.
     stream = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world_size))
@@ -185,6 +187,17 @@ def train(
                 raise Stopped(f"{what} stopped by {preemption.reason or 'another rank'} at {state.samples:,} samples")
     if state.best is None:
         raise Diverged(f"{what}: the held-out {task.metric} was never finite, so there is nothing to export")
+
+
+def _refuse_second_start(folder: Path) -> None:
+    """Raises UserError if an earlier training in this directory saved checkpoints that are gone or all damaged."""
+    damaged = checkpoint.committed(folder / "checkpoints")
+    if damaged or (folder / "export").exists():
+        seen = f"all {len(damaged)} checkpoints are damaged" if damaged else "its checkpoints are gone"
+        raise UserError(
+            f"{folder} holds a training, but {seen}. Restore them (`lesiongen verify {folder}` names what is wrong), or train "
+            f"again from the start with --fresh {folder.name}, which deletes the log and the export. Nothing was changed."
+        )
 
 
 class Trainer:

@@ -19,7 +19,9 @@ from hpc.run import rundir
 from hpc.run.rundir import StageDir
 from lesiongen.data.packed import Packed
 from lesiongen.experiment import Experiment
-from lesiongen.ingest.catalog import count_images
+from lesiongen.ingest.folders import count_images
+
+SHARDS_PATHS = ("images", "metadata", "splits")  # keys of the shards' identity that are paths
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Stage:
         target: Amount of work after which the stage is done, such as samples. A larger target continues a finished stage.
         trains: Whether the stage trains a model. Its progress is then counted in samples.
         parallel: Whether several ranks make the stage faster.
+        paths: Keys of the identity that are paths.
         appends: Whether the stage adds to a finished directory. The directory's record stays valid until the new digest is
             written.
     """
@@ -47,6 +50,7 @@ class Stage:
     trains: bool = False
     parallel: bool = True
     appends: bool = False
+    paths: tuple[str, ...] = ()
 
 
 def artefact(config: Experiment, name: str) -> Path:
@@ -79,7 +83,7 @@ def shards_are_current(config: Experiment) -> bool:
     """Returns whether finished shards exist that fit the config. Shards that `inputs.shards` names always count as such."""
     if config.inputs.shards:
         return True
-    shards = StageDir(config.directory / "shards", shards_identity(config), {})
+    shards = StageDir(config.directory / "shards", shards_identity(config), {}, paths=SHARDS_PATHS)
     return shards.done() and not shards.differences()
 
 
@@ -94,7 +98,7 @@ def training_images(config: Experiment) -> int | None:
 def stage_dir_of(config: Experiment, stage: Stage) -> StageDir:
     """Returns the stage's directory in the run, with its settings and the digests of its inputs; None for a missing input."""
     inputs = {name: digest_of(config, name) for name in stage.needs}
-    return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target)
+    return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target, stage.paths)
 
 
 def digest_of(config: Experiment, name: str) -> str | None:

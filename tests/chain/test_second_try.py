@@ -1,0 +1,154 @@
+"""What a failed, refused or differently spelt command leaves: nothing that blocks the right one, and no changed file."""
+
+import errno
+import fcntl
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc import errors
+from hpc.run.rundir import same_path
+from hpc.train import checkpoint
+from launch.__main__ import main
+from tests.conftest import DEMO, tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_first_try_that_fails_does_not_block_the_second(phantoms, tmp_path, capsys):
+    right = tiny(phantoms, tmp_path)
+    for wrong in ("data.images=nowhere", "data.metadata=nowhere.csv", "data.columns.image=none", "data.max_rejected=0.0"):
+        more = ["data.classes=[mel, nv]"] if "max" in wrong else []
+        assert main(["pack", DEMO, *right, wrong, *more]) == errors.USAGE
+        assert "Traceback" not in capsys.readouterr().err
+    assert main(["pack", DEMO, *right]) == 0
+
+
+@pytest.mark.parametrize("spelling", ["{0}/", "./{1}", "{0}/../images", "{2}"])
+def test_another_spelling_of_the_folder_is_the_same_data(phantoms, tmp_path, monkeypatch, spelling):
+    monkeypatch.chdir(phantoms)
+    (tmp_path / "link").symlink_to(phantoms / "images")
+    images = phantoms / "images"
+    assert main(["pack", DEMO, *tiny(phantoms, tmp_path)]) == 0
+    before = contents(tmp_path / "tiny" / "shards")
+    other = spelling.format(images, images.name, tmp_path / "link")
+    assert main(["pack", DEMO, *tiny(phantoms, tmp_path), f"data.images={other}"]) == 0
+    assert contents(tmp_path / "tiny" / "shards") == before
+
+
+def test_another_folder_is_still_other_data(phantoms, tmp_path, capsys):
+    assert main(["pack", DEMO, *tiny(phantoms, tmp_path)]) == 0
+    assert main(["pack", DEMO, *tiny(phantoms, tmp_path), f"data.images={tmp_path}"]) == errors.USAGE
+    assert "was made with other settings or inputs: images" in capsys.readouterr().err
+    assert not same_path(None, "x") and not same_path("a", "b") and same_path("a/", "./a")
+
+
+def test_a_command_that_meets_a_busy_stage_changes_no_file(phantoms, tmp_path, monkeypatch, capsys):
+    assert main(["pack", DEMO, *tiny(phantoms, tmp_path)]) == 0
+    folder = tmp_path / "tiny" / "tokenizer"
+    folder.mkdir()
+    with open(folder / ".lock", "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = contents(tmp_path / "tiny")
+        assert main(["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path), "sample.seed=77"]) == errors.USAGE
+        assert contents(tmp_path / "tiny") == before
+    assert "in use by another process" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(packed, phantoms, tmp_path) -> tuple[list[str], Path]:
+    """A tokenizer that was trained for 160 samples: the command that goes on to 320, and its directory."""
+    command = ["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path), f"inputs.shards=[{packed / 'shards'}]"]
+    assert main([*command, "tokenizer.train.samples=160"]) == 0
+    return command, tmp_path / "tiny" / "tokenizer"
+
+
+@pytest.mark.parametrize("how", ["all damaged", "all gone", "folder gone"])
+def test_no_training_starts_from_zero_over_an_export(trained, how, capsys):
+    command, folder = trained
+    for path in checkpoint.committed(folder / "checkpoints"):
+        if how == "all damaged":
+            largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+            largest.write_bytes(largest.read_bytes()[:-1])
+        else:
+            subprocess.run(["rm", "-r", str(path)], check=True)
+    if how == "folder gone":
+        (folder / "checkpoints").rmdir()
+    log, export = (folder / "metrics.jsonl").read_bytes(), contents(folder / "export")
+    assert main(command) == errors.USAGE
+    said = capsys.readouterr().err
+    assert "--fresh tokenizer" in said and ("are damaged" if how == "all damaged" else "are gone") in said
+    assert (folder / "metrics.jsonl").read_bytes() == log and contents(folder / "export") == export
+    assert main([*command, "--fresh", "tokenizer"]) == 0
+
+
+def test_files_of_a_group_are_shared(trained):
+    """umask 002: every file of a run can be read and written by the group, also those that safetensors writes."""
+    command, folder = trained
+    old = os.umask(0o002)
+    try:
+        assert (
+            main(["train", "tokenizer", *command[2:], "tokenizer.train.samples=320", "tokenizer.train.engine.average=0"]) == 0
+        )
+    finally:
+        os.umask(old)
+    newest = checkpoint.committed(folder / "checkpoints")[-1]
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in newest.rglob("*") if p.is_file()}
+    assert all(mode & 0o060 == 0o060 for mode in modes.values()), modes
+
+
+def test_an_unreadable_checkpoint_is_not_damaged(trained, monkeypatch, capsys):
+    command, folder = trained
+    before = contents(folder)
+    from hpc.data import manifest
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(manifest, "crc32_file", refuse)
+    assert main(command) == errors.USAGE
+    said = capsys.readouterr().err
+    assert "cannot be read (Permission denied). Correct its permissions" in said and "damaged" not in said
+    assert {k: v for k, v in contents(folder).items() if k not in ("stage.json", "config.yaml", ".lock")} == {
+        k: v for k, v in before.items() if k not in ("stage.json", "config.yaml", ".lock")
+    }
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
+def test_a_user_without_a_name_and_a_directory_of_someone_else(phantoms, tmp_path):
+    """A uid without an entry in the system's list, as in containers; then the same user in a directory that it cannot write."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("USER", "LOGNAME", "LNAME", "USERNAME")} | {
+        "HOME": str(tmp_path)
+    }
+    become = ["setpriv", "--reuid=4321", "--regid=4321", "--clear-groups"]
+    command = [*become, sys.executable, "-m", "launch"]
+    able = subprocess.run([*become, sys.executable, "-c", "import launch"], cwd=ROOT, env=environment, capture_output=True)
+    if able.returncode:
+        pytest.skip("another user cannot read this checkout")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    runs.chmod(0o777)
+    done = subprocess.run([*command, "plan", DEMO], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs.chmod(0o555)
+    arguments = ["pack", DEMO, *tiny(phantoms, runs)]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == errors.USAGE and "Traceback" not in done.stderr, done.stderr
+    assert "Permission denied. Correct the permissions" in done.stderr or "cannot be read" in done.stderr
+
+
+def test_the_record_of_a_stage_that_made_something_still_binds(phantoms, tmp_path, capsys):
+    assert main(["pack", DEMO, *tiny(phantoms, tmp_path)]) == 0
+    stage = tmp_path / "tiny" / "shards" / "stage.json"
+    stage.write_text(json.dumps(json.loads(stage.read_text()) | {"done": False, "digest": None}))
+    assert main(["pack", DEMO, *tiny(phantoms, tmp_path), "data.size=16"]) == errors.USAGE
+    assert "was made with other settings" in capsys.readouterr().err
