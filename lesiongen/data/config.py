@@ -26,6 +26,8 @@ class DataConfig:
     unlabelled: bool = added(False)  # pack images of which none has a label; otherwise packing stops
     # Pack images without lesion or patient although a column of the metadata looks like one; otherwise packing stops.
     ungrouped: bool = added(False)
+    # Which photographs must be in one split: all of a patient and of a lesion (patient), or all of a lesion (lesion).
+    group_by: Literal["patient", "lesion"] = added("patient")
     near_duplicates: bool = False  # search for photographs of one lesion under several ids, and keep them in one split
     size: int = 256  # short side of the packed images, and side of the square views that are trained on, in pixels
     channels: Literal[1, 3] = 3  # 3 = RGB, 1 = greyscale

@@ -20,7 +20,8 @@ from hpc.data.storage import CacheConfig, Store
 from hpc.errors import UserError
 
 SPLITS = ("train", "val", "test")
-CATALOG = ("image_id", "own_group", "group", "split", "shard", "ordinal", "dx", "licence")  # columns of a catalog
+# Columns of a catalog. Sets that were packed before patients joined groups have no column "patient".
+CATALOG = ("image_id", "own_group", "group", "split", "shard", "ordinal", "dx", "licence", "patient")
 
 
 class Packed:

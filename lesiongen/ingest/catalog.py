@@ -49,7 +49,12 @@ class Record:
     @property
     def own_group(self) -> str:
         """Group by the metadata alone: the id of the lesion, else of the patient, else of the image."""
-        return self.lesion or self.patient or self.image
+        return self.lesion or self.patient_group or self.image
+
+    @property
+    def patient_group(self) -> str:
+        """Id of the patient as a group. A bare number carries its kind, so that lesion 7 is not patient 7."""
+        return f"patient {self.patient}" if self.patient.isdecimal() else self.patient
 
     def facts(self) -> dict:
         """Returns the facts that packing writes as JSON beside the image in its shard."""

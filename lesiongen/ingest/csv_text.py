@@ -48,10 +48,10 @@ def read_cells(path: Path) -> list[list[str]]:
 def _decode(path: Path, content: bytes) -> str:
     """Returns the text of a file: UTF-16 if a byte-order mark says so, else UTF-8, else the encoding of Western Windows."""
     try:
-        if content.startswith(_UTF16):
-            return content.decode("utf-16")
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if b"\0" in content:
-            raise UserError(f"The metadata {path} is not a CSV file in UTF-8: {error}.") from None
-        return content.decode("cp1252", errors="replace")
+        text = content.decode("utf-16" if content.startswith(_UTF16) else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+    first = text.partition("\n")[0]
+    if "\0" in text or (first.strip() and not re.search(r"[A-Za-z]", first)):
+        raise UserError(f"The metadata {path} is not a CSV file in UTF-8. Save it as CSV UTF-8.")
+    return text

@@ -114,7 +114,9 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
     if data.near_duplicates and records:
         with _pool(data.processes or _default_processes(len(records), Topology())) as parallel_map:
             pairs += pairing.find_near_duplicates(records, folder, packed, _suffix(before), parallel_map)
-    members, unjoined = splits.assign(records, data.val, data.test, pairs, {k: v[:3] for k, v in packed.items()})
+    patients = _packed_patients(before, folder) if data.group_by == "patient" else {}
+    known = {image: (*facts[:3], patients.get(image, "")) for image, facts in packed.items()}
+    members, unjoined = splits.assign(records, data.val, data.test, pairs, known, data.group_by == "patient")
     _write_rejected(rejected + unjoined, listing.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
     if not append:
         splits.refuse_empty({name: len({r.group for r in m}) for name, m in members.items()}, data.val, data.test)
@@ -190,6 +192,19 @@ def _read_packed(folder: Path) -> tuple[dict, dict[str, tuple[str, ...]]]:
     columns = ("own_group", "group", "split", "shard", "ordinal")
     packed = rows(folder / entry["name"] for entry in before["catalogs"])
     return before, {row["image_id"]: tuple(row[c] for c in columns) for row in packed}
+
+
+def _packed_patients(before: dict, folder: Path) -> dict[str, str]:
+    """Returns the patient of each packed image, as a group. Warns of sets that were packed before patients were recorded."""
+    found = {
+        row["image_id"]: row.get("patient") for row in rows(folder / entry["name"] for entry in before.get("catalogs", []))
+    }
+    if any(patient is None for patient in found.values()):
+        print(
+            "WARNING: this set was packed before patients joined groups. A new lesion of a packed patient may fall into "
+            "another split; pack all images into a new set to group by patient."
+        )
+    return {image: patient or "" for image, patient in found.items()}
 
 
 def _suffix(before: dict) -> str:

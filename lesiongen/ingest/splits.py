@@ -73,7 +73,8 @@ def assign(
     val: float,
     test: float,
     pairs: Iterable[tuple[str, str]] = (),
-    packed: dict[str, tuple[str, str, str]] | None = None,
+    packed: dict[str, tuple[str, ...]] | None = None,
+    by_patient: bool = True,
 ) -> tuple[dict[str, list[Record]], list[dict]]:
     """Assigns each record a group and a split.
 
@@ -86,7 +87,8 @@ def assign(
         val: Share of groups in val, 0 to 1.
         test: Share of groups in test, 0 to 1.
         pairs: Images that show the same lesion.
-        packed: For each image that is packed already, its (own group, group, split).
+        packed: For each image that is packed already, its (own group, group, split) and maybe its patient as a group.
+        by_patient: Whether all images of a patient are in one split, also those of different lesions.
 
     Returns:
         The records of each split, sorted by a hash of the image id, so that every contiguous range is a random sample; and
@@ -96,13 +98,15 @@ def assign(
         UserError: The records give images of one group different splits.
     """
     packed = packed or {}
-    packed_splits = {name: split for own, group, split in packed.values() for name in (own, group)}
+    packed_splits = {name: split for own, group, split, *_ in packed.values() for name in (own, group)}
     supplied_splits, rejected = _supplied_splits(records, packed_splits)
     # Join groups: first as the packed images were joined, then by the new pairs.
     groups = Groups(supplied_splits | packed_splits)
-    for own, group, _ in packed.values():
+    for own, group, *_ in packed.values():
         groups.join(own, group)
-    group_of = {image: group for image, (_, group, _) in packed.items()} | {r.image: r.own_group for r in records}
+    if by_patient:
+        _join_patients(groups, records, packed, rejected)
+    group_of = {image: group for image, (_, group, *_) in packed.items()} | {r.image: r.own_group for r in records}
     _join_pairs(groups, group_of, pairs, packed, rejected)
     # Choose each group's split.
     packed_groups = {groups.find(group) for group in packed_splits}
@@ -149,6 +153,29 @@ def _supplied_splits(records: list[Record], packed_splits: dict[str, str]) -> tu
             "data, or remove them."
         )
     return supplied, rejected
+
+
+def _join_patients(groups: Groups, records: list[Record], packed: dict[str, tuple[str, ...]], rejected: dict[str, str]) -> None:
+    """Joins the lesions of each patient. Adds new images to `rejected` whose lesion and patient are in different splits.
+
+    Raises UserError if the splits that come with the data divide a patient.
+    """
+    for _, group, _, *patient in packed.values():
+        if patient and patient[0]:
+            groups.join(group, patient[0])
+    divided = []
+    for record in records:
+        if record.lesion and record.patient and not groups.join(record.lesion, record.patient_group):
+            here, there = groups.fixed_split(record.lesion), groups.fixed_split(record.patient_group)
+            if record.split:
+                divided.append(f"patient {record.patient} ({record.lesion} in {here}, others in {there})")
+            else:
+                rejected[record.image] = f"its lesion is in {here}, other lesions of patient {record.patient} in {there}"
+    if divided:
+        raise UserError(
+            f"{len(divided)} images come in a different split than other lesions of their patient: {'; '.join(divided[:3])}. "
+            "Set data.group_by=lesion to accept that, or correct the splits that come with the data."
+        )
 
 
 def _join_pairs(

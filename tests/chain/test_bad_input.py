@@ -191,7 +191,8 @@ def test_an_empty_split(folder, capsys):
 
 
 def test_two_images_with_one_id(folder, capsys):
-    shutil.copy(folder / "images" / "i1.jpg", folder / "images" / "i1.png")
+    (folder / "images" / "sub").mkdir()
+    shutil.copy(folder / "images" / "i2.jpg", folder / "images" / "sub" / "i1.jpg")
     assert pack(folder) == 2
     refused(capsys, "share the id 'i1'")
 

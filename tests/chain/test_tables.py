@@ -182,6 +182,17 @@ def test_a_published_header_is_recognised(images, tmp_path, name, capsys):
     assert not any(line["sex"] in ("FEMALE", "MALE") for line in lines)
 
 
+def test_no_patient_and_no_lesion_is_in_two_splits(images, tmp_path):
+    (tmp_path / "meta.csv").write_text(table(HAM | {"patient": "patient_id"}))
+    for group_by, divided in (("patient", False), ("lesion", True)):
+        lines = packed(images, tmp_path / "meta.csv", tmp_path / group_by, group_by=group_by)
+        assert complete(lines)
+        splits: dict[str, set] = {}
+        for line in lines:
+            splits.setdefault(line["patient_id"], set()).add(line["split"])
+        assert any(len(found) > 1 for found in splits.values()) == divided
+
+
 def test_milk10k_joins_diagnoses_by_lesion(images, tmp_path):
     names = {"lesion": "lesion_id", "image": "isic_id"}
     more = {"image_type": "dermoscopic", "skin_tone_class": "3", "age_approx": "40", "sex": "male", "site": "trunk"}

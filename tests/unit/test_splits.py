@@ -47,9 +47,62 @@ def test_appending_moves_nothing_and_never_leaks(pairs, already):
             assert now[f"i{n}"] == now[f"i{n + 1}"]
 
 
-def test_the_group_is_the_lesion_else_the_patient_else_the_image():
-    splits, _ = assign([Record("a", "", "L", "P"), Record("b", "", "", "P"), Record("c", "")], 0.1, 0.1)
-    assert {r.image: r.group for members in splits.values() for r in members} == {"a": "L", "b": "P", "c": "c"}
+def groups_of(splits) -> dict[str, str]:
+    return {r.image: r.group for members in splits.values() for r in members}
+
+
+def test_lesions_of_a_patient_are_one_group():
+    given_ = [
+        Record("a", "", "L", "P"),
+        Record("b", "", "", "P"),
+        Record("c", ""),
+        Record("d", "", "M", "P"),
+        Record("e", "", "M"),
+    ]
+    splits, _ = assign(given_, 0.1, 0.1)
+    assert groups_of(splits) == {"a": "L", "b": "L", "c": "c", "d": "L", "e": "L"}
+    splits, _ = assign(given_, 0.1, 0.1, by_patient=False)
+    assert groups_of(splits) == {"a": "L", "b": "P", "c": "c", "d": "M", "e": "M"}
+
+
+def test_lesion_7_is_not_patient_7():
+    splits, _ = assign([Record("a", "", "7", "1"), Record("b", "", "8", "7"), Record("c", "", "", "7")], 0.1, 0.1)
+    found = groups_of(splits)
+    assert found["a"] != found["b"] == found["c"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6)), min_size=1, max_size=40), st.integers(0, 40))
+def test_no_patient_and_no_lesion_is_in_two_splits_also_after_appending(ids, already):
+    """A lesion may be listed under two patients; then both are one group."""
+    everything = [
+        Record(f"i{n}", "", lesion and f"L{lesion}", patient and f"{patient}") for n, (lesion, patient) in enumerate(ids)
+    ]
+    everything = [Record(r.image, "", r.lesion or "", r.patient or "") for r in everything]
+    first, refused = assign(everything[:already], 0.3, 0.3)
+    assert not refused
+    packed = {r.image: (r.own_group, r.group, name, r.patient_group) for name, members in first.items() for r in members}
+    later, rejected = assign(everything[already:], 0.3, 0.3, packed=packed)
+    where = {r.image: name for splits in (first, later) for name, members in splits.items() for r in members}
+    assert where.keys() | {entry["image"] for entry in rejected} == {r.image for r in everything}
+    for field in ("lesion", "patient"):
+        seen: dict[str, set[str]] = {}
+        for record in everything:
+            if getattr(record, field) and record.image in where:
+                seen.setdefault(getattr(record, field), set()).add(where[record.image])
+        assert all(len(found) == 1 for found in seen.values()), (field, seen)
+
+
+def test_splits_that_divide_a_patient_are_refused_unless_lesions_are_asked_for():
+    given_ = [
+        Record("a", "", "L", "P", split="train"),
+        Record("b", "", "M", "P", split="test"),
+        Record("c", "", "N", split="val"),
+    ]
+    with pytest.raises(UserError, match=r"other lesions of their patient: patient P .*data\.group_by=lesion"):
+        assign(given_, 0.1, 0.1)
+    splits, _ = assign(given_, 0.1, 0.1, by_patient=False)
+    assert split_by_image(splits) == {"a": "train", "b": "test", "c": "val"}
 
 
 def test_splits_that_come_with_the_data():
