@@ -160,6 +160,7 @@ class _Sync:
     The state is stored in mlflow.json:
 
         {"uid": identifies the run directory in MLflow,
+         "directory": name and inode of the directory that the uid was made for; a copy of the directory gets its own uid,
          "stores": {uri: {"experiment": id,
                           "seen": file stamps of each stage at the last complete sync,
                           "parent": entry,
@@ -173,7 +174,12 @@ class _Sync:
 
     def __init__(self, run_dir: Path, uri: str, stage_dirs: list[Path], forget: bool = False):
         self.run_dir, self.uri, self.stage_dirs, self.result = run_dir, uri, stage_dirs, SyncResult()
-        self.state = _read_json(run_dir / "mlflow.json") or {"uid": uuid.uuid4().hex, "stores": {}}
+        self.state = _read_json(run_dir / "mlflow.json")
+        directory = {"name": run_dir.name, "inode": run_dir.stat().st_ino}
+        # A directory that was moved keeps its inode, one that was restored keeps its name; a copy has neither.
+        if not self.state or not directory.items() & self.state.get("directory", directory).items():
+            self.state = {"uid": uuid.uuid4().hex, "stores": {}}
+        self.state["directory"] = directory
         if forget:
             self.state["stores"].pop(_without_password(uri), None)
         self.store = self.state["stores"].setdefault(_without_password(uri), {"seen": {}, "parent": {}, "stages": {}})
@@ -270,7 +276,8 @@ class _Sync:
                 client.set_terminated(entry["id"], "KILLED")
             entry = self.store["stages"][name] = {}
         # The parameters are the stage's section of the config, and the values outside of sections.
-        section = self.config.get(name, self.config.get(name.split("-")[0], {}))
+        level = name.removeprefix("prior-")
+        section = self.config.get(name, {}) if level == name else self.config.get("priors", {}).get(level, {})
         params = {k: v for k, v in self.config.items() if not isinstance(v, dict)} | {name: section}
         uid, parent_id = f"{self.state['uid']}/{name}/{created}", self.store["parent"]["id"]
         run = self._get_or_create_run(entry, uid, name, params, created, parent_id)

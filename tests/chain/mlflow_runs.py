@@ -7,7 +7,9 @@ from hpc.run import mlflow_sync
 from hpc.run.metrics_log import MetricsLog, read_metrics
 from hpc.run.mlflow_sync import default_uri
 
-CONFIG = "name: {name}\nseed: 3\nbatch: [8, 8]\ntokenizer:\n  dim: 64\n  quantizer: {{kind: ema}}\nprior:\n  width: 128\n"
+CONFIG = (
+    "name: {name}\nseed: 3\nbatch: [8, 8]\ntokenizer:\n  dim: 64\n  quantizer: {{kind: ema}}\npriors:\n  top:\n    width: 128\n"
+)
 
 
 def make_run(runs, name, stages=("tokenizer",), lines=4, experiment=None):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
         "name": "two", "seed": "3", "batch": "[8, 8]", "tokenizer.dim": "64", "tokenizer.quantizer.kind": "ema"
     }  # fmt: skip
     assert children["prior-top"].data.params["prior-top.width"] == "128"
-    assert parent.data.params["prior.width"] == "128"
+    assert parent.data.params["priors.top.width"] == "128"
     info = children["tokenizer"].info
     assert (info.status, info.start_time, info.end_time) == ("FINISHED", 1_700_000_000_000, 1_700_000_060_000)
     assert (children["prior-top"].info.status, parent.info.status) == ("RUNNING", "RUNNING")
@@ -66,7 +67,7 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     assert picture.read_bytes() == b"first"
 
     # The run ends: one more picture, the report, all stages done. MLflow keeps the first value of a changed parameter.
-    (run / "config.yaml").write_text(CONFIG.format(name="two").replace("width: 128", "width: 256\n  depth: 4"))
+    (run / "config.yaml").write_text(CONFIG.format(name="two").replace("width: 128", "width: 256\n    depth: 4"))
     MetricsLog(run / "prior-top").image("samples", 100, b"second")
     write_stage_record(run / "prior-top", done=True)
     write_stage_record(run / "report", done=True)
@@ -116,6 +117,29 @@ def test_a_crash_between_sending_and_the_cursor(runs, what):
     assert history(run) == expected(run)
     assert len(expected(run)) == 8
     assert len(runs_of(run)) == 2
+
+
+def test_a_copy_has_an_mlflow_run_of_its_own_and_a_moved_run_keeps_its(runs):
+    run = make_run(runs, "original")
+    sync(run, default_uri(run))
+    before = history(run)
+    # cp -r original copy, then the copy is trained on.
+    copy = runs / "copy"
+    shutil.copytree(run, copy)
+    (copy / "config.yaml").write_text(CONFIG.format(name="copy"))
+    extend(copy / "tokenizer", [70, 80])
+    new_process()
+    sync(copy, default_uri(copy))
+    assert history(copy) == expected(copy) and len(history(copy)) == len(before) + 2
+    assert history(run) == before, "points of the copy went into the original's run"
+    assert entry_of(copy)["id"] != entry_of(run)["id"]
+    # mv original moved
+    known = entry_of(run)["id"]
+    moved = run.rename(runs / "moved")
+    extend(moved / "tokenizer", [90])
+    new_process()
+    sync(moved, default_uri(moved))
+    assert entry_of(moved)["id"] == known and history(moved) == expected(moved)
 
 
 def test_the_cursor_in_another_process(runs):
