@@ -70,7 +70,9 @@ def _check_members(folder: Path, shard: dict) -> list[str]:
 
 
 def _check_checkpoint(folder: Path) -> tuple[int, list[str]]:
-    return len(checkpoint.read_manifest(folder)["files"]), checkpoint.verify(folder)
+    problems = checkpoint.verify(folder)
+    number = sum(path.is_file() for path in folder.rglob("*"))
+    return number, problems
 
 
 def _check_export(folder: Path) -> tuple[int, list[str]]:

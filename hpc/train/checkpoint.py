@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from hpc import dist
+from hpc.config import digest
 from hpc.data import manifest
 from hpc.errors import UserError
 from hpc.run.rundir import atomic_write, fsync_dir
@@ -78,7 +79,8 @@ def _commit(temporary: Path, final: Path, header: dict) -> None:
     assert not missing, f"files that other ranks have written are not visible on rank 0: {missing[:5]}"
     for directory in {path.parent for path in temporary.rglob("*")}:
         fsync_dir(directory)
-    atomic_write(temporary / MANIFEST, json.dumps(header, indent=1).encode() + b"\n")
+    header = json.loads(json.dumps(header))  # as it is read again
+    atomic_write(temporary / MANIFEST, json.dumps(header | {"digest": digest(header)}, indent=1).encode() + b"\n")
     # A checkpoint of this step may exist already: from an earlier save, or a damaged one that the resume skipped.
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
@@ -102,7 +104,7 @@ def _step(path: Path) -> int:
 
 
 def read_manifest(path: Path) -> dict:
-    """Returns the manifest of a checkpoint: {"step", "world", "zero", "state", "files"}."""
+    """Returns the manifest of a checkpoint: {"step", "world", "zero", "state", "files", "digest" of the rest}."""
     return json.loads((path / MANIFEST).read_text())
 
 
@@ -112,7 +114,11 @@ def verify(path: Path) -> list[str]:
     Raises UserError if a file cannot be read.
     """
     try:
-        return manifest.verify(path, read_manifest(path)["files"])
+        header = read_manifest(path)
+        recorded = header.pop("digest", None)  # manifests of older checkpoints have none
+        if recorded not in (None, digest(header)):
+            return [f"{path / MANIFEST}: the content has changed"]
+        return manifest.verify(path, header["files"])
     except UserError:  # a file cannot be read
         raise
     except PermissionError as error:

@@ -152,3 +152,22 @@ def test_the_record_of_a_stage_that_made_something_still_binds(phantoms, tmp_pat
     stage.write_text(json.dumps(json.loads(stage.read_text()) | {"done": False, "digest": None}))
     assert main(["pack", DEMO, *tiny(phantoms, tmp_path), "data.size=16"]) == errors.USAGE
     assert "was made with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["samples", "cut", "empty", "a list"])
+def test_a_changed_manifest_is_damage(trained, change, capsys):
+    """Each field of the manifest counts: a changed number of samples would train on other data."""
+    command, folder = trained
+    newest = checkpoint.committed(folder / "checkpoints")[-1]
+    path = newest / checkpoint.MANIFEST
+    text = path.read_text()
+    changed = {"samples": text.replace('"samples": 160', '"samples": 176'), "cut": text[:-9], "empty": "", "a list": "[]"}[
+        change
+    ]
+    assert changed != text
+    path.write_text(changed)
+    assert len(checkpoint.verify(newest)) == 1
+    assert main(["verify", str(newest)]) == errors.FAILED
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(command) == 0, "the checkpoint before it is sound"
+    assert f"checkpoint {newest.name} is damaged" in capsys.readouterr().err
