@@ -15,12 +15,12 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.resident import reset_peak, status_bytes
 from benchmarks.timing import DEVICE, timed
 from lesiongen.tokenizers import quantize
 from lesiongen.tokenizers.quantize import QUANTIZERS
@@ -119,15 +119,10 @@ def peak(name: str, batch: int) -> float:
         before = torch.cuda.max_memory_allocated()
         step(z)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    before = high_water()
+    reset_peak()
+    before = status_bytes("VmHWM")
     step(z)
-    return (high_water() - before) / 1024
-
-
-def high_water() -> int:
-    """Returns this process's peak of resident memory, in kB."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return (status_bytes("VmHWM") - before) / 2**20
 
 
 def main() -> None:

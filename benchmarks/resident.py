@@ -18,10 +18,15 @@ FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"
 SAMPLE_S = 0.002  # how often the whole parameters are counted
 
 
-def _status(key: str) -> int:
-    """Returns a line of /proc/self/status in bytes."""
+def status_bytes(key: str) -> int:
+    """Returns a line of /proc/self/status in bytes: VmRSS is what is resident now, VmHWM its high-water mark."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    """Sets the high-water mark to what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 class Resident:
@@ -34,7 +39,7 @@ class Resident:
 
     def __init__(self):
         gc.collect()
-        self.base = _status("VmRSS")
+        self.base = status_bytes("VmRSS")
         self.peaks: dict[str, int] = {}
         self.whole: dict[str, int] = {}
         self._parameters: list[weakref.ref] = []
@@ -47,7 +52,7 @@ class Resident:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measures the block. A second block of the same name raises its figures if they are larger."""
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        reset_peak()
         ended, largest = threading.Event(), [0]
 
         def watch() -> None:
@@ -62,5 +67,5 @@ class Resident:
         finally:
             ended.set()
             watcher.join()
-            self.peaks[name] = max(self.peaks.get(name, 0), _status("VmHWM") - self.base)
+            self.peaks[name] = max(self.peaks.get(name, 0), status_bytes("VmHWM") - self.base)
             self.whole[name] = max(self.whole.get(name, 0), largest[0])

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.resident import reset_peak, status_bytes
 from benchmarks.timing import DEVICE, Apart
 from hpc import dist
 from hpc.dist import Topology
@@ -235,17 +236,11 @@ def measure_peak(args: argparse.Namespace) -> None:
     if args.who == "ours":
         allocator.keep_freed_memory(DEVICE)
     net = Ours(args.batch) if args.who == "ours" else Theirs(args.peer)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    before = resident("VmRSS")
+    reset_peak()
+    before = status_bytes("VmRSS")
     for i in range(5):
         net.step(random_batch(args.batch, args.size, i))
-    print((resident("VmHWM") - before) / 1024)
-
-
-def resident(what: str) -> int:
-    """Returns a field of /proc/self/status, such as VmRSS, in kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(what)).split()[1])
+    print((status_bytes("VmHWM") - before) / 2**20)
 
 
 def quality(args: argparse.Namespace) -> None:

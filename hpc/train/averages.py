@@ -43,6 +43,14 @@ class Averages:
         finally:
             self._swap()
 
+    @contextlib.contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Puts the averages into the model's weights inside the block. Collective."""
+        with self.in_masters():
+            self.weights.update_model()
+            yield
+        self.weights.update_model()
+
     @torch.no_grad()
     def _swap(self) -> None:
         for average, master in zip(self.tensors, self.weights.masters(), strict=True):

@@ -39,9 +39,8 @@ class EngineConfig:
     accumulation: int = volatile(1)  # micro-batches per step on each rank
     clip: float = 1.0  # largest gradient norm; 0 = no clipping
     offload: bool = volatile(False)  # keep the optimizer state in CPU memory (ZeRO 1 to 3)
-    gather_gib: float = volatile(
-        8.0
-    )  # under ZeRO 3, draw samples while training only if the fp32 weights are at most this large
+    # Under ZeRO 3, samples are drawn while training only if the fp32 weights take at most this many GiB.
+    gather_gib: float = volatile(8.0)
     average: float = 0.0  # half-life of the averaged weights, in samples; evaluation and export use them; 0 = no averaging
     compile: bool = volatile(False)  # compile the model with torch.compile
     channels_last: bool = volatile(True)  # store images and filters channels-last, the fastest layout for convolutions
@@ -200,17 +199,13 @@ class Engine:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Puts the model into evaluation mode inside the block, with the averaged weights if averaging is on. Collective."""
-        with self.averages.in_masters() if self.averages else contextlib.nullcontext():
-            if self.averages:
-                self.weights.update_model()
+        with self.averages.in_model() if self.averages else contextlib.nullcontext():
             self.module.eval()
             try:
                 yield
             finally:
                 self.module.train()
                 self.weights.end_forward()
-        if self.averages:
-            self.weights.update_model()
 
     @contextlib.contextmanager
     def whole_module(self) -> Iterator[nn.Module]:

@@ -307,29 +307,36 @@ def jitter(
         x.mul_(brightness).clamp_(0, 255)
     if contrast != 1:
         mean = x.mean((-2, -1), keepdim=True)
-        mean = _grey(mean) if colour else mean
+        mean = grey(mean) if colour else mean
         x.mul_(contrast).add_((1 - contrast) * mean).clamp_(0, 255)
     if saturation != 1 and colour:
-        grey = _grey(x)  # before the next line changes x in place
-        x.mul_(saturation).add_(grey, alpha=1 - saturation).clamp_(0, 255)
+        luma = grey(x)  # before the next line changes x in place
+        x.mul_(saturation).add_(luma, alpha=1 - saturation).clamp_(0, 255)
     if hue and colour:
-        x = _shift_hue(x, hue)
+        x = shift_hue(x, hue)
     return _to_uint8(x)
 
 
-def _grey(x_CHW: torch.Tensor) -> torch.Tensor:
-    """Returns the luma of an RGB image, [H, W]."""
-    red, green, blue = x_CHW
+def grey(x_3HW: torch.Tensor) -> torch.Tensor:
+    """Returns the luma of RGB images [..., 3, H, W], [..., H, W]."""
+    red, green, blue = x_3HW.unbind(-3)
     return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
-def _shift_hue(x_CHW: torch.Tensor, shift: float) -> torch.Tensor:
+def shift_hue(x_3HW: torch.Tensor, shift: float | torch.Tensor) -> torch.Tensor:
     """Shifts the HSV hue by a fraction of the colour circle, without a full conversion to HSV.
 
     In HSV, a channel has its maximum where the hue is within a sixth of the circle of the channel's own hue, its minimum
     from two sixths on, and falls linearly between.
+
+    Args:
+        x_3HW: RGB images, [..., 3, H, W].
+        shift: The shift, or one for each image, [..., 1, 1, 1].
+
+    Returns:
+        [..., 3, H, W].
     """
-    red, green, blue = x_CHW
+    red, green, blue = x_3HW.unbind(-3)
     maximum = torch.maximum(torch.maximum(red, green), blue)
     chroma = maximum - torch.minimum(torch.minimum(red, green), blue)
     inverse = 1 / chroma.clamp(min=1e-6)
@@ -339,9 +346,9 @@ def _shift_hue(x_CHW: torch.Tensor, shift: float) -> torch.Tensor:
         torch.where(maximum == green, 2 + (blue - red) * inverse, 4 + (red - green) * inverse),
     )
     # Distance of the shifted hue from each channel's hue around the circle, in sixths of the circle.
-    distance = hue - (CHANNEL_HUES - 6 * shift)
+    distance = hue.unsqueeze(-3) - (CHANNEL_HUES.to(hue.device) - 6 * shift)
     distance = distance.sub_(6 * torch.round(distance / 6)).abs_()
-    return maximum - distance.sub_(1).clamp_(0, 1).mul_(chroma)
+    return maximum.unsqueeze(-3) - distance.sub_(1).clamp_(0, 1).mul_(chroma.unsqueeze(-3))
 
 
 def noise(image_CHW: torch.Tensor, sigma: float, rng: torch.Generator) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import grid_sample
 
 from hpc.data.order import sample_seed
-from lesiongen.data.augment import CHANNEL_HUES, GREY, AugmentConfig, View, box_side, draw_view, window_of
+from lesiongen.data.augment import AugmentConfig, View, box_side, draw_view, grey, shift_hue, window_of
 
 # Columns of a row: the window in pixels, what is done to it, and the strengths of the other operations.
 COLUMNS = ("top", "left", "height", "width", "angle", "scale", "symmetry", "hflip", "vflip")
@@ -107,31 +107,12 @@ def _jitter(x_BCHW: torch.Tensor, column: dict[str, torch.Tensor]) -> torch.Tens
     colour = x_BCHW.shape[1] == 3
     x = (x_BCHW * factor["brightness"]).clamp(0, 255)
     mean = x.mean((-2, -1), keepdim=True)
-    mean = _grey(mean) if colour else mean
+    mean = grey(mean).unsqueeze(1) if colour else mean
     x = (x * factor["contrast"] + (1 - factor["contrast"]) * mean).clamp(0, 255)
     if not colour:
         return x
-    x = (x * factor["saturation"] + (1 - factor["saturation"]) * _grey(x)).clamp(0, 255)
-    return torch.where(factor["hue"] != 0, _shift_hue(x, factor["hue"]), x)
-
-
-def _grey(x_BCHW: torch.Tensor) -> torch.Tensor:
-    """Returns the luma of RGB images, [B, 1, H, W]."""
-    red, green, blue = x_BCHW.split(1, 1)
-    return red * GREY[0] + green * GREY[1] + blue * GREY[2]
-
-
-def _shift_hue(x_BCHW: torch.Tensor, shift_B111: torch.Tensor) -> torch.Tensor:
-    """Shifts the HSV hue, as _shift_hue() of augment.py does."""
-    red, green, blue = x_BCHW.split(1, 1)
-    maximum = x_BCHW.amax(1, keepdim=True)
-    chroma = maximum - x_BCHW.amin(1, keepdim=True)
-    inverse = 1 / chroma.clamp(min=1e-6)
-    hue = torch.where(maximum == green, 2 + (blue - red) * inverse, 4 + (red - green) * inverse)
-    hue = torch.where(maximum == red, (green - blue) * inverse, hue)
-    distance = hue - (CHANNEL_HUES.to(x_BCHW.device) - 6 * shift_B111)
-    distance = (distance - 6 * torch.round(distance / 6)).abs()
-    return maximum - (distance - 1).clamp(0, 1) * chroma
+    x = (x * factor["saturation"] + (1 - factor["saturation"]) * grey(x).unsqueeze(1)).clamp(0, 255)
+    return torch.where(factor["hue"] != 0, shift_hue(x, factor["hue"]), x)
 
 
 def _normal_noise(position_B: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -94,9 +94,7 @@ class PriorFacts:
         self._matches: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     def trained_labels(self) -> list[str]:
-        """Returns the labels that at least one training image has."""
-        if "label" not in self.values:
-            return []
+        """Returns the labels that at least one training image has. The prior must be conditioned on the label."""
         seen = set(self.rows[:, list(self.values).index("label")].tolist())
         return [label for i, label in enumerate(self.values["label"]) if i in seen]
 

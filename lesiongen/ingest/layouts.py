@@ -40,11 +40,6 @@ class Layout:
     licence: str = ""
     attribution: str = ""
 
-    @property
-    def diagnosed(self) -> bool:
-        """Whether the file states diagnoses."""
-        return bool(self.columns.get("dx") or self.one_hot or self.coarse)
-
 
 def _one_hot(names: str) -> dict[str, str]:
     return {name: name for name in names.split()}

@@ -136,7 +136,7 @@ def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[st
     """
     refuse_unknown(sampling.facts, priors)
     labelled = next((prior for prior in priors if "label" in prior.values), None)
-    labels = assign_labels(sampling, *((labelled.values["label"], labelled.trained_labels()) if labelled else ([], [])))
+    labels = assign_labels(sampling, labelled)
     ordered = sorted(priors, key=lambda prior: "label" not in prior.values)
     samples = []
     for i, label in enumerate(labels):
@@ -149,13 +149,14 @@ def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[st
     return samples
 
 
-def assign_labels(sampling: SampleConfig, classes: list[str], trained: list[str]) -> list[str]:
-    """Divides the samples among the labels in blocks of equal size. Uses `sampling.labels`, or `trained` if it is empty.
+def assign_labels(sampling: SampleConfig, prior: PriorFacts | None) -> list[str]:
+    """Divides the samples among the labels in blocks of equal size.
+
+    Uses `sampling.labels`; if it is empty, all labels that a training image has.
 
     Args:
         sampling: The settings.
-        classes: The labels that the priors know.
-        trained: Those that a training image has.
+        prior: The facts of a prior that was trained with labels, or None.
 
     Returns:
         The label of each sample; "" if the priors were trained without labels.
@@ -163,6 +164,7 @@ def assign_labels(sampling: SampleConfig, classes: list[str], trained: list[str]
     Raises:
         UserError: The priors do not know one of the labels, or no training image has it.
     """
+    classes, trained = (prior.values["label"], prior.trained_labels()) if prior else ([], [])
     for label in sampling.labels:
         if label not in classes:
             raise UserError(f"Unknown label '{label}'; this generator knows: {', '.join(classes)}.")
