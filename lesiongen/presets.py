@@ -11,6 +11,7 @@ from pathlib import Path
 from hpc.config import read_yaml
 from hpc.errors import UserError
 from lesiongen.ingest.folders import count_images
+from lesiongen.ingest.sources import read_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "gpu"
 SECTIONS = ("tokenizer", "encode", "priors", "sample")  # sections of the config that a preset fills in
@@ -57,27 +58,42 @@ def fill_in(data: dict) -> dict:
     if name not in (*PRESETS, "auto"):
         raise UserError(f"preset: '{name}' is not a preset; choose among {', '.join(PRESETS)} and auto.")
     own = data.get("data") or {}
-    photographs = count_images(own.get("images"))
-    number = round(photographs * (1 - own.get("val", 0.1) - own.get("test", 0.1)))
+    number = round(_photographs(own) * (1 - own.get("val", 0.1) - own.get("test", 0.1)))
     if number < 1:
         raise UserError(f"preset: there are no images in data.images={own.get('images')}, so a preset cannot set lengths.")
     if name == "auto":
         name = next(name for name, preset in PRESETS.items() if number <= preset.images)
-    return _merge(settings(name, number), data)
+    return _merge(settings(name, number, data), data)
 
 
-def settings(name: str, images: int) -> dict:
-    """Returns the settings of a preset for a number of training images, as plain data of a config."""
+def _photographs(data: dict) -> int:
+    """Returns how many photographs the section `data` names: the image files, or the rows of its table if they are fewer."""
+    files, table = count_images(data.get("images")), Path(data.get("metadata") or "")
+    return min(files, len(read_csv(table)[0])) if table.is_file() else files
+
+
+def settings(name: str, images: int, own: dict | None = None) -> dict:
+    """Returns the settings of a preset, as plain data of a config.
+
+    Args:
+        name: The preset.
+        images: Number of training images.
+        own: The user's config. Where it sets the samples of a training, warm-up and intervals are in proportion to them.
+    """
     preset = PRESETS[name]
     content = copy.deepcopy(read_yaml(CONFIGS / preset.config))
     filled = {section: content[section] for section in SECTIONS}
     filled["data"] = {"size": content["data"]["size"]}
-    filled["tokenizer"]["train"] = _scale(filled["tokenizer"]["train"], preset.tokenizer_epochs * images)
-    for prior in filled["priors"].values():
-        prior["train"] = _scale(prior["train"], preset.prior_epochs * images)
+    own = own or {}
+    own_priors = own.get("priors") or {}
+    trainings = [(filled["tokenizer"], own.get("tokenizer"), preset.tokenizer_epochs)]
+    trainings += [(prior, own_priors.get(level), preset.prior_epochs) for level, prior in filled["priors"].items()]
+    for section, mine, epochs in trainings:
+        asked = ((mine or {}).get("train") or {}).get("samples")
+        section["train"] = _scale(section["train"], asked or epochs * images)
     if name == "small":  # also for machines without a GPU, which compute slowly in bf16; fp32 takes twice the memory
-        for training in (filled["tokenizer"], *filled["priors"].values()):
-            training["train"]["engine"] = {"accumulation": 2}
+        for section, *_ in trainings:
+            section["train"]["engine"] = {"accumulation": 2}
     return filled
 
 

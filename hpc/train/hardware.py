@@ -97,7 +97,7 @@ def machines(config: HardwareConfig, ranks: int) -> Machines:
         memory = config.gpu_gb or memory
         name = f"{config.nodes} × {config.gpus} {config.gpu or 'GPU'} of {memory:.0f} GB"
         return Machines(name, config.nodes, config.gpus, memory * 1e9, host, peak)
-    return Machines(f"{ranks} ranks on the CPU", config.nodes, ranks, 0, host, cpu_flops() / ranks)
+    return Machines(f"{ranks} rank{'s' * (ranks > 1)} on the CPU", config.nodes, ranks, 0, host, cpu_flops() / ranks)
 
 
 def cpu_flops() -> float:

@@ -78,3 +78,20 @@ def test_what_is_wrong_with_a_preset_is_said(tmp_path):
         experiment.load(str(config), ["preset=huge"])
     with pytest.raises(UserError, match=r"no images in data\.images=nowhere"):
         experiment.load(str(config), ["preset=auto"])
+
+
+def test_the_warm_up_follows_samples_that_the_user_sets(photographs):
+    """Otherwise a training that the user shortens would end within the warm-up of the long one."""
+    found = experiment.load(photographs(400, "tokenizer: {train: {samples: 3200}}\n"), ["priors.top.train.samples=6400"])
+    for train, samples in ((found.tokenizer.train, 3_200), (found.prior("top").train, 6_400)):
+        assert train.samples == samples
+        assert max(train.optim.warmup, train.log_every) <= 0.05 * samples + train.batch
+        assert train.eval_every <= samples
+    assert found.prior("bottom").train.samples == pytest.approx(200 * 320, abs=64)
+
+
+def test_a_table_that_lists_fewer_images_than_the_folder_holds_decides(photographs, tmp_path):
+    config = photographs(100)
+    (tmp_path / "meta.csv").write_text("image,dx\n" + "".join(f"{i},a\n" for i in range(50)))
+    found = experiment.load(config, [f"data.metadata={tmp_path / 'meta.csv'}"])
+    assert found.tokenizer.train.samples == pytest.approx(100 * 40, abs=64)
