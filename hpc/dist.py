@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from hpc import watchdog
 from hpc.errors import LeaderFailed, UserError
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ LONGEST_WAIT = timedelta(hours=12)
 
 _control: dist.ProcessGroup | None = None  # gloo group for Python objects and barriers; None = the default group is gloo
 _store: dist.Store | None = None  # key-value store of the process group; leave() counts ranks in it
+_meetings = 0  # how often this rank has called meet()
 
 
 @dataclass(frozen=True)
@@ -185,19 +187,48 @@ def _join(topology: Topology, timeout: timedelta) -> dist.Store:
             f"within {timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}). Look at the log of rank 0, and check that "
             "its node accepts connections on this port."
         ) from None
-    store.set(f"joined/{topology.rank}", socket.gethostname())
-    # The last rank to join sets "all": each rank waits for one key, so that joining costs rank 0 the same for many ranks.
-    if store.add("joined", 1) == topology.world_size:
-        store.set("all", "")
-    try:
-        store.wait(["all"], timeout)
-    except dist.DistStoreError:
-        missing = [r for r in range(topology.world_size) if not store.check([f"joined/{r}"])]
+    if missing := _meet(store, "join", topology.rank, topology.world_size, timeout):
         raise TimeoutError(
             f"after {timeout.total_seconds():.0f} s these ranks of {topology.world_size} have not joined: "
-            f"{', '.join(map(str, missing))}. Look at their logs: a node may be down, or a task failed to start."
-        ) from None
+            f"{missing}. Look at their logs: a node may be down, or a task failed to start."
+        )
     return store
+
+
+def _meet(store: dist.Store, name: str, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Waits until every rank has called this with the same name. Returns the ranks that have not, as text."""
+    store.set(f"{name}/{rank}", socket.gethostname())
+    # The last rank to come sets "all": each rank waits for one key, so that a meeting costs rank 0 the same for many ranks.
+    if store.add(name, 1) == world_size:
+        store.set(f"{name}/all", "")
+    try:
+        store.wait([f"{name}/all"], timeout)
+        return ""
+    except dist.DistStoreError:
+        return ", ".join(str(r) for r in range(world_size) if not store.check([f"{name}/{r}"]))
+
+
+def meet(what: str, timeout_s: float) -> None:
+    """Waits until every rank has called meet(), for a limited time. Collective.
+
+    barrier() waits for a missing rank for hours, and cannot tell which one is missing.
+
+    Args:
+        what: What the ranks are about to do together.
+        timeout_s: Seconds to wait.
+
+    Raises:
+        TimeoutError: Ranks are missing; the message names them.
+    """
+    global _meetings
+    if world_size() == 1:
+        return
+    _meetings += 1
+    if missing := _meet(_store, f"meeting/{_meetings}", rank(), world_size(), timedelta(seconds=timeout_s)):
+        raise TimeoutError(
+            f"rank {rank()} on {socket.gethostname()} waited {timeout_s:.0f} s for the others, for {what}. These ranks of "
+            f"{world_size()} did not come: {missing}. Their logs tell what they did instead."
+        )
 
 
 def leave(timeout_s: float = 60.0) -> None:
@@ -280,7 +311,8 @@ def run_on_leader(function: Callable[..., T], *arguments: Any) -> T:
             error = raised
             message = str(raised) if isinstance(raised, UserError) else f"rank 0 failed: {raised!r}"
             value = UserError(message) if isinstance(raised, UserError) else LeaderFailed(message)
-    failed, value = broadcast((error is not None, value))
+    with watchdog.paused():
+        failed, value = broadcast((error is not None, value))
     if failed:
         raise error or value
     return value

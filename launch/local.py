@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from hpc import config as hpc_config
-from hpc import errors
+from hpc import errors, watchdog
 from hpc.run import rundir
 from lesiongen.experiment import Experiment
 from lesiongen.stages.base import Stage
@@ -54,10 +54,10 @@ def run_ranks(config: Experiment, stage: Stage) -> int:
         processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True))
         if out:
             out.close()
-    return _watch(processes, folder)
+    return _watch(processes, folder, config.directory / stage.name)
 
 
-def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
+def _watch(processes: list[subprocess.Popen], folder: Path, stage_dir: Path) -> int:
     """Waits until every rank has ended. If a rank failed, prints why. Returns the exit code."""
     with _SignalForwarder(processes) as forwarder:
         try:
@@ -67,7 +67,10 @@ def _watch(processes: list[subprocess.Popen], folder: Path) -> int:
             _wait_for_other_ranks(processes, failure[1])
         finally:
             _kill(processes)
-    return _explain_failure(*failure, forwarder.forwarded, folder)
+    rank, code = failure
+    if code == errors.FAILED and watchdog.was_hung(stage_dir, rank):
+        code = errors.HANG
+    return _explain_failure(rank, code, forwarder.forwarded, folder)
 
 
 class _SignalForwarder:

@@ -156,10 +156,11 @@ class LocalConfig:
     ranks: int = volatile(1)  # processes to start on this machine for each stage that can use several
     device: Literal["auto", "cpu"] = volatile("auto")  # auto: the GPU where there is one; cpu: the CPU in any case
     join_seconds: float = volatile(300.0)  # seconds to wait until all ranks are connected, here and on a cluster
+    hang_minutes: float = volatile(30.0)  # a stage has hung if it makes no progress for so long; trainings: health
 
     def __post_init__(self):
-        if self.ranks < 1 or self.join_seconds <= 0:
-            raise ValueError("ranks must be at least 1, and join_seconds above 0")
+        if self.ranks < 1 or min(self.join_seconds, self.hang_minutes) <= 0:
+            raise ValueError("ranks must be at least 1, and join_seconds and hang_minutes above 0")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom up. A file may import what stands on the same floor or below; files at a package's top stand on the floor
 # that bears their name, `__init__` on the lowest.
 FLOORS = {
-    "hpc": [["__init__", "config", "dist", "errors"], ["run"], ["data"], ["train"]],
+    "hpc": [["__init__", "config", "dist", "errors", "watchdog"], ["run"], ["data"], ["train"]],
     "lesiongen": [
         ["__init__"],
         ["data"],

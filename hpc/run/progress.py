@@ -1,8 +1,18 @@
-"""Progress bars: live on a terminal, a line from time to time in a log file."""
+"""Progress bars: live on a terminal, a line from time to time in a log file. Progress is a beat for the watchdog."""
 
 import sys
 
 from tqdm import tqdm
+
+from hpc import watchdog
+
+
+class _ProgressBar(tqdm):
+    """A progress bar that tells the watchdog of each update, also where nothing is shown."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        watchdog.beat()
+        return super().update(n)
 
 
 def progress_bar(total: int, description: str, unit: str = "img", initial: int = 0, shown: bool = True) -> tqdm:
@@ -16,7 +26,7 @@ def progress_bar(total: int, description: str, unit: str = "img", initial: int =
         shown: Whether anything is written; False on all ranks but one.
     """
     live = sys.stderr.isatty()
-    return tqdm(
+    return _ProgressBar(
         total=total,
         desc=description,
         unit=unit,

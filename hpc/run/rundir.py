@@ -111,6 +111,7 @@ class StageDir:
         inputs: Digest of each artefact (result of a stage) that this stage reads, by name; None for an unfinished artefact.
         target: Amount of work after which the stage is done, such as a number of samples. A larger target continues the result.
         paths: Keys of the identity that are paths. Two spellings of one path are no difference.
+        adjustable: Dotted keys of the identity that may change when the work has diverged.
     """
 
     path: Path
@@ -118,6 +119,7 @@ class StageDir:
     inputs: dict
     target: int = 1
     paths: tuple[str, ...] = ()
+    adjustable: tuple[str, ...] = ()
 
     @property
     def record(self) -> dict | None:
@@ -140,7 +142,10 @@ class StageDir:
         for key in self.paths:
             if same_path(recorded.get(key), identity.get(key)):
                 recorded[key] = identity.get(key)
-        return differences(recorded, identity) + differences(record["inputs"], self.inputs, "input")
+        changed = differences(recorded, identity)
+        if "diverged" in record:
+            changed = [line for line in changed if not line.startswith(tuple(f"{key}: " for key in self.adjustable))]
+        return changed + differences(record["inputs"], self.inputs, "input")
 
     def _holds_nothing(self, record: dict) -> bool:
         """Returns whether a first try failed before it made anything, so that the record binds nothing."""
@@ -170,10 +175,16 @@ class StageDir:
         """
         self.check()
         record = self.record or {"created": time.time(), "digest": None}
+        if record.pop("diverged", None) and (changed := differences(record["identity"], json.loads(json.dumps(self.identity)))):
+            record["adjusted"] = [*record.get("adjusted", ()), *changed]
         current = {"identity": self.identity, "inputs": self.inputs, "target": self.target, "environment": environment()}
         self._write(record | current | {"done": False})
         if config_yaml:
             atomic_write(self.path / "config.yaml", config_yaml.encode())
+
+    def mark_diverged(self, reason: str) -> None:
+        """Records that the work has diverged: its `adjustable` settings may now change, and the same directory continues."""
+        self._write({**(self.record or {}), "diverged": reason})
 
     def finish(self, digest: str) -> None:
         """Records that the stage is done, with the digest of its result."""

@@ -26,7 +26,9 @@ from hpc.train.engine import Engine, EngineConfig
 MANIFEST = "MANIFEST.json"
 
 
-def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, best: int | None = None) -> Path:
+def save(
+    folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, best: int | None = None, wait_s: float = 300.0
+) -> Path:
     """Writes a checkpoint and deletes old ones. Collective.
 
     Args:
@@ -36,10 +38,15 @@ def save(folder: Path, step: int, engine: Engine, state: dict, keep: int = 2, be
         state: The training loop's state, as plain data for JSON.
         keep: Number of newest checkpoints to keep.
         best: Step of the best checkpoint, which is kept too.
+        wait_s: How many seconds the ranks wait for one another before they save.
 
     Returns:
         The path of the new checkpoint.
+
+    Raises:
+        TimeoutError: Only some ranks have called save(); the message names the others.
     """
+    dist.meet(f"saving step {step}", wait_s)
     final, temporary = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
     dist.run_on_leader(_prepare, temporary)
     engine.save(temporary)
@@ -90,7 +97,13 @@ def _commit(temporary: Path, final: Path, header: dict) -> None:
 def _delete_old(folder: Path, keep: int, best: int | None) -> None:
     for path in committed(folder)[:-keep]:
         if _step(path) != best:
-            shutil.rmtree(path, ignore_errors=True)
+            delete(path)
+
+
+def delete(path: Path) -> None:
+    """Deletes a checkpoint. A deletion that is interrupted leaves no manifest, so no checkpoint."""
+    (path / MANIFEST).unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def committed(folder: Path) -> list[Path]:

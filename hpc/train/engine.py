@@ -9,6 +9,7 @@ metrics and the statistics (codebook counts and sums), so that all ranks decide 
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from hpc.data.order import batch_share
 from hpc.run.rundir import share
 from hpc.train.averages import Averages
 from hpc.train.optim import SkippableOptimizer
+from hpc.train.stragglers import Stopwatch
 from hpc.train.zero import Weights, build_divided, gathered, import_deepspeed, shape_of, without_hooks
 
 MAX_BUCKET = 10**8  # elements that are sent at once; larger buffers do not make communication faster
@@ -76,7 +78,7 @@ class Step:
     Attributes:
         metrics: Means over the global batch, and "gradient_norm" before clipping, which may still be on the device.
         statistics: The model's statistics, summed over micro-batches and ranks.
-        accepted: False if the weights were not updated because a loss or gradient was not finite.
+        accepted: False if the weights were not updated: a loss or gradient was not finite, or the loss was above its limit.
         flags: The flags given to step(), summed over ranks.
     """
 
@@ -99,6 +101,7 @@ class Engine:
         micro_batch: Samples in one micro-batch of this rank.
         weights: Where the module's weights are, and how to read them.
         averages: The averaged weights; None if averaging is off.
+        forward: The time of this rank's forward passes in training.
     """
 
     def __init__(
@@ -136,19 +139,28 @@ class Engine:
             parameter.register_hook(self._collect_gradient)
         self.weights = Weights(self.module, self.deepspeed.optimizer, config.zero)
         self.averages = Averages(self.weights) if config.average else None
+        self.forward = Stopwatch(self.device)
         if config.compile:
             self.deepspeed.compile()
 
-    def step(self, micro_batches: list[dict], lr: float, flags: dict[str, float], decay: float = 0.0) -> Step:
+    def step(
+        self,
+        micro_batches: list[dict],
+        lr: float,
+        flags: dict[str, float],
+        decay: float = 0.0,
+        loss_limit: float = math.inf,
+    ) -> Step:
         """Runs forward and backward over this rank's micro-batches, then one optimizer step. Collective.
 
-        If a loss or gradient is not finite on any rank, no rank updates its weights.
+        If a loss or gradient is not finite on any rank, or the loss is above its limit, no rank updates its weights.
 
         Args:
             micro_batches: The micro-batches of this rank.
             lr: The learning rate of this step.
             flags: Values of this rank that are summed over all ranks, such as a request to stop.
             decay: The weight of the old average in the new average, 0 to 1.
+            loss_limit: The largest loss, as the mean over the global batch, with which the weights are updated.
         """
         totals, statistics = self._forward_backward(micro_batches)
 
@@ -161,8 +173,11 @@ class Engine:
         dist.all_reduce_sum(packed)
         nonfinite_ranks, *sums = packed[: len(scalars)].tolist()
 
-        # Update the weights, unless a rank had a non-finite value.
-        self.optimizer.skip = nonfinite_ranks > 0
+        # Update the weights, unless a rank had a non-finite value or the loss is too large.
+        summed_flags, summed_metrics = sums[: len(flags)], sums[len(flags) :]
+        count = self.world_size * self.config.accumulation
+        metrics = {name: value / count for name, value in zip(totals, summed_metrics, strict=True)}
+        self.optimizer.skip = nonfinite_ranks > 0 or metrics["loss"] > loss_limit
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         norm = self._gradient_norm() if self.config.zero == 0 else None  # before deepspeed.step() clips the gradients
@@ -172,9 +187,6 @@ class Engine:
             self.averages.update(decay)
 
         # Turn the sums into the result.
-        summed_flags, summed_metrics = sums[: len(flags)], sums[len(flags) :]
-        count = self.world_size * self.config.accumulation
-        metrics = {name: value / count for name, value in zip(totals, summed_metrics, strict=True)}
         metrics["gradient_norm"] = self.deepspeed.get_global_grad_norm() if norm is None else norm
         reduced_statistics = packed[len(scalars) :] if statistics is not None else None
         return Step(metrics, reduced_statistics, accepted, dict(zip(flags, summed_flags, strict=True)))
@@ -185,7 +197,8 @@ class Engine:
         totals: dict[str, torch.Tensor] = {}
         statistics = None
         for number, batch in enumerate(micro_batches):
-            out = self.deepspeed(_channels_last(batch) if self.config.channels_last else batch)
+            with self.forward.running():
+                out = self.deepspeed(_channels_last(batch) if self.config.channels_last else batch)
             self.deepspeed.backward(out["loss"])
             self._check_collected()
             named = {"loss": out["loss"], **out["metrics"]}

@@ -5,30 +5,40 @@ stages tokenizer and prior call `train` with a task (hpc/train/task.py). Batches
 `checkpoints/`, the best weights through the task to `export/`, and metrics to the metrics log.
 """
 
-import contextlib
+import gc
 import itertools
-import math
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from hpc import dist
+from hpc import dist, watchdog
 from hpc.config import volatile
 from hpc.data.order import sample_seed
 from hpc.errors import Diverged, Stopped, UserError
 from hpc.run import journal, metrics_log
 from hpc.run.progress import progress_bar
-from hpc.train import checkpoint, flops, health
+from hpc.train import checkpoint, flops
 from hpc.train.engine import Engine, EngineConfig, Step, build
-from hpc.train.health import HealthConfig
+from hpc.train.health import HealthConfig, loss_limit
 from hpc.train.optim import OptimConfig, average_decay, build_optimizer, learning_rate
 from hpc.train.preempt import Preemption
 from hpc.train.prefetch import on_device
+from hpc.train.rollback import Rollbacks, Spike
+from hpc.train.state import State
+from hpc.train.stragglers import Speed, Stragglers
 from hpc.train.task import Task
+
+# Settings of a TrainConfig that may change when a training has diverged. The optimizer's state does not depend on them.
+ADJUSTABLE = (
+    *(f"optim.{name}" for name in ("lr", "schedule", "warmup", "floor", "cooldown", "pieces")),
+    "engine.clip",
+    "engine.precision",
+)
 
 
 @dataclass(frozen=True)
@@ -56,84 +66,6 @@ class TrainConfig:
             raise ValueError("keep must be at least 2, so that an older checkpoint remains if the newest is damaged")
 
 
-@dataclass
-class State:
-    """State of the loop that a resume needs in addition to the engine's state. Stored as JSON in each checkpoint's manifest.
-
-    Attributes:
-        samples: Samples seen.
-        evaluated: Samples seen at the last evaluation.
-        evaluating: Whether the checkpoint was saved just before an evaluation. A resumed training then evaluates again.
-            Otherwise it would not know the best metric, and could later export worse weights.
-        best: The best held-out metric; None before the first finite value.
-        best_at: Samples seen at the evaluation that gave `best`.
-        patience_from: Samples seen when patience last started again. Patience counts from here, or from `best_at` if later.
-        ended_length: `TrainConfig.samples` of the training that ended because patience ran out; 0 otherwise.
-        skipped: Number of the latest steps in a row that were skipped because a loss or gradient was not finite.
-        skipped_total: Number of all skipped steps.
-        bad: Number of samples that were replaced because they could not be read.
-        sums: Sum of each training metric since the last log line.
-        count: Number of steps in these sums.
-    """
-
-    samples: int = 0
-    evaluated: int = 0
-    evaluating: bool = False
-    best: float | None = None
-    best_at: int = 0
-    patience_from: int = 0
-    ended_length: int = 0
-    skipped: int = 0
-    skipped_total: int = 0
-    bad: int = 0
-    sums: dict[str, float | torch.Tensor] = field(default_factory=dict)
-    count: int = 0
-
-    # Old name of a field in older checkpoints → its name now.
-    FORMER_NAMES = {"patient_from": "patience_from", "ended_for": "ended_length"}  # noqa: RUF012 — not a field
-
-    @classmethod
-    def resume(cls, path: Path | None, length: int) -> "State":
-        """Reads the state of a checkpoint.
-
-        Args:
-            path: The checkpoint; None gives a new state.
-            length: `TrainConfig.samples` of the training that resumes.
-        """
-        if path is None:
-            return cls()
-        stored = checkpoint.read_manifest(path)["state"]
-        state = cls(**{cls.FORMER_NAMES.get(name, name): value for name, value in stored.items()})
-        if 0 < state.ended_length < length:  # now a longer training is requested: patience starts again
-            state.patience_from, state.ended_length = state.samples, 0
-        return state
-
-    def account(self, step: Step, after: dict[str, torch.Tensor]) -> None:
-        """Adds one optimizer step to the counters and sums.
-
-        Metrics on the device are summed there, so that the host does not wait for the device at each step; read_sums() reads
-        them.
-
-        Args:
-            step: The result of the step.
-            after: The metrics from the task's after_step().
-        """
-        self.skipped = 0 if step.accepted else self.skipped + 1
-        self.skipped_total += not step.accepted
-        self.bad += int(step.flags["bad"])
-        if step.accepted:
-            self.count += 1
-            for name, value in (step.metrics | after).items():
-                value = value.detach().double() if isinstance(value, torch.Tensor) else value
-                self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def read_sums(self) -> None:
-        """Replaces the sums on the device by numbers, in one transfer."""
-        on_device = {name: value for name, value in self.sums.items() if isinstance(value, torch.Tensor)}
-        if on_device:
-            self.sums |= dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True))
-
-
 def train(
     task: Task, config: TrainConfig, folder: Path, topology: dist.Topology, seed: int, what: str, ledger: bool = False
 ) -> None:
@@ -150,8 +82,41 @@ def train(
 
     Raises:
         Stopped: A signal or the end of the allocation requested a stop. A checkpoint was saved.
-        Diverged: Too many non-finite steps in a row, or the held-out metric was never finite.
+        Diverged: The loss still spikes after the allowed rollbacks, or no weights could be exported.
         UserError: Too many samples cannot be read.
+    """
+    rollbacks = Rollbacks(folder, config.optim, config.engine)
+    while True:
+        try:
+            _train(task, config, folder, topology, seed, what, ledger, rollbacks.passes_over)
+            return
+        except Spike as spike:
+            done = rollbacks.roll_back(spike, config.batch, config.health.max_rollbacks)
+            if topology.leader:
+                print(f"{what}: {done}", file=sys.stderr, flush=True)
+        gc.collect()  # frees the model and its engine before they are built again
+        rollbacks = Rollbacks(folder, config.optim, config.engine)
+
+
+def _train(
+    task: Task,
+    config: TrainConfig,
+    folder: Path,
+    topology: dist.Topology,
+    seed: int,
+    what: str,
+    ledger: bool,
+    passes_over: Callable[[int], bool],
+) -> None:
+    """Trains like `train`, until a spike.
+
+    Args:
+        passes_over: Whether the step that begins at a position is left out.
+
+    The other arguments are those of `train`.
+
+    Raises:
+        Spike: The last steps were spikes, or the weights are destroyed.
     """
     torch.manual_seed(seed)
     start = checkpoint.newest_sound(folder / "checkpoints")
@@ -163,30 +128,35 @@ def train(
     batches = on_device(stream, topology.device)
     trainer = Trainer(task, config, folder, topology, seed, what, state, start, ledger)
 
-    with Preemption() as preemption, trainer:
+    with Preemption() as preemption, trainer, watchdog.phase("a step", config.health.hang_minutes * 60):
         while True:
             # Run any evaluation or save that is due before training on. This also covers a run that was killed just before one.
-            if state.evaluating or trainer.due(config.eval_every, state.evaluated):
+            # Weights from which the last step was skipped may be damaged: wait until a step shows that they are not.
+            ended = state.samples >= config.samples
+            if (state.evaluating or trainer.due(config.eval_every, state.evaluated)) and (ended or not state.skipped):
                 trainer.evaluate()
-            if trainer.due(config.save_every, trainer.saved):
+            if trainer.due(config.save_every, trainer.saved) and not state.skipped:
                 trainer.save()
-            if state.ended_length or state.samples >= config.samples:
+            if state.ended_length or ended:
                 break
 
             # Take one optimizer step. It tells all ranks whether the step is accepted and whether any rank was asked to stop.
             with trainer.speed.waiting():
                 micro_batches = list(itertools.islice(batches, config.engine.accumulation))
+            if passes_over(state.samples):
+                trainer.pass_over()
+                continue
             step = trainer.step(micro_batches, stop=preemption.requested)
             trainer.check()
             if trainer.due(config.log_every, state.samples - config.batch):
                 trainer.log()
 
             # Stop early if any rank was asked to, on all ranks after the same step.
-            if step.flags["stop"] and state.samples < config.samples:
+            if step.flags["stop"] and state.samples < config.samples and not state.skipped:
                 trainer.save()
                 raise Stopped(f"{what} stopped by {preemption.reason or 'another rank'} at {state.samples:,} samples")
     if state.best is None:
-        raise Diverged(f"{what}: the held-out {task.metric} was never finite, so there is nothing to export")
+        raise Diverged(f"{what}: training ended before any step after which the weights could be exported")
 
 
 def _refuse_second_start(folder: Path) -> None:
@@ -234,7 +204,7 @@ class Trainer:
             journal.cut_back(self.ledger, lambda entry: entry["samples"] <= state.samples)
         self.saved, self.save_seconds = state.samples, 0.0
         self.speed = Speed()
-        self.watchdog = health.Watchdog(folder, topology.rank, config.health.hang_minutes * 60)
+        self.stragglers = Stragglers()
         self.progress = progress_bar(config.samples, what, initial=state.samples, shown=topology.leader)
 
     def _build(self, start: Path | None) -> Engine:
@@ -255,7 +225,6 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.watchdog.close()
         self.progress.close()
 
     def due(self, every: int, last: int) -> bool:
@@ -281,6 +250,7 @@ class Trainer:
             lr=learning_rate(config.optim, state.samples, config.samples),
             flags={"stop": stop, "bad": len(bad)},
             decay=average_decay(config.engine.average, state.samples, config.batch),
+            loss_limit=loss_limit(state.recent, config.health.spike),
         )
         after = self.task.after_step(self.module, step.statistics) if step.accepted else {}
         state.samples += config.batch
@@ -289,18 +259,25 @@ class Trainer:
         state.account(step, after)
         return step
 
+    def pass_over(self) -> None:
+        """Counts the data of one step as seen, without training on them."""
+        self.state.samples += self.config.batch
+        self.progress.update(self.config.batch)
+
     def check(self) -> None:
-        """Checks the run after a step, and tells the watchdog and the progress bar that the step has ended.
+        """Checks the run after a step, and shows the progress.
 
         Raises:
-            Diverged: Too many non-finite steps in a row.
+            Spike: Too many steps in a row were skipped.
             UserError: Too many samples cannot be read.
         """
-        health.check_skipped(self.state.skipped, self.config.health)
+        state, batch = self.state, self.config.batch
+        if state.skipped >= self.config.health.max_skipped:
+            reason = f"{state.skipped} steps in a row had a loss far above the usual, or a non-finite loss or gradient"
+            raise Spike(reason, state.samples - state.skipped * batch, state.samples)
         self._check_bad()
-        self.watchdog.beat()
-        self.speed.count(self.config.batch)
-        self.progress.update(self.config.batch)
+        self.speed.count(batch)
+        self.progress.update(batch)
 
     def _check_bad(self) -> None:
         state, limit = self.state, self.config.max_bad_fraction
@@ -319,23 +296,31 @@ class Trainer:
         """
         state, metric = self.state, self.task.metric
         state.evaluating = True
-        if self.saved < state.samples:
+        if self.saved < state.samples and not state.skipped:
             self.save()
-        with self.watchdog.allow_longer(), self.speed.paused(), self.engine.evaluating():
+        limit = self.config.health.evaluation_minutes * 60
+        with watchdog.phase("an evaluation", limit), self.speed.paused(), self.engine.evaluating():
             metrics, pictures = self.task.evaluate(self.engine)
+            self._check_destroyed(metrics[metric])
             self._log_row({f"val/{name}": value for name, value in metrics.items()})
             if self.topology.leader:
                 pictures = pictures | self.task.curves(metrics_log.read_metrics(self.folder))
             for name, png in pictures.items():
                 self.log_file.image(name, state.samples, png)
             self.progress.set_postfix_str(f"val {metric} {metrics[metric]:.4g}")
-            if math.isfinite(metrics[metric]) and (state.best is None or metrics[metric] < state.best):
+            if not state.skipped and (state.best is None or metrics[metric] < state.best):
                 state.best, state.best_at = metrics[metric], state.samples
                 self.task.export(self.engine.weights, metrics)
         state.evaluated, state.evaluating = state.samples, False
         self._check_patience()
         if state.ended_length:  # record that patience has run out: a longer training must start a new patience
             self.save()
+
+    def _check_destroyed(self, value: float) -> None:
+        """Raises Spike if the held-out metric is worse than that of an untrained model."""
+        if not value <= self.task.worst:  # also if it is not a number
+            reason = f"the held-out {self.task.metric} is {value:.3g}, worse than that of an untrained model"
+            raise Spike(reason, self.state.samples - self.config.batch, self.state.samples)
 
     def _check_patience(self) -> None:
         state, patience = self.state, self.config.patience
@@ -351,7 +336,7 @@ class Trainer:
         """Saves a checkpoint. Collective."""
         state, batch, began = self.state, self.config.batch, time.monotonic()
         state.read_sums()
-        with self.watchdog.allow_longer(), self.speed.paused():
+        with watchdog.phase("saving a checkpoint", self.config.health.save_minutes * 60), self.speed.paused():
             checkpoint.save(
                 self.folder / "checkpoints",
                 state.samples // batch,
@@ -359,6 +344,7 @@ class Trainer:
                 asdict(state),
                 self.config.keep,
                 best=state.best_at // batch,
+                wait_s=self.config.health.hang_minutes * 60,
             )
         self.saved, self.save_seconds = state.samples, time.monotonic() - began
 
@@ -372,47 +358,29 @@ class Trainer:
         if self.save_seconds:
             counters["checkpoint_seconds"], self.save_seconds = self.save_seconds, 0.0
         counters |= flops.throughput(self.task, rate, self.topology.world_size, self.topology.device)
-        waits = dist.gather((self.speed.waited, socket.gethostname()))
-        if late := health.find_straggler([seconds for seconds, _ in waits], [host for _, host in waits]):
-            counters |= {"straggler/rank": late["rank"], "straggler/ratio": late["ratio"]}
+        counters |= self._find_straggler()
         state.read_sums()
         means = {f"train/{name}": total / state.count for name, total in state.sums.items()}
         self._log_row(means | counters | metrics_log.system_metrics())
         state.sums, state.count = {}, 0
         self.speed.restart()
 
+    def _find_straggler(self) -> dict[str, float]:
+        """Compares the ranks' own time. Names a slow rank on stderr, and returns the metrics that describe it. Collective."""
+        forward = self.engine.forward.take() if self.config.engine.zero < 3 else 0.0
+        times = dist.gather((self.speed.waited + forward, socket.gethostname()))
+        late = self.stragglers.find([seconds for seconds, _ in times], self.speed.seconds())
+        if late is None:
+            return {}
+        rank, ratio = late
+        if self.topology.leader:
+            seconds, host = times[rank]
+            print(
+                f"{self.what}: rank {rank} on {host} is slow: it needs {ratio:.1f} × the median time of the ranks for its data "
+                f"and forward passes ({seconds:.1f} s since the last log line)",
+                file=sys.stderr,
+            )
+        return {"straggler/rank": rank, "straggler/ratio": ratio}
+
     def _log_row(self, metrics: dict[str, float]) -> None:
         self.log_file.log(self.state.samples // self.config.batch, self.state.samples, metrics)
-
-
-class Speed:
-    """Measures images per second and seconds spent waiting for data, since the last log line."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts a new interval."""
-        self.began, self.images, self.waited = time.monotonic(), 0, 0.0
-
-    def count(self, images: int) -> None:
-        """Adds the images of a step that has ended."""
-        self.images += images
-
-    def rate(self) -> float:
-        """Returns images per second over all ranks."""
-        return self.images / max(time.monotonic() - self.began, 1e-9)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the time of the block out of the rate."""
-        began = time.monotonic()
-        yield
-        self.began += time.monotonic() - began
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time of the block as waiting for data."""
-        began = time.monotonic()
-        yield
-        self.waited += time.monotonic() - began

@@ -18,10 +18,12 @@ class Task(Protocol):
 
     Attributes:
         metric: Name of the held-out metric that selects the exported weights; lower is better.
+        worst: A value of this metric that even an untrained model does not exceed. Weights above it are destroyed.
         size: Samples in an epoch.
     """
 
     metric: str
+    worst: float
     size: int
 
     def build(self) -> nn.Module:

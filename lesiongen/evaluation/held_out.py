@@ -8,7 +8,7 @@ Shapes: B images, C channels, H × W pixels or codes, K codes.
 
 import torch
 
-from hpc import dist
+from hpc import dist, watchdog
 from hpc.run.metrics_log import metric_name
 from lesiongen.data import images
 from lesiongen.data.images import to_float, to_uint8, to_unit
@@ -46,6 +46,7 @@ def evaluate_tokenizer(net: Tokenizer, data: ImageShards, batch_size: int) -> tu
         x = to_float(batch["image"].to(device))
         y, levels = net(x)
         psnr_B = totals.add_images(x, y)
+        watchdog.beat()
         totals.add_codes(batch["label"], [levels[name] for name in net.names])
         if totals.perturbed[1] < PERTURBED_IMAGES:
             wrong = {name: perturbed(q.codes, net.entries, batch["ordinal"]) for name, q in levels.items()}

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpc import dist
+from hpc import dist, watchdog
 from hpc.config import to_plain
 from hpc.data import manifest
 from hpc.data.shards import index_path
@@ -26,7 +26,6 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
-from hpc.train import health
 from lesiongen.data.config import DataConfig
 from lesiongen.data.packed import CATALOG, SPLITS, moments, rows
 from lesiongen.ingest import catalog, pairing, shard_work, splits
@@ -86,7 +85,7 @@ def _pool(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
         yield map
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=health.exit_with_parent) as workers:
+    with ProcessPoolExecutor(processes, context, initializer=watchdog.exit_with_parent) as workers:
         yield workers.map
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hpc import watchdog
 from hpc.data.order import sample_seed
 
 
@@ -36,6 +37,7 @@ class TokenChooser:
         Returns:
             Tokens, [B].
         """
+        watchdog.beat()
         logits_BK = logits_BK / self.temperature
         if 0 < self.top_k < logits_BK.shape[-1]:
             smallest = logits_BK.topk(self.top_k).values[:, -1:]

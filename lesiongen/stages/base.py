@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc import config as hpc_config
-from hpc import dist
+from hpc import dist, watchdog
 from hpc.data.storage import is_remote
 from hpc.dist import Topology
-from hpc.errors import UserError
+from hpc.errors import Diverged, UserError
 from hpc.run import rundir
 from hpc.run.rundir import StageDir
 from lesiongen.data.packed import Packed
@@ -38,6 +38,7 @@ class Stage:
         trains: Whether the stage trains a model. Its progress is then counted in samples.
         parallel: Whether several ranks make the stage faster.
         paths: Keys of the identity that are paths.
+        adjustable: Dotted keys of the identity that may change when the stage has diverged.
         appends: Whether the stage adds to a finished directory. The directory's record stays valid until the new digest is
             written.
     """
@@ -51,6 +52,7 @@ class Stage:
     parallel: bool = True
     appends: bool = False
     paths: tuple[str, ...] = ()
+    adjustable: tuple[str, ...] = ()
 
 
 def artefact(config: Experiment, name: str) -> Path:
@@ -98,7 +100,7 @@ def training_images(config: Experiment) -> int | None:
 def stage_dir_of(config: Experiment, stage: Stage) -> StageDir:
     """Returns the stage's directory in the run, with its settings and the digests of its inputs; None for a missing input."""
     inputs = {name: digest_of(config, name) for name in stage.needs}
-    return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target, stage.paths)
+    return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target, stage.paths, stage.adjustable)
 
 
 def digest_of(config: Experiment, name: str) -> str | None:
@@ -144,7 +146,14 @@ def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: Sta
         return
     with contextlib.ExitStack() as resources:
         dist.run_on_leader(_open, resources, stage_dir, stage, config_yaml)
-        digest = stage.run(config, topology, stage_dir.path)
+        watched = watchdog.watch(stage_dir.path, topology.rank, config.local.hang_minutes * 60, stage.name)
+        resources.enter_context(watched)
+        try:
+            digest = stage.run(config, topology, stage_dir.path)
+        except Diverged as error:
+            if topology.leader:
+                stage_dir.mark_diverged(str(error))
+            raise
         dist.run_on_leader(stage_dir.finish, digest)
 
 

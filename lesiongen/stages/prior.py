@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpc import dist
+from hpc import dist, watchdog
 from hpc.config import to_plain
 from hpc.data.codestore import CodeStore
 from hpc.data.order import contiguous_share
@@ -24,7 +24,7 @@ from hpc.data.shards import training_batches
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.train.engine import Engine
-from hpc.train.loop import train
+from hpc.train.loop import ADJUSTABLE, train
 from hpc.train.zero import Weights
 from lesiongen.data import facts, images
 from lesiongen.data.balance import order_for
@@ -51,7 +51,9 @@ def stage(config: Experiment, level: str) -> Stage:
     def run_level(config: Experiment, topology: Topology, folder: Path) -> str:
         return run(config, topology, folder, level)
 
-    return Stage(f"prior-{level}", ("codes",), identity, run_level, target=prior_config.train.samples, trains=True)
+    adjustable = tuple(f"prior.train.{key}" for key in ADJUSTABLE)
+    target = prior_config.train.samples
+    return Stage(f"prior-{level}", ("codes",), identity, run_level, target=target, trains=True, adjustable=adjustable)
 
 
 def run(config: Experiment, topology: Topology, folder: Path, level: str) -> str:
@@ -68,6 +70,7 @@ class PriorTask:
     Attributes:
         shape: Arguments of the prior that follow from the code store, as model_shape() returns them.
         upper: Names of the coarser levels, coarse to fine.
+        worst: A value of the metric that even an untrained prior does not exceed.
         tokens_per_sample: Codes per image on this level, for the loop's speed metrics.
     """
 
@@ -98,6 +101,7 @@ class PriorTask:
         resident = None if prior_config.resident == "auto" else False
         self.data = {split: CodeRows(self.store, split, columns, self.device, resident) for split in ("train", "val")}
         self.size = self.data["train"].size
+        self.worst = 2 * math.log2(self.shape["entries"])  # twice the bits of a uniform guess
         self.tokens_per_sample = math.prod(self.shape["grid"])
         self.bigram: float | None = None
         self.members: dict[tuple[int, int], np.ndarray] = {}
@@ -227,6 +231,7 @@ class PriorTask:
             members = mine[first : first + size]
             padded = np.concatenate([rows_N3[members], np.repeat(rows_N3[:1], size - len(members), axis=0)])
             out = module(self.batch(split, padded))
+            watchdog.beat()
             total += out["bits_B"][: len(members)].double().sum()
         return float(dist.all_reduce_sum(total)) / len(rows_N3)
 

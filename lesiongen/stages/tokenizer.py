@@ -14,7 +14,7 @@ from hpc.config import to_plain
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.train.engine import Engine
-from hpc.train.loop import train
+from hpc.train.loop import ADJUSTABLE, train
 from hpc.train.zero import Weights, gathered
 from lesiongen.data.device_augment import augment_batch
 from lesiongen.data.images import to_float
@@ -37,7 +37,9 @@ KMEANS_IMAGES = 256  # training images whose vectors are clustered to initialise
 def stage(config: Experiment) -> Stage:
     """Returns the stage that trains the tokenizer."""
     identity = {"tokenizer": to_plain(config.tokenizer, volatile=False), "seed": config.seed}
-    return Stage("tokenizer", ("shards",), identity, run, target=config.tokenizer.train.samples, trains=True)
+    adjustable = tuple(f"tokenizer.train.{key}" for key in ADJUSTABLE)
+    target = config.tokenizer.train.samples
+    return Stage("tokenizer", ("shards",), identity, run, target=target, trains=True, adjustable=adjustable)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
@@ -51,6 +53,7 @@ class TokenizerTask:
     """Model, data, evaluation and export of a tokenizer, for the training loop; see hpc.train.task.Task."""
 
     metric = "mse"
+    worst = 4.0  # the squared error of white pixels for black ones, which are 1 and -1
 
     def __init__(self, config: Experiment, shards: Packed, folder: Path, device: torch.device | None = None):
         """Prepares the task. Raises UserError if the images do not fit the model's strides.

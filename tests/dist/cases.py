@@ -130,6 +130,7 @@ def refused(topology, folder: str):
     stage_dir = StageDir(Path(folder), {"a": 2}, {})
     if topology.leader:
         StageDir(Path(folder), {"a": 1}, {}).begin()
+        (Path(folder) / "part-of-a-result").touch()
     try:
         dist.run_on_leader(stage_dir.check)
     except UserError as error:

@@ -138,26 +138,6 @@ def test_the_whole_run_killed_three_times(phantoms, tmp_path):
         assert records[0]["digest"] == records[1]["digest"], stage
 
 
-def test_a_hang_ends_with_stacks_and_its_own_code(tmp_path):
-    code = (
-        "import time\nfrom pathlib import Path\nfrom hpc.train.health import Watchdog\n"
-        f"Watchdog(Path({str(tmp_path)!r}), 3, 0.2)\ndef stuck_here(): time.sleep(60)\nstuck_here()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 76
-    assert "stuck_here" in done.stderr
-    assert "stuck_here" not in (tmp_path / "stacks-3.txt").read_text().splitlines()[0]
-    assert "Thread" in (tmp_path / "stacks-3.txt").read_text()
-
-
-def test_too_many_non_finite_steps_end_with_their_own_code(phantoms, packed, tmp_path):
-    """The learning rate is far too high. The command must end with exit code 77 and a message without a traceback."""
-    more = {"tokenizer.train.optim.lr": 1e30, "tokenizer.train.health.max_skipped": 3, "tokenizer.train.engine.clip": 0}
-    out = finish(start("train", "tokenizer", DEMO, *tiny(phantoms, tmp_path, **more), *overrides(packed, tmp_path, 1)), 77)
-    assert "non-finite" in out
-    assert "Traceback" not in out
-
-
 def test_a_stage_in_use_is_refused(phantoms, packed, tmp_path):
     arguments = ["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path), *overrides(packed, tmp_path, 1)]
     first = start(*arguments)
