@@ -11,6 +11,7 @@ with the files that are missing.
 """
 
 import json
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -65,7 +66,9 @@ class CodeStore:
         self.folder = Path(folder)
         self.manifest = manifest.read(self.folder)
         self.levels = self.manifest["levels"]
+        self._entries = {(e["split"], e["draw"], e["shard"]): e for e in self.manifest["shards"]}
         self._mapped: OrderedDict[tuple[str, int, int], dict[str, np.ndarray]] = OrderedDict()  # least recently used first
+        self._checked: set[tuple[str, int, int]] = set()  # files whose content this process has compared with the manifest
 
     def shards(self, split: str) -> list[dict]:
         """Returns the manifest's entries of a split at draw 0, sorted by shard.
@@ -85,16 +88,37 @@ class CodeStore:
     def arrays(self, split: str, draw: int, shard: int) -> dict[str, np.ndarray]:
         """Returns read-only views of one file's arrays, by column.
 
+        A file's content is checked when this process opens it for the first time.
+
         Raises:
-            UserError: The file cannot be read.
+            UserError: The file cannot be read, has changed since it was written, or holds codes or facts that do not exist.
         """
         key = split, draw, shard
         if key not in self._mapped:
-            self._mapped[key] = _map_file(self.folder / file_name(*key))
+            path = self.folder / file_name(*key)
+            raw, self._mapped[key] = _map_file(path)
+            if key not in self._checked:
+                self._check(path, raw, self._mapped[key], self._entries[key])
+                self._checked.add(key)
             if len(self._mapped) > MAX_MAPPED:  # arrays that a caller still holds stay valid
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(key)
         return self._mapped[key]
+
+    def _check(self, path: Path, raw: np.ndarray, arrays: dict[str, np.ndarray], entry: dict) -> None:
+        """Compares a file with the manifest. Codes and facts are indices of embeddings, so they must be in range."""
+        if len(raw) != entry["bytes"] or zlib.crc32(raw) != entry["crc32"]:
+            raise UserError(
+                f"The code shard {path} has changed since it was written. Restore it, or encode again (--fresh codes)."
+            )
+        numbers = {f"codes.{level['name']}": (0, level["K"]) for level in self.levels}
+        numbers |= {name: (-1, len(values)) for name, values in self.manifest.get("vocabularies", {}).items()}
+        for name, (lowest, end) in numbers.items():
+            if name in arrays and arrays[name].size and not lowest <= arrays[name].min() <= arrays[name].max() < end:
+                raise UserError(
+                    f"The code shard {path} holds {name} from {arrays[name].min()} to {arrays[name].max()}, but the store has "
+                    f"{lowest} to {end - 1}. Its files do not belong together; encode again (--fresh codes)."
+                )
 
     def gather_rows(
         self, split: str, locations: Sequence, columns: list[str], dtype: DTypeLike | None = None
@@ -147,8 +171,8 @@ class CodeStore:
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 
 
-def _map_file(path: Path) -> dict[str, np.ndarray]:
-    """Maps a safetensors file into memory and returns read-only views of its arrays, by name.
+def _map_file(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Maps a safetensors file into memory. Returns its bytes and read-only views of its arrays, by name.
 
     safetensors.safe_open does not replace this. With framework="numpy" it copies each slice that is read, which makes random
     batches 2 to 5 times slower. With framework="pt" it maps the file writable.
@@ -165,4 +189,4 @@ def _map_file(path: Path) -> dict[str, np.ndarray]:
         if name != "__metadata__":
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
             arrays[name] = raw[begin:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return arrays
+    return raw, arrays

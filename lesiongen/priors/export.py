@@ -10,6 +10,7 @@ from hpc.train import weight_files
 from hpc.train.layer_streaming import stream_layers
 from lesiongen.priors import PriorModel, make
 from lesiongen.priors.prior import Prior
+from lesiongen.tokenizers.export import refuse_changed
 
 # Share of a GPU's free memory that a prior's weights may take. The rest is for the caches of sampling and the other models.
 WEIGHTS_SHARE = 0.5
@@ -27,8 +28,9 @@ def load_prior(path: Path, device: torch.device, resident_bytes: int | None = No
         The prior in evaluation mode, and the content of the export's config.yaml.
 
     Raises:
-        UserError: The weights do not fit the model as this version builds it.
+        UserError: The weights do not fit the model as this version builds it, or have changed since the stage was done.
     """
+    refuse_changed(path)
     description = read_yaml(path / "export" / "config.yaml")
     shape = description["shape"] | {"grid": tuple(description["shape"]["grid"])}
     shape["upper"] = tuple((entries, tuple(grid)) for entries, grid in shape["upper"])

@@ -4,6 +4,8 @@ The code store has one file for each image shard and augmentation draw, and a ma
 hpc/data/codestore.py. The store is complete: an image that cannot be read ends the stage. The prior stages read the store.
 """
 
+import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from hpc.data.shards import BadSample
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import progress_bar
+from hpc.run.rundir import atomic_write
 from lesiongen.data.augment import augment, centre
 from lesiongen.data.facts import fact_indices
 from lesiongen.data.images import to_float
@@ -48,7 +51,8 @@ def stage(config: Experiment) -> Stage:
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """Encodes all images and returns the digest of the manifest. Collective.
 
-    The files are divided among the ranks. A file that exists is kept, so a killed stage continues where it stopped.
+    The files are divided among the ranks. A killed stage continues where it stopped: work/ holds the manifest's entry of each
+    file that is complete, and a file that equals its entry is kept.
     """
     net, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
     shards = packed(config)
@@ -58,15 +62,35 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     with progress_bar(sum(file.count for file in mine), "encode", shown=topology.leader) as progress:
         for split, draw, shard, count in mine:
             path = folder / file_name(split, draw, shard)
-            if not path.exists():
+            done = folder / "work" / f"{path.stem}.json"
+            entry = _completed(folder, done)
+            if entry is None:
                 arrays = _encode_shard(config, net, splits[split], draw, shard, shards.vocabularies)
                 write_codes(folder, split, draw, shard, arrays)
-            contents = {"split": split, "draw": draw, "shard": shard, "set": splits[split].sets[shard]}
-            entries.append(manifest.describe(path, **contents, count=count))
+                contents = {"split": split, "draw": draw, "shard": shard, "set": splits[split].sets[shard]}
+                entry = manifest.describe(path, **contents, count=count)
+                atomic_write(done, json.dumps(entry).encode())
+            entries.append(entry)
             progress.update(count)
     entries = sorted((entry for part in dist.gather(entries) for entry in part), key=lambda entry: entry["name"])
     facts = _describe(config, net, shards, splits)
-    return dist.run_on_leader(manifest.write, folder, facts | {"shards": entries})
+    return dist.run_on_leader(_finish, folder, facts | {"shards": entries})
+
+
+def _completed(folder: Path, done: Path) -> dict | None:
+    """Returns the entry of a file that an earlier attempt has completed; None if there is none, or the file has changed."""
+    try:
+        entry = json.loads(done.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return None if manifest.verify(folder, [entry]) else entry
+
+
+def _finish(folder: Path, content: dict) -> str:
+    """Writes the manifest and removes what only a resume needs. Returns the manifest's digest."""
+    digest = manifest.write(folder, content)
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    return digest
 
 
 def _files(config: Experiment, splits: dict[str, ImageShards]) -> list[_File]:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from hpc import dist, watchdog
-from hpc.config import to_plain
+from hpc.config import digest, to_plain
+from hpc.data import manifest
 from hpc.data.codestore import CodeStore
 from hpc.data.order import contiguous_share
 from hpc.data.rows import CodeRows
@@ -305,11 +306,13 @@ class PriorTask:
 
 
 def check_codes(config: Experiment, store: CodeStore) -> None:
-    """Raises UserError if the codes were made by another tokenizer or from other shards than the run's.
+    """Raises UserError if the codes were made by another tokenizer or from other shards than the run's, or have changed.
 
     Only the tokenizer that made the codes can decode them, and only the shards that they were made from tell which images are
     held out.
     """
+    if digest(store.manifest) != digest_of(config, "codes"):
+        raise UserError(f"{store.folder / manifest.NAME} has changed since the codes were made. Restore it, or encode again.")
     for name, made_from in (("tokenizer", store.manifest["tokenizer"]), ("shards", store.manifest["image_shards"])):
         present = digest_of(config, name)
         if present not in (made_from, None):

@@ -11,7 +11,8 @@ import yaml
 
 from hpc import dist
 from hpc.config import convert, digest, read_yaml
-from hpc.run.rundir import atomic_write
+from hpc.errors import UserError
+from hpc.run.rundir import atomic_write, read_stage_record
 from hpc.train import weight_files
 from hpc.train.zero import Weights
 from lesiongen.tokenizers import TokenizerModel, make
@@ -44,6 +45,20 @@ def export_digest(folder: Path) -> str:
     return digest({"weights": weight_files.sha256(folder), "model": description["model"]})
 
 
+def refuse_changed(path: Path) -> None:
+    """Raises UserError if an export is not the one that its finished stage recorded.
+
+    Args:
+        path: Directory of the stage, which holds export/. An export without a stage's record is not checked.
+    """
+    record = read_stage_record(path)
+    if record and record["done"] and export_digest(path / "export") != record["digest"]:
+        raise UserError(
+            f"{path / 'export'} has changed since the stage was done: its digest is not {record['digest']}. What was made from "
+            f"it would not fit it. Restore the files, or train again (--fresh {path.name})."
+        )
+
+
 def load_tokenizer(path: Path, device: torch.device) -> tuple[Tokenizer, dict]:
     """Loads an exported tokenizer.
 
@@ -53,7 +68,11 @@ def load_tokenizer(path: Path, device: torch.device) -> tuple[Tokenizer, dict]:
 
     Returns:
         The tokenizer in evaluation mode, and the content of the export's config.yaml.
+
+    Raises:
+        UserError: The export has changed since its stage was done.
     """
+    refuse_changed(path)
     description = read_yaml(path / "export" / "config.yaml")
     net = make(convert(TokenizerModel, description["model"], "model"), description["channels"], batch=1)
     net.load_state_dict(dict(weight_files.read(path / "export")))
