@@ -4,7 +4,8 @@
     PYTHONPATH=/tmp/lmdb python -m benchmarks.codestore
 
 Prints, for 10,015 images of two grids and K = 512: seconds to write all codes, time to read a batch of 32 random rows as int64
-tensors, and size on disk; and how long the code store's check of its files takes. The page cache is warm. Times are the best of ten rounds. Without lmdb its row is left out.
+tensors, and size on disk; and how long the code store's check of its files takes. The page cache is warm. Times are the best of
+ten rounds. Without lmdb its row is left out.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from hpc import dist
 from hpc.config import digest
 from hpc.data import manifest
 from hpc.errors import UserError
-from hpc.run.rundir import atomic_write, fsync_dir
+from hpc.run.rundir import atomic_write, fsync_dir, read_stage_record
 from hpc.train.engine import Engine, EngineConfig
 
 MANIFEST = "MANIFEST.json"
@@ -86,12 +86,18 @@ def _commit(temporary: Path, final: Path, header: dict) -> None:
     assert not missing, f"files that other ranks have written are not visible on rank 0: {missing[:5]}"
     for directory in {path.parent for path in temporary.rglob("*")}:
         fsync_dir(directory)
-    header = json.loads(json.dumps(header))  # as it is read again
+    header = json.loads(json.dumps(header | {"training": _training(final.parent)}))  # as it is read again
     atomic_write(temporary / MANIFEST, json.dumps(header | {"digest": digest(header)}, indent=1).encode() + b"\n")
     # A checkpoint of this step may exist already: from an earlier save, or a damaged one that the resume skipped.
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     fsync_dir(final.parent)
+
+
+def _training(folder: Path) -> float | None:
+    """Returns what tells the training of a folder of checkpoints from others: when its stage began. None outside a stage."""
+    record = read_stage_record(folder.parent)
+    return record and record["created"]
 
 
 def _delete_old(folder: Path, keep: int, best: int | None) -> None:
@@ -117,7 +123,7 @@ def _step(path: Path) -> int:
 
 
 def read_manifest(path: Path) -> dict:
-    """Returns the manifest of a checkpoint: {"step", "world", "zero", "state", "files", "digest" of the rest}."""
+    """Returns the manifest of a checkpoint: {"step", "world", "zero", "state", "files", "training", "digest" of the rest}."""
     return json.loads((path / MANIFEST).read_text())
 
 
@@ -131,6 +137,8 @@ def verify(path: Path) -> list[str]:
         recorded = header.pop("digest", None)  # manifests of older checkpoints have none
         if recorded not in (None, digest(header)):
             return [f"{path / MANIFEST}: the content has changed"]
+        if header.get("training", _training(path.parent)) != _training(path.parent):
+            return [f"{path}: it was saved by another training"]
         return manifest.verify(path, header["files"])
     except UserError:  # a file cannot be read
         raise
@@ -197,7 +205,8 @@ def _to_universal(path: Path) -> None:
         return
     temporary = path / "universal.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    converter = "from hpc.train import zero; zero.convert_to_universal()"
+    command = [sys.executable, "-c", converter, "--inject_missing_state"]
     command += ["--input_folder", str(path / "engine"), "--output_folder", str(temporary)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:

@@ -10,6 +10,7 @@ metrics and the statistics (codebook counts and sums), so that all ranks decide 
 import contextlib
 import copy
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 from hpc import dist
 from hpc.config import volatile
 from hpc.data.order import batch_share
+from hpc.errors import UserError
 from hpc.run.rundir import share
 from hpc.train.averages import Averages
 from hpc.train.optim import SkippableOptimizer
@@ -258,11 +260,20 @@ class Engine:
             folder: The checkpoint.
             universal: Read universal/, which checkpoint.to_universal() makes for another number of ranks or ZeRO stage,
                 instead of engine/.
+
+        Raises:
+            UserError: The checkpoint holds more than tensors and plain data.
         """
         if self.averages:  # this overwrites the master weights, so it comes before load_checkpoint()
             self.averages.load(folder)
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        path, _ = self.deepspeed.load_checkpoint(str(folder), tag="universal" if universal else "engine")
+        try:
+            path, _ = self.deepspeed.load_checkpoint(str(folder), tag="universal" if universal else "engine")
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{folder} holds objects that no training of this project saves, and that could run code ({error}). It was not "
+                "loaded. Delete it, or restore it from a copy that you trust."
+            ) from None
         assert path is not None, f"no engine state in {folder}"
         if universal:
             # Under ZeRO 3 DeepSpeed gives all parameter groups the settings of the first group, and all states the same

@@ -27,16 +27,30 @@ from hpc import dist
 def import_deepspeed() -> ModuleType:
     """Imports deepspeed without its INFO log and without compiling its extension for shared-memory communication.
 
-    Only inference uses that extension, and compiling it takes 42 s.
+    Only inference uses that extension, and compiling it takes 42 s. From then on torch.load() of this process, and of the
+    processes that it starts, runs no code: DeepSpeed's checkpoints are pickles, and it would load whatever they hold.
     """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils import logger
+    from deepspeed.utils.tensor_fragment import fragment_address
 
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])  # all that its checkpoints hold
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel(logging.ERROR)
     return deepspeed
+
+
+def convert_to_universal() -> None:
+    """Runs DeepSpeed's converter of checkpoints on the arguments of the command line, as the main program of a process."""
+    import_deepspeed()
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
 def shape_of(parameter: nn.Parameter) -> torch.Size:
