@@ -199,9 +199,11 @@ class Trainer:
         self.module = self.engine.module
         self.log_file = metrics_log.MetricsLog(folder, enabled=topology.leader)
         self.log_file.resume(state.samples, state.evaluated)
+        # Each rank has files of its own: appends of several machines to one file can overwrite one another.
         self.ledger = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
-        if self.ledger:
-            journal.cut_back(self.ledger, lambda entry: entry["samples"] <= state.samples)
+        self.quarantine = folder / f"quarantine-{topology.rank}.jsonl"
+        for path in filter(None, (self.ledger, self.quarantine)):
+            journal.cut_back(path, lambda entry: entry["samples"] <= state.samples)
         self.saved, self.save_seconds = state.samples, 0.0
         self.speed = Speed()
         self.stragglers = Stragglers()
@@ -241,7 +243,7 @@ class Trainer:
         """
         config, state, engine = self.config, self.state, self.engine
         bad = [entry for batch in micro_batches for entry in batch.pop("bad", ())]
-        journal.append(self.folder / "quarantine.jsonl", *bad)
+        journal.append(self.quarantine, *({"samples": state.samples} | entry for entry in bad))
         keys = [key for batch in micro_batches for key in batch.pop("key")]
         # Seed dropout by the position, so that a resumed training draws the same random numbers.
         torch.manual_seed(sample_seed(self.seed, state.samples) + self.topology.rank)
@@ -285,7 +287,7 @@ class Trainer:
         if state.bad > limit * max(state.samples, self.task.size, 1_000):
             raise UserError(
                 f"{state.bad} of {state.samples} samples could not be read, above max_bad_fraction={limit}. They are listed in "
-                "quarantine.jsonl; `lesiongen verify` shows which shards are damaged."
+                "quarantine-<rank>.jsonl; `lesiongen verify` shows which shards are damaged."
             )
 
     def evaluate(self) -> None:
