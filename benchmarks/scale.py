@@ -32,9 +32,10 @@ from hpc.data.codestore import code_dtype, file_name, write_codes
 from hpc.run.rundir import StageDir
 from hpc.train import checkpoint
 from hpc.train.engine import Engine, EngineConfig, build
-from hpc.train.loop import State, TrainConfig, Trainer
+from hpc.train.loop import TrainConfig, Trainer
 from hpc.train.memory import ModelSize, device_bytes, host_bytes, peak_activations
 from hpc.train.optim import OptimConfig, build_optimizer
+from hpc.train.state import State
 from lesiongen.experiment import DataConfig, Experiment, PriorConfig
 from lesiongen.priors import make
 from lesiongen.priors.gpt import GPTConfig
