@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from hpc.errors import UserError
-from hpc.run.metrics_log import METRICS_FILE
+from hpc.run import journal
+from hpc.run.metrics_log import METRICS_FILE, numbers
 from hpc.run.rundir import atomic_write, lock
 
 if TYPE_CHECKING:
@@ -337,10 +338,7 @@ class _LineSender:
         """Adds the new values of a line to the batch of values. If the batch would become too large, sends it first."""
         from mlflow.entities import Metric
 
-        try:
-            row = json.loads(line)
-        except ValueError:  # a crash left this line incomplete
-            row = {}
+        row = numbers(journal.parse(line))
         # Each value gets the time of its line. If a value arrives twice with the same time, MLflow stores it once.
         samples, time_ms = row.get("samples", -1), int(row.pop("time", 0) * 1000)
         new = {name: float(value) for name, value in row.items() if samples > self.last.get(name, -1)}
