@@ -10,7 +10,7 @@ import getpass
 import os
 
 from hpc import errors
-from launch.endings import exit_code_of, exit_process, print_error
+from launch.endings import exit_code_of, exit_process, print_error, print_in_any_encoding
 
 DESCRIPTION = (
     "Trains generators of skin-lesion images: pack → tokenizer → codes → priors → samples → report. Run the same command "
@@ -201,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: The words after `lesiongen`. None for those of this process.
     """
+    print_in_any_encoding()
     options = parse_arguments(arguments)
     name_the_user()
     # OpenMP threads that spin while they wait slow one another down by up to 30 times when ranks or data workers share

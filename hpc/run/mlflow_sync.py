@@ -109,14 +109,22 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_bytes()) if path.exists() else {}
 
 
+def create_store(uri: str) -> None:
+    """Creates the empty file of a sqlite store if it is missing. SQLite would ignore the umask, and shut out the group."""
+    if uri.startswith("sqlite:///") and not (path := Path(uri.removeprefix("sqlite:///"))).exists():
+        path.touch()
+
+
 @functools.cache
 def _client(uri: str) -> "MlflowClient":
     for name, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # without this, the first use of a sqlite file logs a line for every migration
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # The first use of a sqlite file would log a line for every migration, and a failure its traceback: SyncError reports it.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    create_store(uri)
     return MlflowClient(tracking_uri=uri)
 
 
