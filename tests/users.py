@@ -94,7 +94,7 @@ class Clinic:
             "set -eu",
             *namespace(self.folder, more.get("read_only")),
             f"umask {umask}",
-            f"cd {self.folder / user if user in USERS else self.photos}",
+            f"cd {self.folder / user}",
         ]
         groups = "--init-groups" if user in MEMBERS else "--clear-groups"
         become = ["exec", "setpriv", f"--reuid={uid}", f"--regid={gid}", groups, sys.executable, *arguments]

@@ -51,6 +51,7 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # avoids 8 unused processes of 160 MB each
 }
 MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in one request
+STALE_CLOSE_S = 5.0  # seconds that the end of a stage waits for an MLflow that has failed or hung for some time
 ALL_RUNS = 3  # mlflow.entities.ViewType.ALL: active and deleted runs
 
 # Pairs (run_dir, uri) that this process has compared with the server. The first sync of a process contacts the server even if
@@ -404,6 +405,7 @@ class Follower:
 
     def __init__(self, run_dir: Path, uri: str, interval: float = 5.0):
         self.run_dir, self.uri, self.interval, self.failures = Path(run_dir), uri, interval, 0
+        self._succeeded = time.monotonic()  # when the last sync succeeded; at first, when the thread started
         self._stop, self._deadline, self._delivered = threading.Event(), math.inf, False
         self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
         self._thread.start()
@@ -412,8 +414,10 @@ class Follower:
         """Syncs a last time and returns whether everything was sent. Prints a line if not.
 
         Args:
-            deadline: Seconds after which the last sync is given up.
+            deadline: Seconds after which the last sync is given up; STALE_CLOSE_S if no sync has succeeded for six intervals.
         """
+        if time.monotonic() - self._succeeded > 6 * self.interval:
+            deadline = min(deadline, STALE_CLOSE_S)
         self._deadline = time.monotonic() + deadline
         self._stop.set()
         self._thread.join(deadline)
@@ -431,7 +435,7 @@ class Follower:
                     time.sleep(0.1)
                 if failed:
                     print_stderr(f"MLflow at {_without_password(self.uri)} is reachable again.")
-                failed, self._delivered = 0, closing and not busy
+                failed, self._delivered, self._succeeded = 0, closing and not busy, time.monotonic()
             except Exception as error:
                 self.failures += 1
                 failed = min(failed + 1, 8)
