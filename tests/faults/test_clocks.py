@@ -63,12 +63,12 @@ def test_a_system_clock_that_steps_has_no_effect(phantoms, packed, tmp_path, und
             for hours in HOURS:
                 (tmp_path / "next").write_text(f"{hours:+d}h")
                 (tmp_path / "next").replace(offset)
-                time.sleep(0.3)
+                time.sleep(0.7)
 
     stepping = threading.Thread(target=step)
     stepping.start()
     try:
-        preload = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(offset), "FAKETIME_NO_CACHE": "1"}
+        preload = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(offset), "FAKETIME_CACHE_DURATION": "1"}
         result = train(phantoms, packed, tmp_path, FAKETIME_DONT_FAKE_MONOTONIC="1", **preload)
     finally:
         stop.set()
