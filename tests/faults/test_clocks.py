@@ -30,7 +30,7 @@ def train(phantoms: Path, packed: Path, runs: Path, **environment: str) -> dict:
     command = ["train", "tokenizer", DEMO, *tiny(phantoms, runs), f"inputs.shards=[{packed / 'shards'}]", "data.ledger=true"]
     command += ["tokenizer.train.health.hang_minutes=1"]
     process = [sys.executable, "-m", "launch", *command]
-    done = subprocess.run(process, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(process, env=os.environ | environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     stage = runs / "tiny" / "tokenizer"
     record = json.loads((stage / "stage.json").read_text())
