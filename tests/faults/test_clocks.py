@@ -14,6 +14,7 @@ from hpc.run import journal
 from hpc.run.metrics_log import read_metrics
 from tests.conftest import DEMO, tiny
 
+pytestmark = pytest.mark.long
 HOURS = (0, 5, -7, 24, -24)
 # Python imports a module of this name by itself. Each reading of the clock is another of HOURS away from the time.
 HOOK = f"""
@@ -52,7 +53,6 @@ def test_a_clock_that_steps_has_no_effect(phantoms, packed, tmp_path, undisturbe
     assert max(times) - min(times) > 20 * 3600, "the hook has changed nothing"
 
 
-@pytest.mark.long
 @pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime")
 def test_a_system_clock_that_steps_has_no_effect(phantoms, packed, tmp_path, undisturbed):
     """The same for libraries that are not written in Python: libfaketime changes what the C library answers."""
