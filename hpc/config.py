@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -22,6 +23,7 @@ import yaml
 from hpc.errors import UserError
 
 T = TypeVar("T")
+PathText = typing.NewType("PathText", str)  # type of a field that holds a path: `convert` expands it; see expand_path()
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,11 +61,30 @@ def added(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"added": True})
 
 
-def parse_yaml(text: str, source: str) -> Any:
+def expand_path(text: str, name: str = "The path") -> str:
+    """Replaces ~ and environment variables in a path. Addresses (with "://"), and paths that exist as they are, stay the same.
+
+    Args:
+        text: The path.
+        name: What the path is, for the error message, such as its key in the config.
+
+    Raises:
+        UserError: A variable is not set, or ~ names no user.
+    """
+    path = os.path.expanduser(text)
+    if "://" in path or os.path.exists(path):
+        return path
+    path = os.path.expandvars(path)
+    if unknown := re.search(r"^~[^/]*|\$(\w+|\{[^}]*\})", path):
+        raise UserError(f"{name} is {text}, but {unknown[0]} is not known here. Set the variable, or write the whole path.")
+    return path
+
+
+def parse_yaml(text: str | bytes, source: str) -> Any:
     """Parses YAML into plain data.
 
     Args:
-        text: The YAML.
+        text: The YAML; bytes are read as UTF-8, or as UTF-16 if they begin with a byte-order mark.
         source: Name of the text in error messages, such as the path of the file.
 
     Raises:
@@ -71,7 +92,9 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except yaml.reader.ReaderError as error:
+        raise UserError(f"{source} is not text in UTF-8 ({' '.join(str(error).split())}). Save it as UTF-8.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -82,7 +105,7 @@ def read_yaml(path: Path) -> dict:
         UserError: The file cannot be read, is not valid YAML, or holds no keys.
     """
     try:
-        data = parse_yaml(Path(path).read_text(), str(path))
+        data = parse_yaml(Path(path).read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"The config {path} cannot be read: {error.strerror}.") from None
     if data is not None and not isinstance(data, dict):
@@ -178,6 +201,8 @@ def convert(annotation: Any, value: Any, key_path: str) -> Any:
         return value
     if origin is tuple:
         return _convert_tuple(annotation, value, key_path)
+    if annotation is PathText:
+        return expand_path(_convert_scalar(str, value, key_path), key_path)
     if origin is dict:
         if not isinstance(value, dict):
             raise _wrong_type(annotation, value, key_path)
@@ -189,7 +214,7 @@ def convert(annotation: Any, value: Any, key_path: str) -> Any:
 
 def _convert_tuple(annotation: Any, value: Any, key_path: str) -> tuple:
     elements = typing.get_args(annotation)
-    if isinstance(value, str) and elements == (str, ...):
+    if isinstance(value, str) and elements in ((str, ...), (PathText, ...)):
         value = [value]  # a user may write a list of one string as the string alone
     if not isinstance(value, (list, tuple)):
         raise _wrong_type(annotation, value, key_path)

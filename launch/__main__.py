@@ -9,7 +9,8 @@ import argparse
 import getpass
 import os
 
-from launch.endings import exit_code_of, exit_process, print_error
+from hpc import errors
+from launch.endings import exit_code_of, exit_process, print_error, print_in_any_encoding
 
 DESCRIPTION = (
     "Trains generators of skin-lesion images: pack → tokenizer → codes → priors → samples → report. Run the same command "
@@ -37,24 +38,24 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_data_verbs(verbs: Verbs) -> None:
     """Adds the verbs that need no trained model: demo, download, pack, preview."""
     demo = _add_verb(verbs, "demo", "run the whole pipeline on drawn lesions, or on your own images, in a few minutes")
-    demo.add_argument("--out", default="runs", help="directory of the run (default: runs)")
-    demo.add_argument("--images", help="folder of real images to use instead of drawn lesions")
-    demo.add_argument("--metadata", help="CSV that describes the images in --images")
+    demo.add_argument("--out", type=_path, default="runs", help="directory of the run (default: runs)")
+    demo.add_argument("--images", type=_path, help="folder of real images to use instead of drawn lesions")
+    demo.add_argument("--metadata", type=_path, help="CSV that describes the images in --images")
     _add_overrides(demo)
 
     download = _add_verb(verbs, "download", "download a public data set and print its licence; an interrupted download resumes")
     download.add_argument("name", choices=["isic-2016", "isic-2018", "ham10000"])
-    download.add_argument("--out", required=True, metavar="DIR", help="directory of the data set")
+    download.add_argument("--out", type=_path, required=True, metavar="DIR", help="directory of the data set")
 
     pack = _add_verb(verbs, "pack", "pack images and their CSV into WebDataset shards")
-    pack.add_argument("config", nargs="?", help=f"{CONFIG_HELP}; leave it out with --images and --out")
+    pack.add_argument("config", type=_path, nargs="?", help=f"{CONFIG_HELP}; leave it out with --images and --out")
     _add_overrides(pack)
     _add_fresh(pack)
-    pack.add_argument("--images", help="folder of images, searched recursively")
+    pack.add_argument("--images", type=_path, help="folder of images, searched recursively")
     pack.add_argument(
-        "--metadata", help="CSV, or a folder of CSVs; without it, subfolders are labels and no images are grouped"
+        "--metadata", type=_path, help="CSV, or a folder of CSVs; without it, subfolders are labels and no images are grouped"
     )
-    pack.add_argument("--out", help="directory for the shards")
+    pack.add_argument("--out", type=_path, help="directory for the shards")
     pack.add_argument("--size", type=int, help="short side of the packed images in pixels (default: 256)")
     pack.add_argument("--append", action="store_true", help="add new images to finished shards; packed images stay in place")
     pack.add_argument(
@@ -63,7 +64,7 @@ def _add_data_verbs(verbs: Verbs) -> None:
 
     preview = _add_verb(verbs, "preview", "write one picture of original images beside augmented ones")
     _add_config(preview)
-    preview.add_argument("--out", metavar="PNG", help="file to write (default: preview.png in the run directory)")
+    preview.add_argument("--out", type=_path, metavar="PNG", help="file to write (default: preview.png in the run directory)")
 
 
 def _add_stage_verbs(verbs: Verbs) -> None:
@@ -75,9 +76,11 @@ def _add_stage_verbs(verbs: Verbs) -> None:
     _add_fresh(train)
 
     reconstruct = _add_verb(verbs, "reconstruct", "encode and decode images: pairs, code maps, PSNR and SSIM of each image")
-    reconstruct.add_argument("config", help=CONFIG_HELP)
+    reconstruct.add_argument("config", type=_path, help=CONFIG_HELP)
     reconstruct.add_argument("images", nargs="+", metavar="IMAGE", help=f"image files or folders; also {OVERRIDE_FORMAT}")
-    reconstruct.add_argument("--out", metavar="DIR", help="directory to write (default: reconstructions in the run directory)")
+    reconstruct.add_argument(
+        "--out", type=_path, metavar="DIR", help="directory to write (default: reconstructions in the run directory)"
+    )
 
     encode = _add_verb(verbs, "encode", "encode the shards with the tokenizer into a code store")
     _add_config(encode)
@@ -89,7 +92,9 @@ def _add_stage_verbs(verbs: Verbs) -> None:
     sample.add_argument("--label", action="append", help="class to sample; repeat for more classes (default: every class)")
     sample.add_argument("-n", type=int, help="total number of samples")
     sample.add_argument("--seed", type=int, help="seed of the random numbers")
-    sample.add_argument("--out", help="directory to write (default: a directory in the run, named after the options)")
+    sample.add_argument(
+        "--out", type=_path, help="directory to write (default: a directory in the run, named after the options)"
+    )
 
     evaluate = _add_verb(verbs, "evaluate", "compute the metrics and write the report")
     _add_config(evaluate)
@@ -105,7 +110,7 @@ def _add_pipeline_verbs(verbs: Verbs) -> None:
     submit = _add_verb(verbs, "submit", "submit every unfinished stage as a Slurm job")
     _add_config(submit)
     _add_fresh(submit)
-    submit.add_argument("--cluster", required=True, help="cluster file, such as configs/cluster/example.yaml")
+    submit.add_argument("--cluster", type=_path, required=True, help="cluster file, such as configs/cluster/example.yaml")
     submit.add_argument("--dry", action="store_true", help="print the batch scripts and submit nothing")
 
     plan = _add_verb(verbs, "plan", "print whether a run fits the machines, its memory in each phase and its hours")
@@ -116,20 +121,20 @@ def _add_pipeline_verbs(verbs: Verbs) -> None:
 def _add_inspection_verbs(verbs: Verbs) -> None:
     """Adds the verbs that inspect or stop what exists already: status, cancel, logs, verify, ui."""
     status = _add_verb(verbs, "status", "print the state of the run's stages and jobs")
-    status.add_argument("run", help=RUN_HELP)
+    status.add_argument("run", type=_path, help=RUN_HELP)
 
     cancel = _add_verb(verbs, "cancel", "cancel the run's Slurm jobs")
-    cancel.add_argument("run", help=RUN_HELP)
+    cancel.add_argument("run", type=_path, help=RUN_HELP)
 
     logs = _add_verb(verbs, "logs", "print the last lines of the run's newest log files")
-    logs.add_argument("run", help=RUN_HELP)
+    logs.add_argument("run", type=_path, help=RUN_HELP)
     logs.add_argument("--stage", help="stage whose logs to print (default: the stage that wrote last)")
 
     verify = _add_verb(verbs, "verify", "check every file against its checksum")
-    verify.add_argument("path", help="run, shards, code store, checkpoint or export")
+    verify.add_argument("path", type=_path, help="run, shards, code store, checkpoint or export")
 
     ui = _add_verb(verbs, "ui", "serve MLflow's web page with the runs of this machine")
-    ui.add_argument("--runs", default="runs", help="directory of runs (default: runs)")
+    ui.add_argument("--runs", type=_path, default="runs", help="directory of runs (default: runs)")
     ui.add_argument("--port", type=int, default=5000, help="port of the web page (default: 5000)")
 
 
@@ -140,12 +145,22 @@ def _add_internal_verbs(verbs: Verbs) -> None:
     rank.add_argument("stage")
 
 
+def _path(text: str) -> str:
+    """Converts an argument that is a path: replaces ~ and environment variables."""
+    from hpc.config import expand_path
+
+    try:
+        return expand_path(text)
+    except errors.UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _add_verb(verbs: Verbs, name: str, text: str) -> argparse.ArgumentParser:
     return verbs.add_parser(name, help=text, description=text)
 
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("config", help=CONFIG_HELP)
+    verb.add_argument("config", type=_path, help=CONFIG_HELP)
     verb.add_argument(
         "--preset", help="fill in what the config leaves open: small, base, large, or auto by the number of images"
     )
@@ -186,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: The words after `lesiongen`. None for those of this process.
     """
+    print_in_any_encoding()
     options = parse_arguments(arguments)
     name_the_user()
     # OpenMP threads that spin while they wait slow one another down by up to 30 times when ranks or data workers share

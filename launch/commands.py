@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc import dist, errors
-from hpc.config import apply_overrides, digest
+from hpc.config import apply_overrides, digest, expand_path
 from hpc.errors import UserError
 from launch import executors, pipeline, status
 from lesiongen import experiment
@@ -131,7 +131,7 @@ def reconstruct(options: argparse.Namespace) -> int:
 
     # argparse cannot tell images from overrides. An argument with "=" is an override unless a file has that name.
     overrides = [word for word in options.images if "=" in word and not Path(word).exists()]
-    paths = [Path(word) for word in options.images if word not in overrides]
+    paths = [Path(expand_path(word)) for word in options.images if word not in overrides]
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"{missing[0]} does not exist. Give image files or folders of images.")
     config = experiment.load(options.config, overrides)

@@ -1,12 +1,12 @@
 """How a process of lesiongen ends: the exit code and the printed message for each kind of error.
 
-The codes are those of hpc/errors.py. `print_error` and `exit_code_of` are called by the command line (launch/__main__.py)
-and by every rank (launch/rank.py).
+The codes are those of hpc/errors.py. The command line (launch/__main__.py) and every rank (launch/rank.py) call the functions.
 """
 
 import atexit
 import contextlib
 import errno
+import io
 import os
 import sys
 import traceback
@@ -16,6 +16,16 @@ from hpc import errors
 
 # Texts by which libraries report a write that failed because the disk is full, without raising OSError.
 DISK_FULL_TEXTS = ("No space left", "os error 28", "PytorchStreamWriter", "file write failed", "unexpected pos")
+
+
+def print_in_any_encoding() -> None:
+    """Lets this process print every text: a character that the terminal's encoding lacks is printed as "?".
+
+    Otherwise print() would raise UnicodeEncodeError, for example for a file's name in an ASCII terminal.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a test or a notebook may have replaced it
+            stream.reconfigure(errors="replace")
 
 
 def is_disk_full(error: BaseException) -> bool:

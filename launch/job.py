@@ -54,10 +54,11 @@ class StageJob:
         from hpc import config as hpc_config
         from hpc import dist
         from hpc.errors import UserError
-        from launch.endings import exit_code_of, print_error
+        from launch.endings import exit_code_of, print_error, print_in_any_encoding
         from launch.rank import rank_main
         from lesiongen.experiment import Experiment
 
+        print_in_any_encoding()
         try:
             config = hpc_config.from_plain(Experiment, hpc_config.parse_yaml(self.config_yaml, "the job's config"))
         except UserError as error:  # the code has changed since the job was submitted, and now rejects the config

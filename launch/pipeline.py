@@ -121,6 +121,8 @@ def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = (
     Returns:
         The exit code of the stage that failed, or 0.
     """
+    if not todo:  # a finished run may be read-only
+        return errors.DONE
     refuse_busy(config, todo)
     clear_stages(config, fresh)
     write_config(config)

@@ -71,7 +71,7 @@ def held_out_metrics(config: Experiment, stage: str) -> str:
 def seconds_since_last_metrics(folder: Path) -> float | None:
     """Returns the age of the last line in a stage's metrics log, None without a log."""
     path = folder / metrics_log.METRICS_FILE
-    return time.time() - path.stat().st_mtime if path.exists() else None
+    return max(0.0, time.time() - path.stat().st_mtime) if path.exists() else None
 
 
 def last_job(run_dir: Path, stage: str) -> dict | None:
@@ -81,7 +81,7 @@ def last_job(run_dir: Path, stage: str) -> dict | None:
         run_dir: The run directory.
         stage: The stage's name.
     """
-    jobs = journal.read(run_dir / "jobs" / stage / SUBMITTED)
+    jobs = journal.read(run_dir / "jobs" / stage / SUBMITTED, "job")
     return jobs[-1] if jobs else None
 
 

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from hpc.errors import UserError
-from hpc.run.mlflow_sync import MLFLOW_ENVIRONMENT, SyncError, print_stderr, sync
+from hpc.run.mlflow_sync import MLFLOW_ENVIRONMENT, SyncError, create_store, print_stderr, sync
 
 SYNC_S = 5.0  # between two syncs of all runs
 
@@ -63,6 +63,7 @@ def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
 def _start_server(runs: Path, uri: str, host: str, port: int, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--artifacts-destination", str(runs / "mlartifacts")]
+    create_store(uri)
     with open(log, "wb") as output:
         environment = MLFLOW_ENVIRONMENT | os.environ
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpc import config as hpc_config
-from hpc.config import volatile
+from hpc.config import PathText, volatile
 from hpc.errors import UserError
 from hpc.train.hardware import HardwareConfig
 from hpc.train.loop import TrainConfig
@@ -32,9 +32,9 @@ from lesiongen.tokenizers.losses import LossConfig
 class InputsConfig:
     """Results of other runs to use. This run then leaves out the stages that would make them."""
 
-    shards: tuple[str, ...] = ()  # run directories, directories of shards, or URLs of shards; several are read as one set
-    tokenizer: str | None = None  # directory of the run whose tokenizer to use
-    codes: str | None = None  # directory of the run whose codes to use; needs the tokenizer that made them
+    shards: tuple[PathText, ...] = ()  # run directories, directories of shards, or URLs of shards; several are read as one set
+    tokenizer: PathText | None = None  # directory of the run whose tokenizer to use
+    codes: PathText | None = None  # directory of the run whose codes to use; needs the tokenizer that made them
 
 
 def _tokenizer_training() -> TrainConfig:
@@ -168,7 +168,7 @@ class Experiment:
     """The whole config of a run: settings of the run, and a section for each stage."""
 
     name: str  # name of the run and of its directory; if the config has none, the name of the config file
-    runs: str = volatile("runs")  # directory that holds the run directories
+    runs: PathText = volatile("runs")  # directory that holds the run directories
     seed: int = 0  # seed of everything random, except for the samples (see sample.seed)
     inputs: InputsConfig = field(default_factory=InputsConfig)  # results of other runs to use
     data: DataConfig = field(default_factory=DataConfig)  # images, packing and reading of the shards
@@ -223,7 +223,7 @@ class Experiment:
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads a config file. Relative paths in the config are relative to the working directory.
+    """Reads a config file. Relative paths in the config are relative to the working directory; ~ and $VARIABLE are replaced.
 
     Args:
         path: The YAML file.

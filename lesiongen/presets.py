@@ -8,7 +8,7 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc.config import read_yaml
+from hpc.config import expand_path, read_yaml
 from hpc.errors import UserError
 from lesiongen.ingest.folders import count_images
 from lesiongen.ingest.sources import read_csv
@@ -68,7 +68,8 @@ def fill_in(data: dict) -> dict:
 
 def _photographs(data: dict) -> int:
     """Returns how many photographs the section `data` names: the image files, or the rows of its table if they are fewer."""
-    files, table = count_images(data.get("images")), Path(data.get("metadata") or "")
+    images, metadata = (expand_path(str(data.get(key) or ""), f"data.{key}") for key in ("images", "metadata"))
+    files, table = count_images(images), Path(metadata)
     return min(files, len(read_csv(table)[0])) if table.is_file() else files
 
 

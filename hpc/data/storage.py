@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from hpc.config import volatile
+from hpc.config import expand_path, volatile
 from hpc.data import manifest
 from hpc.errors import UserError
 
@@ -57,7 +57,7 @@ class CacheConfig:
         gigabytes: Largest size of the cache.
     """
 
-    directory: str | None = volatile(None)  # on the node's own disk, such as "$TMPDIR/shards"
+    directory: str | None = volatile(None)  # on the node's own disk, such as "$TMPDIR/shards"; expanded on each node
     gigabytes: float = volatile(50.0)  # allow several shards for each data worker of the node
 
     def __post_init__(self):
@@ -108,7 +108,8 @@ class Store:
         directory = cache.directory
         if is_remote(location):
             directory = directory or os.environ.get("LESIONGEN_CACHE") or "~/.cache/lesiongen"
-        self.cache = Cache(_expand(directory), int(cache.gigabytes * 1e9)) if directory else None
+        directory = directory and Path(expand_path(directory, "data.cache.directory")).absolute()
+        self.cache = Cache(directory, int(cache.gigabytes * 1e9)) if directory else None
 
     def open(self, entry: dict) -> int:
         """Opens a listed file for reading. A fetched file is verified before it is opened.
@@ -315,14 +316,6 @@ class Cache:
             if error.errno in DISK_FULL:
                 raise StorageError(f"The disk of the cache {self.directory} is full. Lower data.cache.gigabytes.") from None
             raise
-
-
-def _expand(directory: str) -> Path:
-    """Returns the absolute path of a cache directory with ~ and variables replaced. Raises UserError for an unset variable."""
-    path = os.path.expanduser(os.path.expandvars(directory))
-    if "$" in path:
-        raise UserError(f"data.cache.directory is {directory}, but that variable is not set here. Set it, or give a path.")
-    return Path(path).absolute()
 
 
 def _open_if_complete(path: Path, size: int) -> int | None:

@@ -94,9 +94,18 @@ class MetricsLog:
 
 
 def read_metrics(stage_dir: Path) -> list[dict]:
-    """Reads all complete lines of a stage's metrics.jsonl, or [] if there is no file."""
-    rows = journal.read(Path(stage_dir) / METRICS_FILE)
-    return [{name: float(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows]
+    """Reads all lines of a stage's metrics.jsonl that are whole, or [] if there is no file."""
+    return [values for row in journal.read(Path(stage_dir) / METRICS_FILE) if (values := numbers(row))]
+
+
+def numbers(row: dict) -> dict[str, float]:
+    """Returns a line of the log with its values as numbers. Returns {} if the line is damaged or has no samples."""
+    try:
+        row = {name: float(value) if isinstance(value, str) else value for name, value in row.items()}
+    except ValueError:
+        return {}
+    whole = all(isinstance(value, (int, float)) for value in row.values())
+    return row if whole and isinstance(row.get("samples"), int) else {}
 
 
 def system_metrics() -> dict[str, float]:

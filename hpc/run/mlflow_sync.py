@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from hpc.errors import UserError
-from hpc.run.metrics_log import METRICS_FILE
+from hpc.run import journal
+from hpc.run.metrics_log import METRICS_FILE, numbers
 from hpc.run.rundir import atomic_write, lock
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # avoids 8 unused processes of 160 MB each
 }
 MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in one request
+STALE_CLOSE_S = 5.0  # seconds that the end of a stage waits for an MLflow that has failed or hung for some time
 ALL_RUNS = 3  # mlflow.entities.ViewType.ALL: active and deleted runs
 
 # Pairs (run_dir, uri) that this process has compared with the server. The first sync of a process contacts the server even if
@@ -108,14 +110,22 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_bytes()) if path.exists() else {}
 
 
+def create_store(uri: str) -> None:
+    """Creates the empty file of a sqlite store if it is missing. SQLite would ignore the umask, and shut out the group."""
+    if uri.startswith("sqlite:///") and not (path := Path(uri.removeprefix("sqlite:///"))).exists():
+        path.touch()
+
+
 @functools.cache
 def _client(uri: str) -> "MlflowClient":
     for name, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # without this, the first use of a sqlite file logs a line for every migration
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # The first use of a sqlite file would log a line for every migration, and a failure its traceback: SyncError reports it.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    create_store(uri)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -337,10 +347,7 @@ class _LineSender:
         """Adds the new values of a line to the batch of values. If the batch would become too large, sends it first."""
         from mlflow.entities import Metric
 
-        try:
-            row = json.loads(line)
-        except ValueError:  # a crash left this line incomplete
-            row = {}
+        row = numbers(journal.parse(line))
         # Each value gets the time of its line. If a value arrives twice with the same time, MLflow stores it once.
         samples, time_ms = row.get("samples", -1), int(row.pop("time", 0) * 1000)
         new = {name: float(value) for name, value in row.items() if samples > self.last.get(name, -1)}
@@ -398,6 +405,7 @@ class Follower:
 
     def __init__(self, run_dir: Path, uri: str, interval: float = 5.0):
         self.run_dir, self.uri, self.interval, self.failures = Path(run_dir), uri, interval, 0
+        self._succeeded = time.monotonic()  # when the last sync succeeded; at first, when the thread started
         self._stop, self._deadline, self._delivered = threading.Event(), math.inf, False
         self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
         self._thread.start()
@@ -406,8 +414,10 @@ class Follower:
         """Syncs a last time and returns whether everything was sent. Prints a line if not.
 
         Args:
-            deadline: Seconds after which the last sync is given up.
+            deadline: Seconds after which the last sync is given up; STALE_CLOSE_S if no sync has succeeded for six intervals.
         """
+        if time.monotonic() - self._succeeded > 6 * self.interval:
+            deadline = min(deadline, STALE_CLOSE_S)
         self._deadline = time.monotonic() + deadline
         self._stop.set()
         self._thread.join(deadline)
@@ -425,7 +435,7 @@ class Follower:
                     time.sleep(0.1)
                 if failed:
                     print_stderr(f"MLflow at {_without_password(self.uri)} is reachable again.")
-                failed, self._delivered = 0, closing and not busy
+                failed, self._delivered, self._succeeded = 0, closing and not busy, time.monotonic()
             except Exception as error:
                 self.failures += 1
                 failed = min(failed + 1, 8)

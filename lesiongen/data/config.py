@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hpc.config import added, volatile
+from hpc.config import PathText, added, volatile
 from hpc.data.storage import CacheConfig
 from lesiongen.data.augment import PreprocessConfig
 
@@ -12,17 +12,17 @@ from lesiongen.data.augment import PreprocessConfig
 class DataConfig:
     """The config section `data`. Changing a field that is not volatile makes finished shards stale."""
 
-    images: str | None = None  # folder of the images, searched recursively
+    images: PathText | None = None  # folder of the images, searched recursively
     # CSV file that describes the images, or folder with the CSV files of one challenge. Without it, images that are sorted into
     # folders are labelled by their folder, and every image is a lesion of its own.
-    metadata: str | None = None
+    metadata: PathText | None = None
     columns: dict[str, str] = field(default_factory=dict)  # for a CSV of unknown format: {our field: its column}
     classes: tuple[str, ...] = ()  # labels to allow, images with other labels are rejected; empty = all labels
     rename: dict[str, str] = field(default_factory=dict)  # {label in the metadata: label to use}, as in {nevus: nv}
     licences: tuple[str, ...] = ()  # licences to allow, as in [CC-0, CC-BY]; images with others are left out; empty = all
     # CSV file with the split (train, val or test) of each image. Without it, folders named train, val and test decide if the
     # images come in such folders, and else a hash of the lesion's id.
-    splits: str | None = None
+    splits: PathText | None = None
     unlabelled: bool = added(False)  # pack images of which none has a label; otherwise packing stops
     # Pack images without lesion or patient although a column of the metadata looks like one; otherwise packing stops.
     ungrouped: bool = added(False)

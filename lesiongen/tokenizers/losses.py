@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from hpc.config import PathText
 from hpc.errors import UserError
 from lesiongen.data.similarity import ms_ssim, ssim
 
@@ -26,7 +27,7 @@ class LossConfig:
     ssim: float = 0.0  # 1 - SSIM: keeps fine texture that MSE smooths away (Zhao et al. 2017, arXiv:1511.08861)
     ms_ssim: float = 0.0  # 1 - MS-SSIM
     lpips: float = 0.0
-    lpips_weights: str | None = None  # safetensors file with the weights of VGG-16 and of LPIPS's linear layers
+    lpips_weights: PathText | None = None  # safetensors file with the weights of VGG-16 and of LPIPS's linear layers
 
     def __post_init__(self):
         weights = (self.mse, self.nmse, self.l1, self.ssim, self.ms_ssim, self.lpips)

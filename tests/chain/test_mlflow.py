@@ -209,8 +209,14 @@ def test_two_lines_at_one_count_and_a_torn_one(runs):
     path.write_bytes(whole)
     new_process()
     assert sync(run, default_uri(run)).metrics == 1
+    # Lines that a power failure has damaged are passed over.
+    with open(path, "ab") as file:
+        file.write(b'12\n"\xff"\n[]\n{"samples": "x"}\n{"step": 3}\n\0\0\0\n{"step": 2, "sam')
+    extend(run / "tokenizer", [20])
+    assert sync(run, default_uri(run)).metrics == 4
+    assert history(run) == [(10, 0.1), (20, 0.05)]
     assert history(run, name="val/loss") == [(10, 7.0)]
-    assert history(run, name="samples") == [(10, 10)]
+    assert history(run, name="samples") == [(10, 10), (20, 20)]
 
 
 def test_fresh_is_another_run_and_a_deleted_one_stays_deleted(runs):

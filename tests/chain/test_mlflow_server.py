@@ -1,6 +1,7 @@
 """The Follower and `lesiongen ui` with real servers: one is killed, one never answers, one shows runs."""
 
 import http.client
+import http.server
 import json
 import os
 import signal
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from hpc.run import mlflow_sync
-from hpc.run.metrics_log import MetricsLog
-from hpc.run.mlflow_sync import Follower, run_link, sync
+from hpc.run.metrics_log import MetricsLog, read_metrics
+from hpc.run.mlflow_sync import Follower, default_uri, run_link, sync
+from launch.__main__ import main
 from tests.chain.mlflow_runs import entry_of, expected, extend, history, make_run, new_process, runs_of, wait_for
+from tests.conftest import DEMO, tiny
 
 pytest.importorskip("sqlalchemy", reason="the http-only mlflow-skinny has no store of its own")
 
@@ -120,6 +123,100 @@ def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
         assert sync(run, server.uri) == mlflow_sync.SyncResult()
     finally:
         server.kill()
+
+
+class Gateway:
+    """An HTTP server before MLflow's, as a proxy of a cluster: it answers 500 until it is `repaired`, and then forwards."""
+
+    def __init__(self, port):
+        repaired = self.repaired = threading.Event()
+        refused = self.refused = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def handle_any(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status, answer = 500, b"<h1>Internal Server Error</h1>"
+                if repaired.is_set():
+                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                    connection.request(self.command, self.path, body, dict(self.headers))
+                    response = connection.getresponse()
+                    status, answer = response.status, response.read()
+                else:
+                    refused.append(self.path)
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            do_GET = do_POST = do_PUT = do_PATCH = handle_any
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.long
+def test_a_server_that_answers_500_while_a_tokenizer_is_trained(packed, phantoms, tmp_path, monkeypatch, capsys):
+    """The training goes on at its speed, the log is complete, and after the repair everything is sent once."""
+    server, run = Server(tmp_path), tmp_path / "tiny"
+    gateway = Gateway(server.port)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", gateway.uri)
+    command = ["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path, **{"tokenizer.train.samples": 1280})]
+    before = time.monotonic()
+    assert main([*command, f"inputs.shards=[{packed / 'shards'}]"]) == 0
+    assert time.monotonic() - before < 60
+    said = [line for line in capsys.readouterr().err.splitlines() if "MLflow" in line]
+    assert len(gateway.refused) >= 2 and len(said) == 2, said
+    assert "500" in said[0] and "Training continues" in said[0] and "did not receive the last metrics" in said[1]
+    assert [row["samples"] for row in read_metrics(run / "tokenizer") if "train/loss" in row] == list(range(16, 1281, 16))
+    try:
+        server.start()
+        gateway.repaired.set()
+        new_process()
+        assert sync(run, gateway.uri).metrics > 300
+        assert [samples for samples, _ in history(run, uri=gateway.uri)] == list(range(16, 1281, 16))
+        assert sync(run, gateway.uri) == mlflow_sync.SyncResult()
+    finally:
+        server.kill()
+        gateway.server.shutdown()
+
+
+def test_a_database_that_is_locked(runs, monkeypatch, capsys):
+    """Another process locks mlflow.db, as a backup or a hung file system does: nothing waits for it, and nothing is lost."""
+    monkeypatch.setattr(mlflow_sync, "STALE_CLOSE_S", 1.0)
+    run = make_run(runs, "locked")
+    uri = default_uri(run)
+    sync(run, uri)
+    new_process()
+    code = (
+        "import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1]); c.execute('BEGIN EXCLUSIVE'); print('locked', flush=True)"
+    )
+    locker = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; time.sleep(600)", str(runs / "mlflow.db")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert locker.stdout.readline() == "locked\n"
+        log, slowest = MetricsLog(run / "tokenizer"), 0.0
+        follower = Follower(run, uri, interval=0.05)
+        for count in range(50, 1050, 10):
+            before = time.monotonic()
+            log.log(count // 10, count, {"train/loss": 1 / count})
+            slowest = max(slowest, time.monotonic() - before)
+            time.sleep(0.005)
+        assert slowest < 0.5, "log() waited for the database"
+        before = time.monotonic()
+        assert not follower.close()
+        assert time.monotonic() - before < mlflow_sync.STALE_CLOSE_S + 1
+    finally:
+        locker.kill()
+        locker.wait()
+    assert "did not receive the last metrics" in capsys.readouterr().err
+    wait_for(lambda: not follower._thread.is_alive(), 60)  # the thread of a longer process sends everything by itself
+    assert history(run) == expected(run) and len(expected(run)) == 104
+    assert sync(run, uri) == mlflow_sync.SyncResult()
 
 
 def test_a_server_that_hangs_does_not_hold_up_the_exit(runs, tmp_path):

@@ -6,7 +6,6 @@ import json
 import os
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -121,29 +120,6 @@ def test_an_unreadable_checkpoint_is_not_damaged(trained, monkeypatch, capsys):
     assert {k: v for k, v in contents(folder).items() if k not in ("stage.json", "config.yaml", ".lock")} == {
         k: v for k, v in before.items() if k not in ("stage.json", "config.yaml", ".lock")
     }
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
-def test_a_user_without_a_name_and_a_directory_of_someone_else(phantoms, tmp_path):
-    """A uid without an entry in the system's list, as in containers; then the same user in a directory that it cannot write."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("USER", "LOGNAME", "LNAME", "USERNAME")} | {
-        "HOME": str(tmp_path)
-    }
-    become = ["setpriv", "--reuid=4321", "--regid=4321", "--clear-groups"]
-    command = [*become, sys.executable, "-m", "launch"]
-    able = subprocess.run([*become, sys.executable, "-c", "import launch"], cwd=ROOT, env=environment, capture_output=True)
-    if able.returncode:
-        pytest.skip("another user cannot read this checkout")
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    runs.chmod(0o777)
-    done = subprocess.run([*command, "plan", DEMO], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    runs.chmod(0o555)
-    arguments = ["pack", DEMO, *tiny(phantoms, runs)]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == errors.USAGE and "Traceback" not in done.stderr, done.stderr
-    assert "Permission denied. Correct the permissions" in done.stderr or "cannot be read" in done.stderr
 
 
 def test_the_record_of_a_stage_that_made_something_still_binds(phantoms, tmp_path, capsys):

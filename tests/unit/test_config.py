@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from hpc import config as c
+from hpc.data.storage import CacheConfig, Store
 from hpc.errors import UserError
+from launch.__main__ import parse_arguments
 from lesiongen import experiment
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -90,3 +92,63 @@ def test_unreadable_configs(tmp_path):
             path.write_text(content)
         with pytest.raises(UserError, match=message):
             experiment.load(str(path))
+
+
+def test_home_and_variables_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    (tmp_path / "x.yaml").write_text(
+        "data: {images: ~/photos, metadata: $SCRATCH/m.csv, splits: '${SCRATCH}/s.csv'}\nruns: ~/runs\n"
+    )
+    more = ["inputs.shards=[~/a, 's3://b/$c?x=~']", "inputs.tokenizer=$SCRATCH/t", "tokenizer.loss.lpips_weights=~/w"]
+    made = experiment.load(str(tmp_path / "x.yaml"), [*more, "inputs.codes=~/c", "data.cache.directory=$SCRATCH/cache"])
+    assert (made.data.images, made.data.metadata, made.data.splits) == ("/home/me/photos", "/scratch/m.csv", "/scratch/s.csv")
+    assert (made.runs, made.inputs.shards) == ("/home/me/runs", ("/home/me/a", "s3://b/$c?x=~"))
+    assert (made.inputs.tokenizer, made.inputs.codes) == ("/scratch/t", "/home/me/c")
+    assert made.tokenizer.loss.lpips_weights == "/home/me/w"
+    assert made.data.cache.directory == "$SCRATCH/cache", "a compute node may have another $SCRATCH than the login node"
+    assert c.from_plain(experiment.Experiment, c.parse_yaml(c.to_yaml(made), "")) == made
+    options = parse_arguments(["sample", "~/x.yaml", "--out", "$SCRATCH/o"])
+    assert (options.config, options.out) == ("/home/me/x.yaml", "/scratch/o")
+
+
+@pytest.mark.parametrize("path", ["$NOT_SET/x", "${NOT_SET}", "~no-such-user/x"])
+def test_a_path_with_an_unset_variable_is_refused(tmp_path, monkeypatch, capsys, path):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    name = "no-such-user" if "~" in path else "NOT_SET"
+    (tmp_path / "x.yaml").write_text("data: {images: here}\n")
+    for key in ("data.images", "data.metadata", "data.splits", "runs", "inputs.shards", "inputs.tokenizer"):
+        with pytest.raises(UserError, match=rf"{key}.* is .*, but .*{name}.* is not known here"):
+            experiment.load(str(tmp_path / "x.yaml"), [f"{key}={path}"])
+    with pytest.raises(UserError, match=f"data.cache.directory is .*{name}"):
+        Store(tmp_path, CacheConfig(path))
+    with pytest.raises(UserError, match=r"data\.images is"):
+        experiment.load(str(tmp_path / "x.yaml"), ["preset=auto", f"data.images={path}"])
+    with pytest.raises(SystemExit):
+        parse_arguments(["verify", path])
+    assert name in capsys.readouterr().err
+
+
+def test_a_folder_whose_name_looks_like_a_variable(tmp_path):
+    (tmp_path / "a$b").mkdir()
+    assert c.expand_path(f"{tmp_path}/a$b") == f"{tmp_path}/a$b"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1", "utf-16-le"])
+def test_configs_in_other_encodings(tmp_path, encoding):
+    """What editors save: with a byte-order mark the config is read; without one only UTF-8 can be, and the message names it."""
+    (tmp_path / "x.yaml").write_bytes("data: {images: Läsionen}\n".encode(encoding))
+    if encoding in ("latin-1", "utf-16-le"):
+        with pytest.raises(UserError, match=r"x.yaml is not text in UTF-8 .* Save it as UTF-8\.$"):
+            experiment.load(str(tmp_path / "x.yaml"))
+    else:
+        assert experiment.load(str(tmp_path / "x.yaml")).data.images == "Läsionen"
+
+
+def test_a_path_that_is_no_text_survives_the_resolved_config(tmp_path):
+    """A folder's name may be bytes that are no UTF-8; Python then holds them as surrogates."""
+    (tmp_path / "x.yaml").write_text("data: {images: here}\n")
+    made = experiment.load(str(tmp_path / "x.yaml"))
+    made = replace(made, data=replace(made.data, images="photos-\udce9"))
+    (tmp_path / "y.yaml").write_bytes(c.to_yaml(made).encode())
+    assert experiment.load(str(tmp_path / "y.yaml")).data.images == "photos-\udce9"
