@@ -1,6 +1,5 @@
-"""Finds the photographs of a folder, among thumbnails, trash, copies, links and masks."""
+"""Finds the photographs of a folder, among thumbnails, trash, copies, links and masks; or those inside an HDF5 file."""
 
-import filecmp
 import os
 import re
 import unicodedata
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.errors import UserError
+from lesiongen.data import hdf5
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # Folders of systems and programs, in lower case. Hidden folders, whose names begin with a dot, are skipped too.
@@ -35,20 +35,26 @@ class ImageFiles:
 def find_images(folder: Path) -> ImageFiles:
     """Finds the image files below a folder. Links to folders are followed; each folder is read once.
 
+    Args:
+        folder: The folder, or an HDF5 file. HDF5 files in a folder are read if the folder holds no image files.
+
     Raises:
         UserError: The folder does not exist or cannot be read, holds no images, or two different images share an id.
     """
-    if not folder.is_dir():
+    if not _holds_images(folder):
         raise UserError(f"The images folder {folder} does not exist or is not a folder. Correct data.images.")
     found, left_out = _walk(folder), Counter()
+    if found.files and found.hdf5:
+        left_out["HDF5 files beside image files"] = len(found.hdf5)
+    files = found.files or [image for path in sorted(found.hdf5) for image in hdf5.image_paths(path)]
     paths: dict[str, Path] = {}
-    for path in sorted(found.files):
-        name = unicodedata.normalize("NFC", path.stem)
+    for path in sorted(files):
+        name = unicodedata.normalize("NFC", path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name)
         if _ISIC_MASKS.search(name):
             left_out["masks"] += 1
         elif name not in paths:
             paths[name] = path
-        elif filecmp.cmp(paths[name], path, shallow=False):
+        elif hdf5.read_bytes(paths[name]) == hdf5.read_bytes(path):
             left_out["copies of another file, byte for byte"] += 1
         else:
             raise UserError(f"Two different images share the id '{name}': {paths[name]} and {path}. Rename one of them.")
@@ -56,29 +62,46 @@ def find_images(folder: Path) -> ImageFiles:
         del paths[name]
         left_out["masks"] += 1
     if not paths:
-        raise UserError(f"The images folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+        raise UserError(f"The images folder {folder} holds no images ({', '.join((*IMAGE_SUFFIXES, *hdf5.SUFFIXES))}).")
     notes = [f"{number:,} {what} left out" for what, number in left_out.items()]
     notes += [f"folders skipped: {', '.join(f'{name} ({n})' for name, n in found.skipped.items())}"] * bool(found.skipped)
     return ImageFiles(paths, notes)
 
 
 def count_images(folder: str | None) -> int:
-    """Returns the number of image files below a folder; 0 if there is no such folder. Does not open the files."""
-    return len(_walk(Path(folder)).files) if folder and Path(folder).is_dir() else 0
+    """Returns the number of image files below a folder or in an HDF5 file; 0 if there is none. Opens no image."""
+    if not folder or not _holds_images(Path(folder)):
+        return 0
+    found = _walk(Path(folder))
+    return len(found.files) or sum(len(hdf5.image_paths(path)) for path in found.hdf5)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Returns the files on the disk that `find_images` may read images from; [] if there is no such folder."""
+    found = _walk(folder) if _holds_images(folder) else _Walk([], [], Counter())
+    return found.files or found.hdf5
+
+
+def _holds_images(path: Path) -> bool:
+    """Returns whether a path may be `data.images`: a folder or an HDF5 file."""
+    return path.is_dir() or (hdf5.is_hdf5(path) and path.is_file())
 
 
 @dataclass(frozen=True)
 class _Walk:
     files: list[Path]
+    hdf5: list[Path]
     skipped: Counter
 
 
 def _walk(folder: Path) -> _Walk:
-    """Lists the files with an image's suffix, and counts the folders that are skipped, by name."""
+    """Lists the files with an image's suffix and the HDF5 files, and counts the folders that are skipped, by name."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"The images folder {error.filename} cannot be read: {error.strerror}.") from None
 
+    if folder.is_file():
+        return _Walk([], [folder], Counter())
     files: list[Path] = []
     skipped: Counter = Counter()
     seen: set[tuple[int, int]] = set()
@@ -91,5 +114,6 @@ def _walk(folder: Path) -> _Walk:
         unwanted = [name for name in folders if name.startswith(".") or name.lower() in SKIPPED_FOLDERS]
         skipped.update(unwanted)
         folders[:] = sorted(set(folders) - set(unwanted))
-        files += [Path(current, n) for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES and not n.startswith(".")]
-    return _Walk(files, skipped)
+        wanted = (*IMAGE_SUFFIXES, *hdf5.SUFFIXES)
+        files += [Path(current, n) for n in names if Path(n).suffix.lower() in wanted and not n.startswith(".")]
+    return _Walk([p for p in files if not hdf5.is_hdf5(p)], [p for p in files if hdf5.is_hdf5(p)], skipped)
