@@ -76,6 +76,7 @@ class Catalog:
         listed: Number of distinct image ids among the files and the rows.
         unread: "lesion", "patient" or "dx" → columns of the metadata that may hold it but were not read.
         notes: Lines to print of files and folders that were left out.
+        tables: The metadata files that were read.
     """
 
     records: list[Record]
@@ -86,6 +87,7 @@ class Catalog:
     listed: int
     unread: dict[str, list[str]]
     notes: list[str]
+    tables: list[Path]
 
 
 def read_catalog(
@@ -125,7 +127,9 @@ def read_catalog(
     rejected += [{"image": image, "reason": "no row in the metadata"} for image in files if image not in listed_ids]
     records, left_out = _filter_licences(records, allowed)
     number = len(files.keys() | listed_ids)
-    return Catalog(records, rejected, left_out, table.pairs, table.recognised, number, table.unread, found.notes)
+    return Catalog(
+        records, rejected, left_out, table.pairs, table.recognised, number, table.unread, found.notes, table.paths
+    )
 
 
 def _match(

@@ -29,7 +29,7 @@ from hpc.run.rundir import atomic_write
 from hpc.train import health
 from lesiongen.data.config import DataConfig
 from lesiongen.data.packed import CATALOG, SPLITS, moments, rows
-from lesiongen.ingest import catalog, pairing, shard_work, splits
+from lesiongen.ingest import catalog, contents, pairing, shard_work, splits
 from lesiongen.ingest.catalog import Catalog, Record
 
 POOL_FROM = 2_000  # images; for fewer, starting the processes takes longer than packing
@@ -120,6 +120,8 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
     _write_rejected(rejected + unjoined, listing.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
     if not append:
         splits.refuse_empty({name: len({r.group for r in m}) for name, m in members.items()}, data.val, data.test)
+    files = contents.describe(data, listing.tables, folder)
+    atomic_write(folder / "work" / contents.list_name(""), json.dumps(files).encode())
     _write_listed(
         folder, listing, rejected + unjoined, classes, catalog.vocabularies(records, classes, before.get("vocabularies"))
     )
@@ -257,6 +259,7 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
     facts |= {**_count_about(before, results), **moments(entries)}
     facts |= {"rejected": before.get("rejected", 0) + len(rejected), "catalogs": catalogs, "shards": entries}
     digest = manifest.write(folder, facts)
+    os.replace(folder / "work" / contents.list_name(""), folder / contents.list_name(suffix))
     shutil.rmtree(folder / "work")
     return digest
 

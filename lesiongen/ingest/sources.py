@@ -30,6 +30,7 @@ class Table:
         recognised: A line to print for each file.
         source: Name of the last layout that rows were read with.
         unread: "lesion", "patient" or "dx" → columns that may hold it, of files where no column was read for it.
+        paths: The files, companions included.
     """
 
     rows: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Table:
     recognised: list[str] = field(default_factory=list)
     source: str = ""
     unread: dict[str, list[str]] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)
 
 
 def read_table(metadata: Path, columns: dict[str, str]) -> Table:
@@ -50,12 +52,9 @@ def read_table(metadata: Path, columns: dict[str, str]) -> Table:
     Raises:
         UserError: A file cannot be read, has no known columns, or no images are listed.
     """
-    if metadata.is_dir():
-        paths = sorted(p for p in metadata.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
-        if not paths:
-            raise UserError(f"The metadata folder {metadata} holds no CSV file.")
-    else:
-        paths = [metadata]
+    paths = list_tables(metadata, [metadata])
+    if not paths:
+        raise UserError(f"The metadata folder {metadata} holds no CSV file.")
     # Tables that list images come first. Companions add to their rows, so they wait until all rows are read.
     table, companions = Table(), []
     for path in paths:
@@ -80,7 +79,15 @@ def read_table(metadata: Path, columns: dict[str, str]) -> Table:
         companions += _find_companions(metadata, table.source)
     for path, layout, rows in companions:
         _join_companion(table, path, layout, rows)
+    table.paths = list(dict.fromkeys([*paths, *(path for path, _, _ in companions)]))
     return table
+
+
+def list_tables(metadata: Path, files: list[Path]) -> list[Path]:
+    """Returns the tables in `metadata` if it is a folder, else `files`."""
+    if not metadata.is_dir():
+        return files
+    return sorted(p for p in metadata.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
 
 
 def _layout_of_columns(path: Path, header: list[str], columns: dict[str, str], alone: bool) -> Layout | None:
