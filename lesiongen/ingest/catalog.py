@@ -14,7 +14,7 @@ from hpc.errors import UserError
 from lesiongen.data.facts import AGE_BANDS
 from lesiongen.ingest import licences, sources
 from lesiongen.ingest.folders import find_images
-from lesiongen.ingest.layouts import ID_COLUMNS
+from lesiongen.ingest.layouts import ID_COLUMNS, UNNAMED
 from lesiongen.ingest.sources import Table, image_id
 
 # Name of a split, as a folder or a CSV file spells it → split
@@ -49,18 +49,39 @@ class Record:
     @property
     def own_group(self) -> str:
         """Group by the metadata alone: the id of the lesion, else of the patient, else of the image."""
-        return self.lesion or self.patient_group or self.image
+        return self.lesion_group or self.patient_group or self.image
+
+    @property
+    def lesion_group(self) -> str:
+        """Id of the lesion as a group, "" if it is unknown."""
+        return _group_id("lesion", self.lesion, self.source)
 
     @property
     def patient_group(self) -> str:
-        """Id of the patient as a group. A bare number carries its kind, so that lesion 7 is not patient 7."""
-        return f"patient {self.patient}" if self.patient.isdecimal() else self.patient
+        """Id of the patient as a group, "" if it is unknown."""
+        return _group_id("patient", self.patient, self.source)
+
+    def former_groups(self) -> dict[str, str]:
+        """Returns the names that sets packed before may have for the groups of the lesion and the patient: now → before."""
+        names = {self.lesion_group: self.lesion, self.patient_group: _group_id("patient", self.patient, "")}
+        return {now: before for now, before in names.items() if now != before}
 
     def facts(self) -> dict:
         """Returns the facts that packing writes as JSON beside the image in its shard."""
         fields = asdict(self)
         del fields["path"], fields["split"]
         return {{"image": "image_id", "lesion": "lesion_id", "patient": "patient_id"}.get(k, k): v for k, v in fields.items()}
+
+
+def _group_id(kind: str, number: str, source: str) -> str:
+    """Returns the id of a lesion or patient as a group.
+
+    A bare number carries its kind and its data set, so that lesion 7 is neither patient 7 nor lesion 7 of another data set.
+    Tables of no known data set count as one: photographs of one lesion may be listed in several of them.
+    """
+    if not number.isdecimal():
+        return number
+    return f"{kind} {number}" if source in UNNAMED else f"{source} {kind} {number}"
 
 
 @dataclass(frozen=True)
@@ -127,9 +148,7 @@ def read_catalog(
     rejected += [{"image": image, "reason": "no row in the metadata"} for image in files if image not in listed_ids]
     records, left_out = _filter_licences(records, allowed)
     number = len(files.keys() | listed_ids)
-    return Catalog(
-        records, rejected, left_out, table.pairs, table.recognised, number, table.unread, found.notes, table.paths
-    )
+    return Catalog(records, rejected, left_out, table.pairs, table.recognised, number, table.unread, found.notes, table.paths)
 
 
 def _match(

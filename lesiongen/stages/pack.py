@@ -4,8 +4,8 @@ from pathlib import Path
 
 from hpc.dist import Topology
 from lesiongen.experiment import Experiment
-from lesiongen.ingest.packing import pack
 from lesiongen.ingest import contents
+from lesiongen.ingest.packing import pack
 from lesiongen.stages.base import Stage, shards_identity
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpc.data import manifest
 from hpc.errors import UserError
 from lesiongen.data.config import DataConfig
 from lesiongen.data.packed import Packed
@@ -191,6 +192,20 @@ def test_no_patient_and_no_lesion_is_in_two_splits(images, tmp_path):
         for line in lines:
             splits.setdefault(line["patient_id"], set()).add(line["split"])
         assert any(len(found) > 1 for found in splits.values()) == divided
+
+
+def test_lesions_patients_and_groups_are_counted(images, tmp_path, capsys):
+    (tmp_path / "meta.csv").write_text(table(HAM | {"patient": "patient_id"}))
+    packed(images, tmp_path / "meta.csv", tmp_path / "s")
+    said = capsys.readouterr().out
+    found = manifest.read(tmp_path / "s")
+    for kind, number in (("lesions", NUMBER // 2), ("patients", NUMBER // 4), ("groups", NUMBER // 4)):
+        assert sum(found[kind].values()) == number
+        row = next(line.split() for line in said.splitlines() if line.startswith(kind))
+        assert [int(cell) for cell in row[1:]] == [found[kind][name] for name in ("train", "val", "test")]
+    assert "wanted / got: train 50.0%" in said
+    (images_row,) = Packed([tmp_path / "s"]).sets
+    assert images_row == {"sources": ["HAM10000"], "images": NUMBER, "lesions": 24, "patients": 12, "groups": 12}
 
 
 def test_milk10k_joins_diagnoses_by_lesion(images, tmp_path):
