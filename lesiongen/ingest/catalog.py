@@ -91,7 +91,7 @@ class Catalog:
     Attributes:
         records: Images that can be used.
         rejected: {"image", "reason"} of images without a usable row, and of rows without an image.
-        left_out: {"image", "reason"} of usable images whose licence is not among the allowed ones.
+        left_out: {"image", "reason"} of usable images whose licence is not among the allowed ones, and of masks and copies.
         pairs: Images that the metadata says show the same lesion.
         recognised: A line to print for each metadata file.
         listed: Number of distinct image ids among the files and the rows.
@@ -147,6 +147,7 @@ def read_catalog(
     listed_ids = table.rows.keys() | {image for image, _ in table.unusable}
     rejected += [{"image": image, "reason": "no row in the metadata"} for image in files if image not in listed_ids]
     records, left_out = _filter_licences(records, allowed)
+    left_out += found.left_out
     number = len(files.keys() | listed_ids)
     return Catalog(records, rejected, left_out, table.pairs, table.recognised, number, table.unread, found.notes, table.paths)
 

@@ -25,11 +25,13 @@ class ImageFiles:
 
     Attributes:
         paths: Path of each image by the image's id.
-        notes: A line to print for each kind of file that was left out.
+        notes: A line to print for each kind of file or folder that was left out.
+        left_out: {"image", "reason"} of each image file that was left out; "image" is its path.
     """
 
     paths: dict[str, Path]
     notes: list[str]
+    left_out: list[dict]
 
 
 def find_images(folder: Path) -> ImageFiles:
@@ -43,29 +45,45 @@ def find_images(folder: Path) -> ImageFiles:
     """
     if not _holds_images(folder):
         raise UserError(f"The images folder {folder} does not exist or is not a folder. Correct data.images.")
-    found, left_out = _walk(folder), Counter()
+    found = _walk(folder)
+    notes = [f"folders skipped: {_listed(found.skipped)}"] * bool(found.skipped)
+    notes += [f"files of other kinds ignored: {_listed(found.others)}"] * bool(found.others)
     if found.files and found.hdf5:
-        left_out["HDF5 files beside image files"] = len(found.hdf5)
+        notes.append(f"{len(found.hdf5):,} HDF5 files beside image files left out")
     files = found.files or [image for path in sorted(found.hdf5) for image in hdf5.image_paths(path)]
     paths: dict[str, Path] = {}
+    left_out: dict[Path, str] = {}
     for path in sorted(files):
         name = unicodedata.normalize("NFC", path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name)
-        if _ISIC_MASKS.search(name):
-            left_out["masks"] += 1
+        if not _is_text(str(path)):
+            left_out[path] = "its name or its folder's name is not valid UTF-8; rename it"
+        elif _ISIC_MASKS.search(name):
+            left_out[path] = "a mask"
         elif name not in paths:
             paths[name] = path
         elif hdf5.read_bytes(paths[name]) == hdf5.read_bytes(path):
-            left_out["copies of another file, byte for byte"] += 1
+            left_out[path] = "a copy of another file, byte for byte"
         else:
             raise UserError(f"Two different images share the id '{name}': {paths[name]} and {path}. Rename one of them.")
     for name in [name for name in paths if (end := _MASKS_BESIDE.search(name)) and name[: end.start()] in paths]:
-        del paths[name]
-        left_out["masks"] += 1
+        left_out[paths.pop(name)] = "a mask"
     if not paths:
         raise UserError(f"The images folder {folder} holds no images ({', '.join((*IMAGE_SUFFIXES, *hdf5.SUFFIXES))}).")
-    notes = [f"{number:,} {what} left out" for what, number in left_out.items()]
-    notes += [f"folders skipped: {', '.join(f'{name} ({n})' for name, n in found.skipped.items())}"] * bool(found.skipped)
-    return ImageFiles(paths, notes)
+    notes += [f"left out, {reason}: {number:,} files" for reason, number in Counter(left_out.values()).items()]
+    entries = [{"image": ascii(str(path))[1:-1], "reason": reason} for path, reason in left_out.items()]
+    return ImageFiles(paths, notes, entries)
+
+
+def _listed(counts: Counter) -> str:
+    return ", ".join(f"{name if _is_text(name) else ascii(name)} ({number:,})" for name, number in counts.items())
+
+
+def _is_text(name: str) -> bool:
+    """Returns whether a name can be written as UTF-8. Linux allows any bytes in names."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def count_images(folder: str | None) -> int:
@@ -78,7 +96,7 @@ def count_images(folder: str | None) -> int:
 
 def list_files(folder: Path) -> list[Path]:
     """Returns the files on the disk that `find_images` may read images from; [] if there is no such folder."""
-    found = _walk(folder) if _holds_images(folder) else _Walk([], [], Counter())
+    found = _walk(folder) if _holds_images(folder) else _Walk([], [], Counter(), Counter())
     return found.files or found.hdf5
 
 
@@ -92,18 +110,20 @@ class _Walk:
     files: list[Path]
     hdf5: list[Path]
     skipped: Counter
+    others: Counter
 
 
 def _walk(folder: Path) -> _Walk:
-    """Lists the files with an image's suffix and the HDF5 files, and counts the folders that are skipped, by name."""
+    """Lists image files and HDF5 files. Counts the folders that are skipped, by name, and other files, by suffix."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"The images folder {error.filename} cannot be read: {error.strerror}.") from None
 
     if folder.is_file():
-        return _Walk([], [folder], Counter())
+        return _Walk([], [folder], Counter(), Counter())
     files: list[Path] = []
-    skipped: Counter = Counter()
+    hdf5_files: list[Path] = []
+    skipped, others = Counter(), Counter()
     seen: set[tuple[int, int]] = set()
     for current, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         status = os.stat(current)
@@ -114,6 +134,14 @@ def _walk(folder: Path) -> _Walk:
         unwanted = [name for name in folders if name.startswith(".") or name.lower() in SKIPPED_FOLDERS]
         skipped.update(unwanted)
         folders[:] = sorted(set(folders) - set(unwanted))
-        wanted = (*IMAGE_SUFFIXES, *hdf5.SUFFIXES)
-        files += [Path(current, n) for n in names if Path(n).suffix.lower() in wanted and not n.startswith(".")]
-    return _Walk([p for p in files if not hdf5.is_hdf5(p)], [p for p in files if hdf5.is_hdf5(p)], skipped)
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
+                others["hidden"] += 1
+            elif suffix in IMAGE_SUFFIXES:
+                files.append(Path(current, name))
+            elif suffix in hdf5.SUFFIXES:
+                hdf5_files.append(Path(current, name))
+            else:
+                others[suffix or "no suffix"] += 1
+    return _Walk(files, hdf5_files, skipped, others)

@@ -242,7 +242,7 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
     if rejected:
         print(f"{len(rejected):,} images or rows rejected, listed in {folder / f'rejected{suffix}.jsonl'}")
     if left_out := listed["left_out"]:
-        print(f"{len(left_out):,} images left out for their licence, listed in {folder / f'left_out{suffix}.jsonl'}")
+        print(f"{len(left_out):,} images left out (licences, masks, copies), listed in {folder / f'left_out{suffix}.jsonl'}")
         atomic_write(folder / f"left_out{suffix}.jsonl", _jsonl(left_out))
     # Count the images of the whole set, including those packed before.
     entries = before.get("shards", []) + [result["entry"] for result in results if result["entry"]]

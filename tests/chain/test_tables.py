@@ -291,7 +291,8 @@ def test_identical_copies_count_once_and_different_ones_stop(images, tmp_path):
         (images / "again").mkdir(exist_ok=True)
         (images / "again" / f"IMG_{i:04d}.png").write_bytes((images / f"IMG_{i:04d}.png").read_bytes())
     found = find_images(images)
-    assert len(found.paths) == NUMBER and "3 copies of another file, byte for byte left out" in found.notes
+    assert len(found.paths) == NUMBER and "left out, a copy of another file, byte for byte: 3 files" in found.notes
+    assert len(found.left_out) == 3
     draw(images / "again" / "IMG_0000.png", 99)
     with pytest.raises(UserError, match="Two different images share the id 'IMG_0000'"):
         find_images(images)
@@ -311,7 +312,19 @@ def test_masks_beside_photographs_are_left_out(tmp_path):
     for name in ("IMD003/photo/IMD003", "IMD003/mask/IMD003_lesion", "IMD003/roi/IMD003_R1_Label1", "other_lesion"):
         draw(tmp_path / "ph2" / f"{name}.bmp", len(name))
     found = find_images(tmp_path / "ph2")
-    assert set(found.paths) == {"IMD003", "other_lesion"} and "2 masks left out" in found.notes
+    assert set(found.paths) == {"IMD003", "other_lesion"} and "left out, a mask: 2 files" in found.notes
+
+
+def test_files_of_other_kinds_and_odd_names_are_counted(images):
+    for name in ("a.heic", "b.HEIC", "notes.txt", "README", ".hidden.png", "._IMG_0001.png"):
+        (images / name).write_bytes(b"x")
+    (images / os.fsdecode(b"odd\xff.png")).write_bytes(b"x")
+    found = find_images(images)
+    assert len(found.paths) == NUMBER
+    ignored = next(note for note in found.notes if note.startswith("files of other kinds ignored: "))
+    assert all(kind in ignored for kind in (".heic (2)", ".txt (1)", "no suffix (1)", "hidden (2)"))
+    (entry,) = found.left_out
+    assert entry["image"].endswith("odd\\udcff.png") and "not valid UTF-8" in entry["reason"]
 
 
 def test_an_unreadable_folder_is_named(images, monkeypatch):
