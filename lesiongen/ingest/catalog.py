@@ -13,6 +13,7 @@ from pathlib import Path
 from hpc.errors import UserError
 from lesiongen.data.facts import AGE_BANDS
 from lesiongen.ingest import licences, sources
+from lesiongen.ingest.csv_text import plain
 from lesiongen.ingest.folders import find_images
 from lesiongen.ingest.layouts import ID_COLUMNS, UNNAMED
 from lesiongen.ingest.sources import Table, image_id
@@ -94,7 +95,7 @@ class Catalog:
         left_out: {"image", "reason"} of usable images whose licence is not among the allowed ones, and of masks and copies.
         pairs: Images that the metadata says show the same lesion.
         recognised: A line to print for each metadata file.
-        listed: Number of distinct image ids among the files and the rows.
+        listed: Number of distinct image ids among the files and the rows, and of rows that cannot be used.
         unread: "lesion", "patient" or "dx" → columns of the metadata that may hold it but were not read.
         notes: Lines to print of files and folders that were left out.
         tables: The metadata files that were read.
@@ -148,7 +149,7 @@ def read_catalog(
     rejected += [{"image": image, "reason": "no row in the metadata"} for image in files if image not in listed_ids]
     records, left_out = _filter_licences(records, allowed)
     left_out += found.left_out
-    number = len(files.keys() | listed_ids)
+    number = len(files.keys() | table.rows.keys()) + len(table.unusable)
     return Catalog(records, rejected, left_out, table.pairs, table.recognised, number, table.unread, found.notes, table.paths)
 
 
@@ -225,7 +226,7 @@ def _table_of_folders(images: Path, files: dict[str, Path], below_split: bool) -
     depth = 1 if below_split else 0
     parts = {image: path.relative_to(images).parts[depth:-1] for image, path in files.items()}
     if len(set(parts.values())) > 1 and all(len(p) == 1 for p in parts.values()):
-        dx = {image: p[0] for image, p in parts.items()}
+        dx = {image: plain(p[0]) for image, p in parts.items()}
     else:
         dx = dict.fromkeys(files, "lesion")
     rows = {image: {"image": image, "dx": dx[image], "source": images.name} for image in files}

@@ -2,13 +2,13 @@
 
 import os
 import re
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.errors import UserError
 from lesiongen.data import hdf5
+from lesiongen.ingest.csv_text import plain
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # Folders of systems and programs, in lower case. Hidden folders, whose names begin with a dot, are skipped too.
@@ -54,9 +54,9 @@ def find_images(folder: Path) -> ImageFiles:
     paths: dict[str, Path] = {}
     left_out: dict[Path, str] = {}
     for path in sorted(files):
-        name = unicodedata.normalize("NFC", path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name)
-        if not _is_text(str(path)):
-            left_out[path] = "its name or its folder's name is not valid UTF-8; rename it"
+        name = plain(path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name)
+        if not name or not _is_text(str(path)):
+            left_out[path] = "its name is empty, or it or a folder's name is not valid UTF-8; rename it"
         elif _ISIC_MASKS.search(name):
             left_out[path] = "a mask"
         elif name not in paths:

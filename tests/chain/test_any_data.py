@@ -11,7 +11,6 @@ import os
 import shutil
 import tarfile
 import tempfile
-import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from PIL import Image
 from hpc import errors
 from launch.__main__ import main
 from lesiongen.data.packed import Packed
+from lesiongen.ingest.csv_text import plain
 from lesiongen.ingest.folders import IMAGE_SUFFIXES
 from lesiongen.ingest.sources import UNKNOWN, image_id
 
@@ -85,7 +85,7 @@ def drawn(draw) -> Data:
     data, ids = Data(), []
     patterns = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4))
     plain = draw(st.booleans())
-    for i in range(draw(st.integers(0, 30))):
+    for i in range(draw(st.sampled_from([0, 3, 20, *[30] * 7]))):
         name = draw(st.sampled_from(patterns)).format(i).replace("/", "_")
         ids.append(name)
         odd = not plain and draw(st.integers(0, 7)) == 0
@@ -161,7 +161,7 @@ def check(data: Data, folder: Path) -> None:
         parts = path.relative_to(folder / "images").parts
         hidden = any(p.startswith(".") for p in parts) or {"@eaDir", "__MACOSX"} & set(parts[:-1])
         if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
-            assert unicodedata.normalize("NFC", path.stem) in known or ascii(str(path))[1:-1] in known, path
+            assert plain(path.stem) in known or ascii(str(path))[1:-1] in known, path
         elif path.is_file() and not {"@eaDir", "__MACOSX", ".hidden"} & set(parts[:-1]):
             assert "files of other kinds ignored" in out.getvalue()
     # Every packed image is in its shard, once, with the facts of its row.
@@ -171,7 +171,8 @@ def check(data: Data, folder: Path) -> None:
     for row in packed.values():
         splits.setdefault(row["group"], set()).add(row["split"])
     assert all(len(found) == 1 for found in splits.values())
-    assert main(["verify", str(folder / "s")]) == 0
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main(["verify", str(folder / "s")]) == 0
 
 
 def check_rows(ids: list[str], folder: Path, header: str, separator: str, encoding: str, quoting: int) -> None:
