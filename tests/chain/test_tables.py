@@ -274,6 +274,63 @@ def test_labels_that_are_all_lost_stop(images, tmp_path):
     assert len(lines) == NUMBER and not any(line["dx"] for line in lines)
 
 
+def whole_patients(lines: list[dict]) -> bool:
+    """Whether no patient lies in two splits."""
+    return len({(line["patient_id"], line["split"]) for line in lines}) == len({line["patient_id"] for line in lines})
+
+
+def test_pad_ufes_20_with_columns_named_by_the_user(images, tmp_path):
+    columns, more = HEADERS["PAD-UFES-20"]
+    (tmp_path / "meta.csv").write_text(table(columns, more))
+    lines = packed(
+        images, tmp_path / "meta.csv", tmp_path / "s", columns={"image": "img_id", "dx": "diagnostic"}, max_rejected=0.0
+    )
+    assert complete(lines) and whole_patients(lines)
+
+
+def test_slice3d_where_few_tiles_have_a_lesion(images, tmp_path):
+    """SLICE-3D fills lesion_id for some tiles only. The others are grouped by their patient, and labels are of level 3."""
+    columns, more = HEADERS["SLICE-3D 2024"]
+    text = table(columns, more)
+    for i in range(0, NUMBER, 2):
+        text = text.replace(f"LESION_{i // 2:03d}", "", 1)
+    (tmp_path / "train-metadata.csv").write_text(text)
+    lines = packed(images, tmp_path / "train-metadata.csv", tmp_path / "s", max_rejected=0.0)
+    assert len(lines) == NUMBER and whole_patients(lines) and {line["dx"] for line in lines} == set(DIAGNOSES)
+    assert sum(bool(line["lesion_id"]) for line in lines) == NUMBER // 2
+
+
+def test_ham10000_of_kaggle_where_each_folder_comes_twice(images, tmp_path, capsys):
+    for part in (1, 2):
+        folders = [tmp_path / "kaggle" / f"{name}_images_part_{part}" for name in ("HAM10000", "ham10000")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+            for i in range(NUMBER // 2 * (part - 1), NUMBER // 2 * part):
+                (folder / f"IMG_{i:04d}.png").write_bytes((images / f"IMG_{i:04d}.png").read_bytes())
+    (tmp_path / "kaggle" / "HAM10000_metadata.csv").write_text(table(HAM))
+    (tmp_path / "kaggle" / "hmnist_8_8_L.csv").write_text("pixel0000,pixel0001,label\n1,2,3\n")
+    metadata = tmp_path / "kaggle" / "HAM10000_metadata.csv"
+    assert complete(packed(tmp_path / "kaggle", metadata, tmp_path / "s", max_rejected=0.0))
+    said = capsys.readouterr().out
+    assert f"left out, a copy of another file, byte for byte: {NUMBER} files" in said
+    assert len((tmp_path / "s" / "left_out.jsonl").read_text().splitlines()) == NUMBER
+
+
+def test_ph2_as_it_unpacks(tmp_path):
+    """Each photograph has a mask and a mask of each region beside it; the table lists the photographs."""
+    lines = ["Image Name,Clinical Diagnosis"]
+    for i in range(NUMBER):
+        name, folder = f"IMD{i:03d}", tmp_path / "PH2 Dataset images" / f"IMD{i:03d}"
+        draw(folder / f"{name}_Dermoscopic_Image" / f"{name}.bmp", i)
+        draw(folder / f"{name}_lesion" / f"{name}_lesion.bmp", 1000 + i)
+        draw(folder / f"{name}_roi" / f"{name}_R1_Label1.bmp", 2000 + i)
+        lines.append(f"{name},{DIAGNOSES[i % 3]}")
+    (tmp_path / "PH2.csv").write_text("\n".join(lines))
+    settings = {"columns": {"dx": "Clinical Diagnosis"}, "max_rejected": 0.0}
+    found = packed(tmp_path / "PH2 Dataset images", tmp_path / "PH2.csv", tmp_path / "s", **settings)
+    assert {line["image_id"]: line["dx"] for line in found} == {f"IMD{i:03d}": DIAGNOSES[i % 3] for i in range(NUMBER)}
+
+
 # --- folders ---
 
 
