@@ -15,7 +15,7 @@ from launch import executors, pipeline, status
 from lesiongen import experiment
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
-from lesiongen.stages.base import training_images
+from lesiongen.stages.base import changed_images, training_images
 
 
 def run(options: argparse.Namespace) -> int:
@@ -24,10 +24,18 @@ def run(options: argparse.Namespace) -> int:
     todo = pipeline.stages_to_do(config, tuple(options.fresh))
     if not todo:
         print(f"everything is done; see {config.directory / 'report' / 'report.html'}")
+    if not todo or todo[0].name != "shards":
+        tell_of_changed_images(config)
     code = pipeline.run_stages(config, todo, tuple(options.fresh))
     if code == errors.DONE and todo:
         print(pipeline.result_locations(config))
     return code
+
+
+def tell_of_changed_images(config: Experiment) -> None:
+    """Prints a warning of images that were added or changed since the run's shards were packed."""
+    if news := changed_images(config):
+        print(f"WARNING: {news}")
 
 
 def run_only(config: Experiment, names: list[str], fresh: list[str]) -> int:
@@ -52,6 +60,8 @@ def run_only(config: Experiment, names: list[str], fresh: list[str]) -> int:
     todo = pipeline.stages_to_do(config, tuple(fresh), tuple(names))
     if not todo:
         print(f"{', '.join(names)}: done already")
+        if "shards" in names:
+            tell_of_changed_images(config)
     return pipeline.run_stages(config, todo, tuple(fresh))
 
 

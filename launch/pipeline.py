@@ -15,6 +15,7 @@ from hpc.run import metrics_log, rundir
 from launch import executors
 from launch.rank import run_stage
 from lesiongen.experiment import Experiment
+from lesiongen.ingest import contents
 from lesiongen.stages import pack, sample, stages
 from lesiongen.stages.base import Stage, stage_dir_of
 
@@ -205,7 +206,7 @@ def pack_into(config: Experiment, out: Path, fresh: list[str], append: bool = Fa
         stage_dir.delete()
     stage_dir.check()
     if stage_dir.done():
-        print(f"{out} is packed already. Use --append to add new images.")
+        print(f"{out} is packed already. {contents.news(out, config.data) or 'Use --append to add new images.'}")
         return
     run_stage(config, stage, Topology(), stage_dir)
     print(f"Packed into {out}. To train on it, set inputs.shards={out}")

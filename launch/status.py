@@ -15,6 +15,7 @@ from hpc.run import journal, metrics_log, mlflow_sync
 from launch.executors import SUBMITTED
 from launch.pipeline import stage_statuses
 from lesiongen.experiment import Experiment, load
+from lesiongen.stages.base import changed_images
 
 NO_ANSWER = "(Slurm does not answer)"
 
@@ -49,6 +50,8 @@ def format_status(config: Experiment) -> str:
         if status.state == "started" and (age := seconds_since_last_metrics(config.directory / name)) is not None:
             line += f"  (last metrics {age:.0f} s ago)"
         lines.append(line)
+    if news := changed_images(config):
+        lines.append(f"  {news}")
     link = mlflow_sync.run_link(config.directory, mlflow_sync.default_uri(config.directory))
     lines.append(f"  MLflow: {link or f'nothing sent yet; to see the run: lesiongen ui --runs {config.directory.parent}'}")
     return "\n".join(lines)

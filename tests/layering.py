@@ -41,6 +41,7 @@ FLOORS = {
 PEERS = {"lesiongen.stages": "lesiongen.stages.base"}  # files of the folder import none of one another but this
 IMPORTED_ONCE = {
     "deepspeed": "hpc/train/zero.py",
+    "h5py": "lesiongen/data/hdf5.py",
     "mlflow": "hpc/run/mlflow_sync.py",
     "submitit": "launch/executors.py",
     "webdataset": "hpc/data/shards.py",

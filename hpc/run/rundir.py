@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -110,7 +110,8 @@ class StageDir:
             name the setting that differs.
         inputs: Digest of each artefact (result of a stage) that this stage reads, by name; None for an unfinished artefact.
         target: Amount of work after which the stage is done, such as a number of samples. A larger target continues the result.
-        paths: Keys of the identity that are paths. Two spellings of one path are no difference.
+        as_requested: as_requested(path, recorded, requested) returns the recorded identity with the requested words for what
+            is the same, such as two spellings of one path. None compares the identities as they are.
         adjustable: Dotted keys of the identity that may change when the work has diverged.
     """
 
@@ -118,7 +119,7 @@ class StageDir:
     identity: dict
     inputs: dict
     target: int = 1
-    paths: tuple[str, ...] = ()
+    as_requested: Callable[[Path, dict, dict], dict] | None = None
     adjustable: tuple[str, ...] = ()
 
     @property
@@ -138,10 +139,9 @@ class StageDir:
         if record is None or self._holds_nothing(record):
             return []
         identity = json.loads(json.dumps(self.identity))  # tuples become lists, as in the record
-        recorded = dict(record["identity"])
-        for key in self.paths:
-            if same_path(recorded.get(key), identity.get(key)):
-                recorded[key] = identity.get(key)
+        recorded = record["identity"]
+        if self.as_requested:
+            recorded = self.as_requested(self.path, recorded, identity)
         changed = differences(recorded, identity)
         if "diverged" in record:
             changed = [line for line in changed if not line.startswith(tuple(f"{key}: " for key in self.adjustable))]

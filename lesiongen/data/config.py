@@ -12,7 +12,7 @@ from lesiongen.data.augment import PreprocessConfig
 class DataConfig:
     """The config section `data`. Changing a field that is not volatile makes finished shards stale."""
 
-    images: PathText | None = None  # folder of the images, searched recursively
+    images: PathText | None = None  # folder of the images, searched recursively, or an HDF5 file of images
     # CSV file that describes the images, or folder with the CSV files of one challenge. Without it, images that are sorted into
     # folders are labelled by their folder, and every image is a lesion of its own.
     metadata: PathText | None = None

@@ -17,6 +17,8 @@ import simplejpeg
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from lesiongen.data import hdf5
+
 MAX_PIXELS = 64_000_000  # a file of 100 bytes can claim a billion pixels, and decoding needs up to 16 bytes per pixel
 MAX_BYTES = 1 << 29  # of a file; even an uncompressed file of MAX_PIXELS is smaller
 MIN_SIDE = 8  # pixels
@@ -35,7 +37,7 @@ def read(path: Path, channels: int = 3, size: int = 0) -> Image.Image:
     """Reads and decodes an image file.
 
     Args:
-        path: The file.
+        path: The file, or an image inside an HDF5 file (see hdf5.py).
         channels: 3 for RGB, 1 for greyscale.
         size: As for `decode`.
 
@@ -43,9 +45,9 @@ def read(path: Path, channels: int = 3, size: int = 0) -> Image.Image:
         BadImage: The image cannot be used.
         OSError: The file cannot be read.
     """
-    if path.stat().st_size > MAX_BYTES:
+    if path.exists() and path.stat().st_size > MAX_BYTES:
         raise BadImage(f"the file is larger than {MAX_BYTES >> 20} MiB")
-    return decode(path.read_bytes(), channels, size)
+    return decode(hdf5.read_bytes(path), channels, size)
 
 
 def decode(content: bytes, channels: int = 3, size: int = 0) -> Image.Image:

@@ -20,8 +20,8 @@ from hpc.data.storage import CacheConfig, Store
 from hpc.errors import UserError
 
 SPLITS = ("train", "val", "test")
-# Columns of a catalog. Sets that were packed before patients joined groups have no column "patient".
-CATALOG = ("image_id", "own_group", "group", "split", "shard", "ordinal", "dx", "licence", "patient")
+# Columns of a catalog. Older sets have no column "lesion", and before patients joined groups no column "patient".
+CATALOG = ("image_id", "own_group", "group", "split", "shard", "ordinal", "dx", "licence", "patient", "lesion")
 
 
 class Packed:
@@ -92,9 +92,23 @@ class Packed:
         return {name: dict(total) for name, total in totals.items()}
 
     @property
-    def groups(self) -> dict[str, int]:
-        """Number of groups in each split."""
-        return {name: sum(m["groups"].get(name, 0) for m in self.manifests) for name in self.splits}
+    def members(self) -> dict[str, dict[str, int]]:
+        """Number of lesions, patients and groups in each split: {"lesions": {split: number}, …}.
+
+        Lesions and patients count those with an id in the metadata. They are left out for sets whose manifest lacks them.
+        """
+        kinds = [kind for kind in ("lesions", "patients", "groups") if all(kind in m for m in self.manifests)]
+        return {kind: {name: sum(m[kind].get(name, 0) for m in self.manifests) for name in self.splits} for kind in kinds}
+
+    @property
+    def sets(self) -> list[dict]:
+        """For each set the data sets that it was packed from, and its number of images, lesions, patients and groups."""
+        described = []
+        for m in self.manifests:
+            images = sum(sum(by_class.values()) for by_class in m["counts"].values())
+            members = {kind: sum(m[kind].values()) for kind in ("lesions", "patients", "groups") if kind in m}
+            described.append({"sources": list(m["sources"]), "images": images, **members})
+        return described
 
     @property
     def rejected(self) -> int:

@@ -43,6 +43,7 @@ WIDE = (  # picture, title, note; below one another
         "the model memorises its training images.",
     ),
 )
+MEMBERS = ("lesions", "patients", "groups")
 STYLE = """
 body{font:16px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;color:#1f2430;background:#fff;max-width:1120px;
  margin:2em auto;padding:0 1.2em}
@@ -101,9 +102,10 @@ def _header(name: str, metrics: dict) -> list[str]:
     data = metrics["data"]
     sources = ", ".join(source or "unknown source" for source in data["sources"])
     listed = ", ".join(f"{sum(counts.values()):,} {split}" for split, counts in data["counts"].items())
+    members = ", ".join(f"{sum(data[kind].values()):,} {kind}" for kind in MEMBERS if kind in data)
     facts = [
         f"{time.strftime('%d %B %Y')} · {sum(data['generated'].values()):,} samples of {data['size']} px",
-        f"Real data: {sources}; {listed} images of {sum(data['lesions'].values()):,} lesions",
+        f"Real data: {sources}; {listed} images of {members}",
         f"Strictest licence of the data: {statement(data)}. This page shows real training images: "
         "share it only as this licence allows.",
     ]
@@ -237,13 +239,22 @@ def _data(data: dict, recall: dict) -> str:
         cells = [f"{data['counts'][split].get(name, 0):,}" for split in splits] + [f"{generated.get(name, 0):,}"]
         cells += [f"{recall[name][source]:.0%}" if name in recall else "–" for source in ("samples", "real")]
         parts += [f"<tr><td>{_escape(name or 'no label')}</td>", *(f"<td>{cell}</td>" for cell in cells), "</tr>"]
-    lesions = [f"<td>{data['lesions'].get(split, 0):,}</td>" for split in splits]
-    parts += ["<tr><td>lesions</td>", *lesions, "<td></td><td></td><td></td></tr></table>"]
+    for kind in (kind for kind in MEMBERS if kind in data):
+        cells = [f"<td>{data[kind].get(split, 0):,}</td>" for split in splits]
+        parts += [f"<tr><td>{kind}</td>", *cells, "<td></td><td></td><td></td></tr>"]
+    parts += ["</table>", *(_set(number, found) for number, found in enumerate(data["sets"], 1) if len(data["sets"]) > 1)]
     licences = "; ".join(f"{name or 'not stated'}: {number:,}" for name, number in data["licences"].items())
     attributions = "; ".join(name for name in list(data["attributions"])[:10] if name)
-    note = f"No lesion is in two splits. {data['rejected']:,} images or rows of metadata were rejected. Licences: {licences}."
+    note = "Lesions and patients: those with an id in the metadata. Groups: images that may not be in different splits. "
+    note += f"No group is in two splits. {data['rejected']:,} images or rows of metadata were rejected. Licences: {licences}."
     note += f" Attribution: {attributions}." if attributions else ""
     return "".join(parts) + f"<p class='note'>{_escape(note)}</p>"
+
+
+def _set(number: int, found: dict) -> str:
+    """Returns a line about one of several packed sets."""
+    counts = ", ".join(f"{found[kind]:,} {kind}" for kind in ("images", *MEMBERS) if kind in found)
+    return f"<p class='note'>Set {number} ({_escape(', '.join(found['sources']) or 'unknown source')}): {counts}</p>"
 
 
 def _escape(text: object) -> str:

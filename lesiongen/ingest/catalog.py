@@ -13,8 +13,9 @@ from pathlib import Path
 from hpc.errors import UserError
 from lesiongen.data.facts import AGE_BANDS
 from lesiongen.ingest import licences, sources
+from lesiongen.ingest.csv_text import plain
 from lesiongen.ingest.folders import find_images
-from lesiongen.ingest.layouts import ID_COLUMNS
+from lesiongen.ingest.layouts import ID_COLUMNS, UNNAMED
 from lesiongen.ingest.sources import Table, image_id
 
 # Name of a split, as a folder or a CSV file spells it → split
@@ -49,18 +50,39 @@ class Record:
     @property
     def own_group(self) -> str:
         """Group by the metadata alone: the id of the lesion, else of the patient, else of the image."""
-        return self.lesion or self.patient_group or self.image
+        return self.lesion_group or self.patient_group or self.image
+
+    @property
+    def lesion_group(self) -> str:
+        """Id of the lesion as a group, "" if it is unknown."""
+        return _group_id("lesion", self.lesion, self.source)
 
     @property
     def patient_group(self) -> str:
-        """Id of the patient as a group. A bare number carries its kind, so that lesion 7 is not patient 7."""
-        return f"patient {self.patient}" if self.patient.isdecimal() else self.patient
+        """Id of the patient as a group, "" if it is unknown."""
+        return _group_id("patient", self.patient, self.source)
+
+    def former_groups(self) -> dict[str, str]:
+        """Returns the names that sets packed before may have for the groups of the lesion and the patient: now → before."""
+        names = {self.lesion_group: self.lesion, self.patient_group: _group_id("patient", self.patient, "")}
+        return {now: before for now, before in names.items() if now != before}
 
     def facts(self) -> dict:
         """Returns the facts that packing writes as JSON beside the image in its shard."""
         fields = asdict(self)
         del fields["path"], fields["split"]
         return {{"image": "image_id", "lesion": "lesion_id", "patient": "patient_id"}.get(k, k): v for k, v in fields.items()}
+
+
+def _group_id(kind: str, number: str, source: str) -> str:
+    """Returns the id of a lesion or patient as a group.
+
+    A bare number carries its kind and its data set, so that lesion 7 is neither patient 7 nor lesion 7 of another data set.
+    Tables of no known data set count as one: photographs of one lesion may be listed in several of them.
+    """
+    if not number.isdecimal():
+        return number
+    return f"{kind} {number}" if source in UNNAMED else f"{source} {kind} {number}"
 
 
 @dataclass(frozen=True)
@@ -70,12 +92,13 @@ class Catalog:
     Attributes:
         records: Images that can be used.
         rejected: {"image", "reason"} of images without a usable row, and of rows without an image.
-        left_out: {"image", "reason"} of usable images whose licence is not among the allowed ones.
+        left_out: {"image", "reason"} of usable images whose licence is not among the allowed ones, and of masks and copies.
         pairs: Images that the metadata says show the same lesion.
         recognised: A line to print for each metadata file.
-        listed: Number of distinct image ids among the files and the rows.
+        listed: Number of distinct image ids among the files and the rows, and of rows that cannot be used.
         unread: "lesion", "patient" or "dx" → columns of the metadata that may hold it but were not read.
         notes: Lines to print of files and folders that were left out.
+        tables: The metadata files that were read.
     """
 
     records: list[Record]
@@ -86,6 +109,7 @@ class Catalog:
     listed: int
     unread: dict[str, list[str]]
     notes: list[str]
+    tables: list[Path]
 
 
 def read_catalog(
@@ -124,8 +148,9 @@ def read_catalog(
     listed_ids = table.rows.keys() | {image for image, _ in table.unusable}
     rejected += [{"image": image, "reason": "no row in the metadata"} for image in files if image not in listed_ids]
     records, left_out = _filter_licences(records, allowed)
-    number = len(files.keys() | listed_ids)
-    return Catalog(records, rejected, left_out, table.pairs, table.recognised, number, table.unread, found.notes)
+    left_out += found.left_out
+    number = len(files.keys() | table.rows.keys()) + len(table.unusable)
+    return Catalog(records, rejected, left_out, table.pairs, table.recognised, number, table.unread, found.notes, table.paths)
 
 
 def _match(
@@ -201,7 +226,7 @@ def _table_of_folders(images: Path, files: dict[str, Path], below_split: bool) -
     depth = 1 if below_split else 0
     parts = {image: path.relative_to(images).parts[depth:-1] for image, path in files.items()}
     if len(set(parts.values())) > 1 and all(len(p) == 1 for p in parts.values()):
-        dx = {image: p[0] for image, p in parts.items()}
+        dx = {image: plain(p[0]) for image, p in parts.items()}
     else:
         dx = dict.fromkeys(files, "lesion")
     rows = {image: {"image": image, "dx": dx[image], "source": images.name} for image in files}

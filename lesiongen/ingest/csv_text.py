@@ -21,6 +21,11 @@ def column_key(name: str) -> str:
     return re.sub(r"[\s\-]+", "_", unicodedata.normalize("NFC", name).strip().strip('"').lower())
 
 
+def plain(text: str) -> str:
+    """Returns a text in the form that ids and facts are compared in: one code for each letter, no control characters."""
+    return re.sub(r"[\x00-\x1f\x7f]+", " ", unicodedata.normalize("NFC", text)).strip()
+
+
 def read_cells(path: Path) -> list[list[str]]:
     """Reads the cells of a table, line by line; empty lines are left out but counted as [].
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 FIELDS = ("image", "lesion", "patient", "dx", "age", "sex", "site", "licence", "attribution")
 VIDIR = "ViDIR Group, Department of Dermatology, Medical University of Vienna"
 ISIC = "International Skin Imaging Collaboration"
+UNNAMED = ("", "table", "columns")  # names of layouts that are no data set's
 ID_COLUMNS = ("image_id", "isic_id", "image", "image_name", "filename", "file_name", "file", "img_id", "id")
 
 

@@ -28,7 +28,7 @@ from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data.config import DataConfig
 from lesiongen.data.packed import CATALOG, SPLITS, moments, rows
-from lesiongen.ingest import catalog, pairing, shard_work, splits
+from lesiongen.ingest import catalog, contents, pairing, shard_work, splits
 from lesiongen.ingest.catalog import Catalog, Record
 
 POOL_FROM = 2_000  # images; for fewer, starting the processes takes longer than packing
@@ -119,6 +119,8 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
     _write_rejected(rejected + unjoined, listing.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
     if not append:
         splits.refuse_empty({name: len({r.group for r in m}) for name, m in members.items()}, data.val, data.test)
+    files = contents.describe(data, listing.tables, folder)
+    atomic_write(folder / "work" / contents.list_name(""), json.dumps(files).encode())
     _write_listed(
         folder, listing, rejected + unjoined, classes, catalog.vocabularies(records, classes, before.get("vocabularies"))
     )
@@ -164,7 +166,7 @@ def _write_listed(folder: Path, listing: Catalog, rejected: list[dict], classes:
     """Writes work/listed.json: the facts from the metadata that `_commit` puts into the manifest."""
     (folder / "work").mkdir(parents=True, exist_ok=True)
     listed = {"rejected": rejected, "left_out": listing.left_out, "listed": listing.listed, "classes": classes}
-    listed["vocabularies"] = vocabularies
+    listed |= {"vocabularies": vocabularies, "supplied_splits": any(record.split for record in listing.records)}
     atomic_write(folder / "work" / "listed.json", json.dumps(listed).encode())
 
 
@@ -239,23 +241,28 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
     if rejected:
         print(f"{len(rejected):,} images or rows rejected, listed in {folder / f'rejected{suffix}.jsonl'}")
     if left_out := listed["left_out"]:
-        print(f"{len(left_out):,} images left out for their licence, listed in {folder / f'left_out{suffix}.jsonl'}")
+        print(f"{len(left_out):,} images left out (licences, masks, copies), listed in {folder / f'left_out{suffix}.jsonl'}")
         atomic_write(folder / f"left_out{suffix}.jsonl", _jsonl(left_out))
     # Count the images of the whole set, including those packed before.
     entries = before.get("shards", []) + [result["entry"] for result in results if result["entry"]]
     catalogs = [*before.get("catalogs", []), _write_catalog(folder / f"catalog{suffix}.csv", results)]
-    counts, groups = _count(folder, catalogs, listed["classes"])
-    splits.refuse_empty(groups, data.val, data.test)
-    print(_table(counts, groups))
+    counts = splits.class_counts(_columns(folder, catalogs, "split", "dx"), listed["classes"])
+    members, largest = _count_members(folder, catalogs)
+    splits.refuse_empty(members["groups"], data.val, data.test)
+    print(_table(counts, members))
+    if not listed["supplied_splits"]:
+        images = {name: sum(by_class.values()) for name, by_class in counts.items()}
+        print("\n".join(splits.share_lines(images, largest, data.val, data.test)))
     for warning in splits.small_class_warnings(_columns(folder, catalogs, "split", "dx", "group"), listed["classes"]):
         print(f"warning: {warning}")
     # Finish: after manifest.write the set is complete.
     _remove_orphans(folder, entries)
     facts = {"schema": 1, "size": data.size, "channels": data.channels, "preprocess": to_plain(data.preprocess)}
-    facts |= {"classes": listed["classes"], "counts": counts, "groups": groups, "vocabularies": listed["vocabularies"]}
+    facts |= {"classes": listed["classes"], "counts": counts, **members, "vocabularies": listed["vocabularies"]}
     facts |= {**_count_about(before, results), **moments(entries)}
     facts |= {"rejected": before.get("rejected", 0) + len(rejected), "catalogs": catalogs, "shards": entries}
     digest = manifest.write(folder, facts)
+    os.replace(folder / "work" / contents.list_name(""), folder / contents.list_name(suffix))
     shutil.rmtree(folder / "work")
     return digest
 
@@ -275,13 +282,22 @@ def _columns(folder: Path, catalogs: list[dict], *columns: str) -> Iterator[tupl
         yield tuple(row[column] for column in columns)
 
 
-def _count(folder: Path, catalogs: list[dict], classes: list[str]) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Counts the images of each class in each split, and the groups in each split."""
-    counts = splits.class_counts(_columns(folder, catalogs, "split", "dx"), classes)
-    groups: dict[str, set[str]] = {name: set() for name in counts}
-    for split, group in _columns(folder, catalogs, "split", "group"):
-        groups[split].add(group)
-    return counts, {name: len(members) for name, members in groups.items()}
+def _count_members(folder: Path, catalogs: list[dict]) -> tuple[dict[str, dict[str, int]], tuple[str, int]]:
+    """Counts lesions, patients and groups in each split, and finds the largest group and its number of images.
+
+    Lesions or patients are left out if a catalog was written before it had their column.
+    """
+    found: dict[str, dict[str, set]] = {kind: {name: set() for name in SPLITS} for kind in ("lesion", "patient", "group")}
+    sizes: Counter = Counter()
+    for row in rows(folder / entry["name"] for entry in catalogs):
+        sizes[row["group"]] += 1
+        for kind in list(found):
+            if row.get(kind) is None:
+                del found[kind]
+            elif row[kind]:
+                found[kind][row["split"]].add(row[kind])
+    counts = {f"{kind}s": {name: len(ids) for name, ids in by_split.items()} for kind, by_split in found.items()}
+    return counts, next(iter(sizes.most_common(1)), ("", 0))
 
 
 def _count_about(before: dict, results: list[dict]) -> dict[str, dict[str, int]]:
@@ -304,12 +320,13 @@ def _remove_orphans(folder: Path, entries: list[dict]) -> None:
             index_path(orphan).unlink(missing_ok=True)
 
 
-def _table(counts: dict[str, dict[str, int]], groups: dict[str, int]) -> str:
-    """Returns a table for the terminal of the images of each class in each split."""
+def _table(counts: dict[str, dict[str, int]], members: dict[str, dict[str, int]]) -> str:
+    """Returns a table for the terminal: images of each class, lesions, patients and groups in each split."""
     names = [name for name in SPLITS if name in counts]
     classes = list(dict.fromkeys(c for n in counts.values() for c in n))
     lines = [("", *names)] + [(c or "(unlabelled)", *(f"{counts[n].get(c, 0):,}" for n in names)) for c in classes]
-    lines += [("images", *(f"{sum(counts[n].values()):,}" for n in names)), ("groups", *(f"{groups[n]:,}" for n in names))]
+    lines += [("images", *(f"{sum(counts[n].values()):,}" for n in names))]
+    lines += [(kind, *(f"{number[n]:,}" for n in names)) for kind, number in members.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])

@@ -48,7 +48,7 @@ def find_near_duplicates(
         return members.get("jpg") or members["png"]
 
     def load(image: str) -> Image.Image:
-        return images.decode(paths[image].read_bytes() if image in paths else packed_bytes(image))
+        return images.read(paths[image]) if image in paths else images.decode(packed_bytes(image))
 
     # Packed images come first: find_pairs() compares only what follows them with all others.
     with progress_bar(len(packed) + len(paths), "duplicates: read") as progress:

@@ -134,9 +134,8 @@ class _ShardContents:
             for name, count in self.about.items():
                 count[getattr(record, name)] += 1
             position = [self.split, self.shard_name, len(self.rows)]
-            self.rows.append(
-                [record.image, record.own_group, record.group, *position, record.dx, record.licence, record.patient_group]
-            )
+            groups = [record.patient_group, record.lesion_group]
+            self.rows.append([record.image, record.own_group, record.group, *position, record.dx, record.licence, *groups])
             yield {
                 "__key__": sample_key(record.image),
                 "__label__": number_of.get(record.dx, -1),

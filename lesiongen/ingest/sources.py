@@ -6,12 +6,11 @@ folder of the named table are therefore read too: they often hold the lesion's i
 lesion would fall into different splits. `catalog.read_catalog` matches the resulting rows with image files.
 """
 
-import unicodedata
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpc.errors import UserError
-from lesiongen.ingest.csv_text import column_key, read_cells
+from lesiongen.ingest.csv_text import column_key, plain, read_cells
 from lesiongen.ingest.folders import IMAGE_SUFFIXES
 from lesiongen.ingest.layouts import FIELDS, ID_COLUMNS, Layout, common_columns, lacks_header, lookalikes, recognise
 
@@ -30,6 +29,7 @@ class Table:
         recognised: A line to print for each file.
         source: Name of the last layout that rows were read with.
         unread: "lesion", "patient" or "dx" → columns that may hold it, of files where no column was read for it.
+        paths: The files, companions included.
     """
 
     rows: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -38,6 +38,7 @@ class Table:
     recognised: list[str] = field(default_factory=list)
     source: str = ""
     unread: dict[str, list[str]] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)
 
 
 def read_table(metadata: Path, columns: dict[str, str]) -> Table:
@@ -50,12 +51,9 @@ def read_table(metadata: Path, columns: dict[str, str]) -> Table:
     Raises:
         UserError: A file cannot be read, has no known columns, or no images are listed.
     """
-    if metadata.is_dir():
-        paths = sorted(p for p in metadata.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
-        if not paths:
-            raise UserError(f"The metadata folder {metadata} holds no CSV file.")
-    else:
-        paths = [metadata]
+    paths = list_tables(metadata, [metadata])
+    if not paths:
+        raise UserError(f"The metadata folder {metadata} holds no CSV file.")
     # Tables that list images come first. Companions add to their rows, so they wait until all rows are read.
     table, companions = Table(), []
     for path in paths:
@@ -80,7 +78,15 @@ def read_table(metadata: Path, columns: dict[str, str]) -> Table:
         companions += _find_companions(metadata, table.source)
     for path, layout, rows in companions:
         _join_companion(table, path, layout, rows)
+    table.paths = list(dict.fromkeys([*paths, *(path for path, _, _ in companions)]))
     return table
+
+
+def list_tables(metadata: Path, files: list[Path]) -> list[Path]:
+    """Returns the tables in `metadata` if it is a folder, else `files`."""
+    if not metadata.is_dir():
+        return files
+    return sorted(p for p in metadata.iterdir() if p.suffix.lower() in TABLE_SUFFIXES and not p.name.startswith("."))
 
 
 def _layout_of_columns(path: Path, header: list[str], columns: dict[str, str], alone: bool) -> Layout | None:
@@ -126,7 +132,7 @@ def read_csv(path: Path) -> tuple[list[dict], list[str]]:
 def _read_rows(table: Table, path: Path, layout: Layout, rows: list[dict]) -> None:
     """Adds the rows of a file that lists images to the table."""
     for row in rows:
-        fields = {f: (row.get(layout.columns.get(f)) or "").strip() for f in FIELDS}
+        fields = {f: plain(row.get(layout.columns.get(f)) or "") for f in FIELDS}
         image = fields["image"] = image_id(fields["image"])
         diagnoses = [dx for column, dx in layout.one_hot.items() if _number(row.get(column)) > 0.5]
         if len(diagnoses) > 1:
@@ -137,7 +143,7 @@ def _read_rows(table: Table, path: Path, layout: Layout, rows: list[dict]) -> No
         fields["dx"] = layout.dx_names.get(fields["dx"], fields["dx"])
         for column in layout.coarse:
             if fields["dx"].lower() in UNKNOWN:
-                fields["dx"] = (row.get(column) or "").strip()
+                fields["dx"] = plain(row.get(column) or "")
         for name in ("dx", "lesion", "patient", "sex", "site"):
             fields[name] = "" if fields[name].lower() in UNKNOWN else fields[name]
         fields["sex"] = fields["sex"].lower()
@@ -189,7 +195,7 @@ def _join_companion(table: Table, path: Path, layout: Layout, rows: list[dict]) 
             if fields:
                 joined += 1
                 for name, column in layout.columns.items():
-                    cell = (row.get(column) or "").strip()
+                    cell = plain(row.get(column) or "")
                     if not fields[name] and cell.lower() not in UNKNOWN:
                         fields[name] = cell
     if joined:
@@ -204,7 +210,7 @@ def _join_by_lesion(table: Table, layout: Layout, rows: list[dict]) -> int:
     joined = 0
     for row in rows:
         diagnoses = [dx for column, dx in layout.one_hot.items() if _number(row.get(column)) > 0.5]
-        members = images.get((row.get(layout.columns["lesion"]) or "").strip(), [])
+        members = images.get(plain(row.get(layout.columns["lesion"]) or ""), [])
         joined += bool(members)
         for fields in members:
             fields["dx"] = fields["dx"] or (diagnoses[0] if len(diagnoses) == 1 else "")
@@ -215,8 +221,8 @@ def _join_by_lesion(table: Table, layout: Layout, rows: list[dict]) -> int:
 
 def image_id(name: str) -> str:
     """Returns an image's id: its file name without folders and image suffix. Windows' paths have backslashes."""
-    name = Path(unicodedata.normalize("NFC", name).strip().replace("\\", "/")).name
-    return Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
+    name = Path(plain(name).replace("\\", "/")).name
+    return (Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name).strip()
 
 
 def _number(cell: str | None) -> float:

@@ -99,11 +99,13 @@ def assign(
     """
     packed = packed or {}
     packed_splits = {name: split for own, group, split, *_ in packed.values() for name in (own, group)}
+    renamed = _former_names(records, packed)
+    packed_splits |= {now: packed_splits[before] for now, before in renamed.items() if before in packed_splits}
     supplied_splits, rejected = _supplied_splits(records, packed_splits)
     # Join groups: first as the packed images were joined, then by the new pairs.
     groups = Groups(supplied_splits | packed_splits)
-    for own, group, *_ in packed.values():
-        groups.join(own, group)
+    for a, b in [*((own, group) for own, group, *_ in packed.values()), *renamed.items()]:
+        groups.join(a, b)
     if by_patient:
         _join_patients(groups, records, packed, rejected)
     group_of = {image: group for image, (_, group, *_) in packed.items()} | {r.image: r.own_group for r in records}
@@ -125,6 +127,13 @@ def assign(
         if members
     }
     return ordered, [{"image": image, "reason": reason} for image, reason in rejected.items()]
+
+
+def _former_names(records: list[Record], packed: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """Returns the groups of new images that the packed images have under a former name: name now → name before."""
+    names = {name for own, group, _, *patient in packed.values() for name in (own, group, *patient)}
+    former = {now: before for record in records for now, before in record.former_groups().items()}
+    return {now: before for now, before in former.items() if before in names and now not in names}
 
 
 def _supplied_splits(records: list[Record], packed_splits: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -165,8 +174,8 @@ def _join_patients(groups: Groups, records: list[Record], packed: dict[str, tupl
             groups.join(group, patient[0])
     divided = []
     for record in records:
-        if record.lesion and record.patient and not groups.join(record.lesion, record.patient_group):
-            here, there = groups.fixed_split(record.lesion), groups.fixed_split(record.patient_group)
+        if record.lesion and record.patient and not groups.join(record.lesion_group, record.patient_group):
+            here, there = groups.fixed_split(record.lesion_group), groups.fixed_split(record.patient_group)
             if record.split:
                 divided.append(f"patient {record.patient} ({record.lesion} in {here}, others in {there})")
             else:
@@ -228,6 +237,28 @@ def class_counts(rows: Iterable[tuple[str, str]], classes: list[str]) -> dict[st
     for split, dx in rows:
         counters[split][dx] += 1
     return {name: {c: n.get(c, 0) for c in [*classes, ""] if c or n.get("")} for name, n in counters.items() if n}
+
+
+def share_lines(images: dict[str, int], largest: tuple[str, int], val: float, test: float) -> list[str]:
+    """Returns a line with the wanted and the actual share of each split, and a warning if one group makes the shares coarse.
+
+    Args:
+        images: Number of images in each split.
+        largest: The largest group and its number of images.
+        val: The setting data.val.
+        test: The setting data.test.
+    """
+    total, wanted = sum(images.values()), {"train": 1 - val - test, "val": val, "test": test}
+    got = ", ".join(f"{name} {wanted[name]:.1%} / {images.get(name, 0) / total:.1%}" for name in SPLITS)
+    lines = [f"share of the images, wanted / got: {got}; groups are never divided, so the shares are not exact"]
+    group, size = largest
+    smallest = min(wanted, key=wanted.__getitem__)
+    if size > wanted[smallest] * total / 2:
+        lines.append(
+            f"warning: the largest group '{group}' holds {size:,} of {total:,} images, more than half of the wanted share of "
+            f"{smallest} ({wanted[smallest] * total:,.0f}). The shares of the splits are coarse."
+        )
+    return lines
 
 
 def small_class_warnings(rows: Iterable[tuple[str, str, str]], classes: list[str], minimum: int = 5) -> list[str]:

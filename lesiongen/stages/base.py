@@ -19,9 +19,8 @@ from hpc.run import rundir
 from hpc.run.rundir import StageDir
 from lesiongen.data.packed import Packed
 from lesiongen.experiment import Experiment
+from lesiongen.ingest import contents
 from lesiongen.ingest.folders import count_images
-
-SHARDS_PATHS = ("images", "metadata", "splits")  # keys of the shards' identity that are paths
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Stage:
         target: Amount of work after which the stage is done, such as samples. A larger target continues a finished stage.
         trains: Whether the stage trains a model. Its progress is then counted in samples.
         parallel: Whether several ranks make the stage faster.
-        paths: Keys of the identity that are paths.
+        as_requested: Recognises equal settings in other words, see StageDir.
         adjustable: Dotted keys of the identity that may change when the stage has diverged.
         appends: Whether the stage adds to a finished directory. The directory's record stays valid until the new digest is
             written.
@@ -51,7 +50,7 @@ class Stage:
     trains: bool = False
     parallel: bool = True
     appends: bool = False
-    paths: tuple[str, ...] = ()
+    as_requested: Callable[[Path, dict, dict], dict] | None = None
     adjustable: tuple[str, ...] = ()
 
 
@@ -85,8 +84,13 @@ def shards_are_current(config: Experiment) -> bool:
     """Returns whether finished shards exist that fit the config. Shards that `inputs.shards` names always count as such."""
     if config.inputs.shards:
         return True
-    shards = StageDir(config.directory / "shards", shards_identity(config), {}, paths=SHARDS_PATHS)
+    shards = StageDir(config.directory / "shards", shards_identity(config), {}, as_requested=contents.as_requested)
     return shards.done() and not shards.differences()
+
+
+def changed_images(config: Experiment) -> str:
+    """Returns a sentence about images of the run that were added or changed since they were packed; "" if there are none."""
+    return "" if config.inputs.shards else contents.news(config.directory / "shards", config.data)
 
 
 def training_images(config: Experiment) -> int | None:
@@ -100,7 +104,7 @@ def training_images(config: Experiment) -> int | None:
 def stage_dir_of(config: Experiment, stage: Stage) -> StageDir:
     """Returns the stage's directory in the run, with its settings and the digests of its inputs; None for a missing input."""
     inputs = {name: digest_of(config, name) for name in stage.needs}
-    return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target, stage.paths, stage.adjustable)
+    return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target, stage.as_requested, stage.adjustable)
 
 
 def digest_of(config: Experiment, name: str) -> str | None:

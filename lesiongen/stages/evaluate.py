@@ -147,7 +147,8 @@ def _data_metrics(shards: Packed, samples: SampleImages) -> dict:
         "size": shards.size,
         "channels": shards.channels,
         "counts": shards.counts,
-        "lesions": shards.groups,
+        **shards.members,
+        "sets": shards.sets,
         "lesions_in_two_splits": 0,  # refuse_shared has raised if there is one
         "rejected": shards.rejected,
         "generated": dict(Counter(row["label"] for row in samples.rows)),

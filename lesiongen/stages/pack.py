@@ -4,13 +4,14 @@ from pathlib import Path
 
 from hpc.dist import Topology
 from lesiongen.experiment import Experiment
+from lesiongen.ingest import contents
 from lesiongen.ingest.packing import pack
-from lesiongen.stages.base import SHARDS_PATHS, Stage, shards_identity
+from lesiongen.stages.base import Stage, shards_identity
 
 
 def stage(config: Experiment) -> Stage:
     """Returns the stage that packs the images of `config.data`."""
-    return Stage("shards", (), shards_identity(config), run, paths=SHARDS_PATHS)
+    return Stage("shards", (), shards_identity(config), run, as_requested=contents.as_requested)
 
 
 def appending(config: Experiment, identity: dict) -> Stage:

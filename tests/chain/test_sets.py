@@ -3,6 +3,7 @@
 import csv
 import functools
 import http.server
+import re
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -142,7 +143,11 @@ def test_a_run_on_two_sets_over_http(sets, served, tmp_path):
     overrides += ["tokenizer.stream.balance=0.5", "priors.top.stream.balance=1.0", "priors.bottom.stream.weights=[1, 2]"]
     assert main(["run", DEMO, *overrides]) == 0
     assert main(["run", DEMO, *overrides]) == 0
-    assert (tmp_path / "runs" / "tiny" / "report" / "report.html").exists()
+    page = (tmp_path / "runs" / "tiny" / "report" / "report.html").read_text()
+    assert all(re.search(rf"Set {n} \(.+\): \d+ images, \d+ lesions, \d+ patients, \d+ groups", page) for n in (1, 2))
+    assert re.search(r"<tr><td>patients</td><td>\d", page) and re.search(
+        r"images of \d+ lesions, \d+ patients, \d+ groups", page
+    )
     assert not (tmp_path / "runs" / "tiny" / "shards").exists()
 
 

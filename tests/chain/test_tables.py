@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hpc.data import manifest
 from hpc.errors import UserError
 from lesiongen.data.config import DataConfig
 from lesiongen.data.packed import Packed
@@ -193,6 +194,20 @@ def test_no_patient_and_no_lesion_is_in_two_splits(images, tmp_path):
         assert any(len(found) > 1 for found in splits.values()) == divided
 
 
+def test_lesions_patients_and_groups_are_counted(images, tmp_path, capsys):
+    (tmp_path / "meta.csv").write_text(table(HAM | {"patient": "patient_id"}))
+    packed(images, tmp_path / "meta.csv", tmp_path / "s")
+    said = capsys.readouterr().out
+    found = manifest.read(tmp_path / "s")
+    for kind, number in (("lesions", NUMBER // 2), ("patients", NUMBER // 4), ("groups", NUMBER // 4)):
+        assert sum(found[kind].values()) == number
+        row = next(line.split() for line in said.splitlines() if line.startswith(kind))
+        assert [int(cell) for cell in row[1:]] == [found[kind][name] for name in ("train", "val", "test")]
+    assert "wanted / got: train 50.0%" in said
+    (images_row,) = Packed([tmp_path / "s"]).sets
+    assert images_row == {"sources": ["HAM10000"], "images": NUMBER, "lesions": 24, "patients": 12, "groups": 12}
+
+
 def test_milk10k_joins_diagnoses_by_lesion(images, tmp_path):
     names = {"lesion": "lesion_id", "image": "isic_id"}
     more = {"image_type": "dermoscopic", "skin_tone_class": "3", "age_approx": "40", "sex": "male", "site": "trunk"}
@@ -259,6 +274,63 @@ def test_labels_that_are_all_lost_stop(images, tmp_path):
     assert len(lines) == NUMBER and not any(line["dx"] for line in lines)
 
 
+def whole_patients(lines: list[dict]) -> bool:
+    """Whether no patient lies in two splits."""
+    return len({(line["patient_id"], line["split"]) for line in lines}) == len({line["patient_id"] for line in lines})
+
+
+def test_pad_ufes_20_with_columns_named_by_the_user(images, tmp_path):
+    columns, more = HEADERS["PAD-UFES-20"]
+    (tmp_path / "meta.csv").write_text(table(columns, more))
+    lines = packed(
+        images, tmp_path / "meta.csv", tmp_path / "s", columns={"image": "img_id", "dx": "diagnostic"}, max_rejected=0.0
+    )
+    assert complete(lines) and whole_patients(lines)
+
+
+def test_slice3d_where_few_tiles_have_a_lesion(images, tmp_path):
+    """SLICE-3D fills lesion_id for some tiles only. The others are grouped by their patient, and labels are of level 3."""
+    columns, more = HEADERS["SLICE-3D 2024"]
+    text = table(columns, more)
+    for i in range(0, NUMBER, 2):
+        text = text.replace(f"LESION_{i // 2:03d}", "", 1)
+    (tmp_path / "train-metadata.csv").write_text(text)
+    lines = packed(images, tmp_path / "train-metadata.csv", tmp_path / "s", max_rejected=0.0)
+    assert len(lines) == NUMBER and whole_patients(lines) and {line["dx"] for line in lines} == set(DIAGNOSES)
+    assert sum(bool(line["lesion_id"]) for line in lines) == NUMBER // 2
+
+
+def test_ham10000_of_kaggle_where_each_folder_comes_twice(images, tmp_path, capsys):
+    for part in (1, 2):
+        folders = [tmp_path / "kaggle" / f"{name}_images_part_{part}" for name in ("HAM10000", "ham10000")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+            for i in range(NUMBER // 2 * (part - 1), NUMBER // 2 * part):
+                (folder / f"IMG_{i:04d}.png").write_bytes((images / f"IMG_{i:04d}.png").read_bytes())
+    (tmp_path / "kaggle" / "HAM10000_metadata.csv").write_text(table(HAM))
+    (tmp_path / "kaggle" / "hmnist_8_8_L.csv").write_text("pixel0000,pixel0001,label\n1,2,3\n")
+    metadata = tmp_path / "kaggle" / "HAM10000_metadata.csv"
+    assert complete(packed(tmp_path / "kaggle", metadata, tmp_path / "s", max_rejected=0.0))
+    said = capsys.readouterr().out
+    assert f"left out, a copy of another file, byte for byte: {NUMBER} files" in said
+    assert len((tmp_path / "s" / "left_out.jsonl").read_text().splitlines()) == NUMBER
+
+
+def test_ph2_as_it_unpacks(tmp_path):
+    """Each photograph has a mask and a mask of each region beside it; the table lists the photographs."""
+    lines = ["Image Name,Clinical Diagnosis"]
+    for i in range(NUMBER):
+        name, folder = f"IMD{i:03d}", tmp_path / "PH2 Dataset images" / f"IMD{i:03d}"
+        draw(folder / f"{name}_Dermoscopic_Image" / f"{name}.bmp", i)
+        draw(folder / f"{name}_lesion" / f"{name}_lesion.bmp", 1000 + i)
+        draw(folder / f"{name}_roi" / f"{name}_R1_Label1.bmp", 2000 + i)
+        lines.append(f"{name},{DIAGNOSES[i % 3]}")
+    (tmp_path / "PH2.csv").write_text("\n".join(lines))
+    settings = {"columns": {"dx": "Clinical Diagnosis"}, "max_rejected": 0.0}
+    found = packed(tmp_path / "PH2 Dataset images", tmp_path / "PH2.csv", tmp_path / "s", **settings)
+    assert {line["image_id"]: line["dx"] for line in found} == {f"IMD{i:03d}": DIAGNOSES[i % 3] for i in range(NUMBER)}
+
+
 # --- folders ---
 
 
@@ -276,7 +348,8 @@ def test_identical_copies_count_once_and_different_ones_stop(images, tmp_path):
         (images / "again").mkdir(exist_ok=True)
         (images / "again" / f"IMG_{i:04d}.png").write_bytes((images / f"IMG_{i:04d}.png").read_bytes())
     found = find_images(images)
-    assert len(found.paths) == NUMBER and "3 copies of another file, byte for byte left out" in found.notes
+    assert len(found.paths) == NUMBER and "left out, a copy of another file, byte for byte: 3 files" in found.notes
+    assert len(found.left_out) == 3
     draw(images / "again" / "IMG_0000.png", 99)
     with pytest.raises(UserError, match="Two different images share the id 'IMG_0000'"):
         find_images(images)
@@ -296,7 +369,19 @@ def test_masks_beside_photographs_are_left_out(tmp_path):
     for name in ("IMD003/photo/IMD003", "IMD003/mask/IMD003_lesion", "IMD003/roi/IMD003_R1_Label1", "other_lesion"):
         draw(tmp_path / "ph2" / f"{name}.bmp", len(name))
     found = find_images(tmp_path / "ph2")
-    assert set(found.paths) == {"IMD003", "other_lesion"} and "2 masks left out" in found.notes
+    assert set(found.paths) == {"IMD003", "other_lesion"} and "left out, a mask: 2 files" in found.notes
+
+
+def test_files_of_other_kinds_and_odd_names_are_counted(images):
+    for name in ("a.heic", "b.HEIC", "notes.txt", "README", ".hidden.png", "._IMG_0001.png"):
+        (images / name).write_bytes(b"x")
+    (images / os.fsdecode(b"odd\xff.png")).write_bytes(b"x")
+    found = find_images(images)
+    assert len(found.paths) == NUMBER
+    ignored = next(note for note in found.notes if note.startswith("files of other kinds ignored: "))
+    assert all(kind in ignored for kind in (".heic (2)", ".txt (1)", "no suffix (1)", "hidden (2)"))
+    (entry,) = found.left_out
+    assert entry["image"].endswith("odd\\udcff.png") and "not valid UTF-8" in entry["reason"]
 
 
 def test_an_unreadable_folder_is_named(images, monkeypatch):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hpc.errors import UserError
 from lesiongen.ingest.catalog import Record
-from lesiongen.ingest.splits import Groups, assign, small_class_warnings, split_of
+from lesiongen.ingest.splits import Groups, assign, share_lines, small_class_warnings, split_of
 
 names = st.sampled_from([f"i{n}" for n in range(30)])
 
@@ -147,3 +147,46 @@ def test_shares_of_the_splits():
 def test_few_groups_are_warned_of():
     rows = [("val", "a", "g1"), ("val", "a", "g1")] + [("test", "a", f"g{n}") for n in range(5)]
     assert small_class_warnings(rows, ["a"]) == ["class 'a' has only 1 groups (lesions, patients) in val"]
+
+
+numbers = st.sampled_from(["", "1", "2", "3"])
+kinds = st.sampled_from(["table", "PAD-UFES-20", "Derm7pt"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(numbers, numbers, kinds), min_size=1, max_size=30))
+def test_a_number_is_an_id_of_its_kind_and_data_set_only(ids):
+    """Images are in one group exactly if a chain of equal lesions or patients of one data set joins them."""
+    given_ = [Record(f"i{n}", "", lesion, patient, source=source) for n, (lesion, patient, source) in enumerate(ids)]
+    splits, rejected = assign(given_, 0.3, 0.3)
+    assert not rejected
+    parts = [{r.image} for r in given_]
+    for a in given_:
+        for b in given_:
+            same = a.source == b.source and ((a.lesion and a.lesion == b.lesion) or (a.patient and a.patient == b.patient))
+            if same:
+                one, two = (next(p for p in parts if r.image in p) for r in (a, b))
+                if one is not two:
+                    parts.remove(two)
+                    one |= two
+    found: dict[str, set[str]] = {}
+    for image, group in groups_of(splits).items():
+        found.setdefault(group, set()).add(image)
+    assert sorted(map(sorted, found.values())) == sorted(map(sorted, parts))
+
+
+def test_groups_that_were_packed_under_a_former_name():
+    """Sets that were packed before bare numbers carried their data set: new photographs join the packed groups."""
+    for split in ("train", "val", "test"):
+        packed = {"a": ("7", "7", split, ""), "b": ("patient 9", "patient 9", split, "patient 9")}
+        new = [Record("c", "", "7", "", source="PAD-UFES-20"), Record("d", "", "", "9", source="PAD-UFES-20")]
+        splits, rejected = assign(new, 0.3, 0.3, packed=packed)
+        assert split_by_image(splits) == {"c": split, "d": split} and not rejected
+
+
+def test_shares_are_stated_and_a_large_group_is_warned_of():
+    images = {"train": 70, "val": 10, "test": 20}
+    (line,) = share_lines(images, ("L", 5), 0.1, 0.1)
+    assert line.startswith("share of the images, wanted / got: train 80.0% / 70.0%, val 10.0% / 10.0%, test 10.0% / 20.0%")
+    _, warning = share_lines(images, ("L", 6), 0.1, 0.1)
+    assert "the largest group 'L' holds 6 of 100 images, more than half of the wanted share of val (10)" in warning
