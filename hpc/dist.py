@@ -279,7 +279,7 @@ def run_on_leader(function: Callable[..., T], *arguments: Any) -> T:
         except Exception as raised:
             error = raised
             message = str(raised) if isinstance(raised, UserError) else f"rank 0 failed: {raised!r}"
-            value = UserError(message) if isinstance(raised, UserError) else LeaderFailed(message)
+            value = type(raised)(message) if isinstance(raised, UserError) else LeaderFailed(message)
     failed, value = broadcast((error is not None, value))
     if failed:
         raise error or value

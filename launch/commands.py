@@ -186,7 +186,10 @@ def submit(options: argparse.Namespace) -> int:
     busy = {name: job["job"] for name, job in last_jobs.items() if job and status.may_be_running(job["job"])}
     if busy and not options.dry:
         jobs = ", ".join(f"{name} (job {job})" for name, job in busy.items())
-        raise UserError(f"Jobs of this run are still in the queue: {jobs}. Wait for them, or run `lesiongen cancel` first.")
+        raise UserError(
+            f"Jobs of this run are still in the queue, or Slurm does not answer: {jobs}. Wait for them, or run "
+            "`lesiongen cancel` first."
+        )
 
     # Check everything before anything is changed.
     todo = pipeline.stages_to_do(config, tuple(options.fresh))
