@@ -48,7 +48,12 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def print_error(error: BaseException) -> None:
-    """Prints an error to stderr: one paragraph if the user can act on it, a traceback otherwise."""
+    """Prints an error to stderr: one paragraph if the user can act on it, a traceback otherwise. Never raises OSError."""
+    with contextlib.suppress(OSError):  # stderr may be a log on a full disk
+        _print_error(error)
+
+
+def _print_error(error: BaseException) -> None:
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `lesiongen logs RUN | head`
         return
     if isinstance(error, (errors.UserError, errors.Stopped, errors.Diverged, TimeoutError)):

@@ -9,6 +9,7 @@ the attempts in `attempts.jsonl` there, and ends the job after LIMITS attempts o
 requeue the job, the program submits the job again, and the jobs that wait for it.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -59,7 +60,7 @@ def record_exit_code(folder: Path, code: int) -> None:
     try:
         rundir.atomic_write(folder / ENDINGS / f"{attempt_id()}-{rank}.json", json.dumps(entry).encode())
     except OSError as error:  # the disk is full; srun still reports the code
-        print(f"lesiongen: exit code {code} is not recorded ({error.strerror})", file=sys.stderr)
+        _print_line(f"ended with code {code}, which is not recorded ({error.strerror})")
 
 
 def requeue_unless_final(folder: Path, srun_code: int) -> int | None:
@@ -226,7 +227,8 @@ def _one_line(text: str) -> str:
 
 
 def _print_line(text: str) -> None:
-    print(f"lesiongen: job {attempt_id()} {text}.", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the log may be on a full disk
+        print(f"lesiongen: job {attempt_id()} {text}.", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
