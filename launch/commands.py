@@ -262,10 +262,8 @@ def demo(options: argparse.Namespace) -> int:
 def rank(options: argparse.Namespace) -> int:
     """Runs a stage as one rank. launch/local.py starts this verb for each rank; users do not."""
     from hpc import dist
-    from hpc.train import health
     from launch.rank import rank_main
 
-    health.exit_with_parent()
     return rank_main(experiment.load(options.config), options.stage, dist.detect())
 
 

@@ -24,9 +24,9 @@ from hpc.data import manifest
 from hpc.data.shards import index_path
 from hpc.dist import Topology
 from hpc.errors import UserError
+from hpc.run.parent import exit_with_parent
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
-from hpc.train import health
 from lesiongen.data.config import DataConfig
 from lesiongen.data.packed import CATALOG, SPLITS, moments, rows
 from lesiongen.ingest import catalog, pairing, shard_work, splits
@@ -86,7 +86,7 @@ def _pool(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
         yield map
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=health.exit_with_parent) as workers:
+    with ProcessPoolExecutor(processes, context, initializer=exit_with_parent, initargs=(os.getpid(),)) as workers:
         yield workers.map
 
 

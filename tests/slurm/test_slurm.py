@@ -235,13 +235,17 @@ def test_a_full_disk_sends_a_job_back_until_there_is_space(cluster, phantoms, tm
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("cause", ["preempted", "out of time"])
+@pytest.mark.parametrize("cause", ["preempted", "out of time", "out of time without a signal"])
 def test_slurm_itself_stops_a_job(cluster, phantoms, packed, tmp_path, cause):
-    """Slurm stops the job for a job of a higher partition that needs all nodes, or at the limit of two minutes."""
+    """Slurm stops the job for a job of a higher partition that needs all nodes, or at the limit of two minutes.
+
+    If no signal arrives before the limit, the ranks stop by the clock.
+    """
     samples = 4800 if cause == "preempted" else 200_000
     own = {"inputs.shards": packed, "tokenizer.train.samples": samples, "tokenizer.train.eval_every": samples}
     own |= {"tokenizer.train.save_every": samples, "tokenizer.train.log_every": 160}
-    nodes = cluster_file(tmp_path, default={"minutes": 2, "mem_gb": 4}, signal_seconds=30)
+    extra = {"signal": "CONT@30"} if cause == "out of time without a signal" else {}
+    nodes = cluster_file(tmp_path, default={"minutes": 2, "mem_gb": 4}, signal_seconds=30, extra=extra)
     jobs, run = submit("--cluster", nodes, *tiny(phantoms, tmp_path, **own)), tmp_path / "tiny"
     job = jobs["tokenizer"]
     wait(lambda: len(curve(run / "tokenizer")) > 2, 60, "some steps")
@@ -253,3 +257,5 @@ def test_slurm_itself_stops_a_job(cluster, phantoms, packed, tmp_path, cause):
     wait(lambda: len(curve(run / "tokenizer")) > len(stopped) + 2, 60, "more steps")
     lesiongen("cancel", run)
     assert stopped.items() <= curve(run / "tokenizer").items()
+    logs = read(run / "jobs" / "tokenizer" / f"{job}_0_log.err")
+    assert ("stopped by the end of the allocation" in logs) == (cause == "out of time without a signal")
