@@ -12,7 +12,6 @@ requeue the job, the program submits the job again, and the jobs that wait for i
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -205,8 +204,8 @@ def submit_again(folder: Path, delay: int, refusal: str) -> None:
             kept = f"; it is submitted again as job {replaced[_job()]}, without the jobs after it" if replaced else ""
             raise Refused(f"{refusal}; {_one_line(answer.stderr)}{kept}")
         new = replaced[old] = answer.stdout.strip().partition(";")[0]
-        (waiting / f"{new}_submission.sh").write_text(script)
-        shutil.copy(waiting / f"{old}_submitted.pkl", waiting / f"{new}_submitted.pkl")  # a rank waits for it for a minute
+        for file in ("submission.sh", "submitted.pkl"):  # a rank waits for the pickle for a minute
+            (waiting / f"{new}_{file}").symlink_to(f"{old}_{file}")
         slurm.record_job(run_dir, waiting.name, new, after, instead_of=old)
     if not replaced:
         raise Refused(refusal)
