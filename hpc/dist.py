@@ -296,7 +296,7 @@ def run_on_leader(function: Callable[..., T], *arguments: Any) -> T:
         *arguments: The function's arguments; used on rank 0 only.
 
     Raises:
-        UserError: The function raised UserError.
+        UserError: The function raised UserError, or a subclass of it, which is kept.
         LeaderFailed: On ranks other than 0: the function raised any other error. That is no mistake of the user, so the ranks
             fail with exit code 1 and the stage is tried again.
         Exception: On rank 0: the function raised this error.
@@ -310,7 +310,7 @@ def run_on_leader(function: Callable[..., T], *arguments: Any) -> T:
         except Exception as raised:
             error = raised
             message = str(raised) if isinstance(raised, UserError) else f"rank 0 failed: {raised!r}"
-            value = UserError(message) if isinstance(raised, UserError) else LeaderFailed(message)
+            value = type(raised)(message) if isinstance(raised, UserError) else LeaderFailed(message)
     with watchdog.paused():
         failed, value = broadcast((error is not None, value))
     if failed:

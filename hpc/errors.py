@@ -3,6 +3,7 @@
 DONE = 0
 FAILED = 1  # an unexpected error, such as a crash; trying again may help
 USAGE = 2  # the user must change something first: a UserError, or a full disk
+BLOCKED = 74  # in a Slurm job: the disk is full, or another process uses the stage; the job is tried again later
 RESUMABLE = 75  # stopped early, state saved; the same command resumes
 HANG = 76  # the watchdog ended a training that made no progress
 DIVERGED = 77  # the training diverged; the same command would diverge again
@@ -10,6 +11,10 @@ DIVERGED = 77  # the training diverged; the same command would diverge again
 
 class UserError(ValueError):
     """A mistake that the user can correct. The message is one paragraph: what is wrong, where, what to do."""
+
+
+class Busy(UserError):
+    """Another process works in a stage's directory. The same command works once that process has ended."""
 
 
 class LeaderFailed(RuntimeError):

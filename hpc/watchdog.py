@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, and a process whose parent has ended.
+"""Ends a process that makes no progress.
 
 A stage runs inside `watch`. Whatever makes progress calls `beat`: the training loop after each step, and every progress bar.
 If no beat comes within the limit, the stacks of all threads go to stderr and to stacks-<rank>.txt in the stage's directory, and
@@ -78,15 +78,14 @@ def paused() -> Iterator[None]:
         yield
 
 
-def stacks_path(folder: Path, rank: int) -> Path:
+def stacks_path(folder: Path, rank: int | str) -> Path:
     """Returns the file in which a hung rank leaves the stacks of its threads."""
     return folder / f"stacks-{rank}.txt"
 
 
-def was_hung(folder: Path, rank: int) -> bool:
-    """Returns whether the watchdog has ended the last process of a rank in a stage's directory."""
-    path = stacks_path(folder, rank)
-    return path.exists() and path.stat().st_size > 0
+def was_hung(folder: Path, rank: int | str = "*") -> bool:
+    """Returns whether the watchdog has ended the last process of a rank, or of any rank, in a stage's directory."""
+    return any(path.stat().st_size for path in folder.glob(stacks_path(folder, rank).name))
 
 
 class _Watchdog:
@@ -151,18 +150,3 @@ class _Watchdog:
         faulthandler.dump_traceback(self.file, all_threads=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         os._exit(HANG)
-
-
-def exit_with_parent() -> None:
-    """Starts a thread that ends this process soon after its parent process ends.
-
-    Otherwise an orphaned rank would keep the stage's lock, and the stage could not be started again.
-    """
-    parent = os.getppid()
-
-    def watch_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch_parent, daemon=True, name="parent").start()

@@ -10,6 +10,7 @@ import getpass
 import os
 
 from hpc import errors
+from hpc.run.parent import exit_with_parent
 from launch.endings import exit_code_of, exit_process, print_error, print_in_any_encoding
 
 DESCRIPTION = (
@@ -143,6 +144,7 @@ def _add_internal_verbs(verbs: Verbs) -> None:
     rank = verbs.add_parser("rank")
     rank.add_argument("config")
     rank.add_argument("stage")
+    rank.add_argument("parent", type=int, help="id of the process with which this one ends")
 
 
 def _path(text: str) -> str:
@@ -207,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     # OpenMP threads that spin while they wait slow one another down by up to 30 times when ranks or data workers share
     # the cores. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if options.verb == "rank":  # before the imports, which take seconds
+        exit_with_parent(options.parent)
     from launch import commands
 
     try:

@@ -196,7 +196,10 @@ def submit(options: argparse.Namespace) -> int:
     busy = {name: job["job"] for name, job in last_jobs.items() if job and status.may_be_running(job["job"])}
     if busy and not options.dry:
         jobs = ", ".join(f"{name} (job {job})" for name, job in busy.items())
-        raise UserError(f"Jobs of this run are still in the queue: {jobs}. Wait for them, or run `lesiongen cancel` first.")
+        raise UserError(
+            f"Jobs of this run are still in the queue, or Slurm does not answer: {jobs}. Wait for them, or run "
+            "`lesiongen cancel` first."
+        )
 
     # Check everything before anything is changed.
     todo = pipeline.stages_to_do(config, tuple(options.fresh))
@@ -268,10 +271,9 @@ def demo(options: argparse.Namespace) -> int:
 
 def rank(options: argparse.Namespace) -> int:
     """Runs a stage as one rank. launch/local.py starts this verb for each rank; users do not."""
-    from hpc import dist, watchdog
+    from hpc import dist
     from launch.rank import rank_main
 
-    watchdog.exit_with_parent()
     return rank_main(experiment.load(options.config), options.stage, dist.detect())
 
 

@@ -255,12 +255,18 @@ def length(training: Training, machines: Machines, utilisation: float, disk_byte
         utilisation: Share of the peak speed that training reaches.
         disk_bytes_per_s: Speed at which one node writes.
     """
-    train, weights = training.train, 4 * sum(training.parameters)
+    train = training.train
     flops = float(train.samples) * training.flops
     hours = None
     if machines.peak_flops:
         hours = flops / (machines.peak_flops * utilisation * machines.ranks) / 3600
-    # Weights and moments; ZeRO 1 to 3 also write the optimizer's fp32 copy, and under ZeRO 3 the weights are only in it.
-    size = weights * ({0: 3, 1: 4, 2: 4, 3: 4}[train.engine.zero] + bool(train.engine.average))
+    size = checkpoint_bytes(training)
     writers = machines.nodes if train.engine.zero else 1
     return Length(math.ceil(train.samples / train.batch), flops, hours, size, size / writers / disk_bytes_per_s)
+
+
+def checkpoint_bytes(training: Training) -> float:
+    """Returns the size of one checkpoint of a training."""
+    engine = training.train.engine
+    # Weights and moments; ZeRO 1 to 3 also write the optimizer's fp32 copy, and under ZeRO 3 the weights are only in it.
+    return 4.0 * sum(training.parameters) * ({0: 3, 1: 4, 2: 4, 3: 4}[engine.zero] + bool(engine.average))

@@ -13,6 +13,7 @@ import traceback
 from typing import NoReturn
 
 from hpc import errors
+from launch import slurm
 
 # Texts by which libraries report a write that failed because the disk is full, without raising OSError.
 DISK_FULL_TEXTS = ("No space left", "os error 28", "PytorchStreamWriter", "file write failed", "unexpected pos")
@@ -42,8 +43,10 @@ def is_refused(error: BaseException) -> bool:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Returns the exit code for an error."""
-    if is_disk_full(error) or is_refused(error):
+    """Returns the exit code for an error. A Slurm job tries again what a user must wait for or clear."""
+    if is_disk_full(error) or isinstance(error, errors.Busy):
+        return errors.BLOCKED if slurm.inside_job() else errors.USAGE
+    if is_refused(error):
         return errors.USAGE
     codes = {
         errors.UserError: errors.USAGE,
@@ -55,7 +58,12 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def print_error(error: BaseException) -> None:
-    """Prints an error to stderr: one paragraph if the user can act on it, a traceback otherwise."""
+    """Prints an error to stderr: one paragraph if the user can act on it, a traceback otherwise. Never raises OSError."""
+    with contextlib.suppress(OSError):  # stderr may be a log on a full disk
+        _print_error(error)
+
+
+def _print_error(error: BaseException) -> None:
     if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `lesiongen logs RUN | head`
         return
     if isinstance(error, (errors.UserError, errors.Stopped, errors.Diverged, TimeoutError)):

@@ -5,12 +5,8 @@ is not done. launch/pipeline.py and launch/commands.py call the executors.
 """
 
 import contextlib
-import os
 import shlex
 import shutil
-import subprocess
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,14 +15,19 @@ import submitit
 from hpc import config as hpc_config
 from hpc.dist import Topology
 from hpc.errors import UserError
-from hpc.run import journal
+from hpc.run import metrics_log
+from launch import cost, slurm
 from launch.job import StageJob
 from launch.local import run_ranks
 from launch.rank import rank_main
 from lesiongen.experiment import Experiment, check_ranks
 from lesiongen.stages.base import Stage
 
-SUBMITTED = "submitted.jsonl"  # file in jobs/<stage>: one line per submitted job, read by launch/status.py
+# Line of the batch script. hpc/train/preempt.py reads the variable, which Slurm itself sets only in newer versions.
+FIND_END_TIME = (
+    'end=$(SLURM_TIME_FORMAT=%s timeout 20 squeue -h -j "$SLURM_JOB_ID" -o %e)'
+    " && [[ $end =~ ^[0-9]+$ ]] && export SLURM_JOB_END_TIME=$end"
+)
 STAGE_KINDS = ("shards", "tokenizer", "codes", "prior", "samples", "report")
 
 
@@ -143,34 +144,19 @@ def submit_slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, 
             print(f"# {'-' * 20} {stage.name}\n" + executor._make_submission_file_text(executor._submitit_command_str, "dry"))
             continue
         try:
-            with without_allocation():
+            with slurm.without_allocation():
                 job = executor.submit(StageJob(hpc_config.to_yaml(config), stage.name, str(folder)))
         except submitit.core.utils.FailedJobError as error:
             # Do not leave half of a pipeline in the queue.
-            subprocess.run(["scancel", *jobs.values()] if jobs else ["true"], timeout=60)
+            if jobs:
+                slurm.run("scancel", *jobs.values())
             reason = " ".join(line for line in str(error).splitlines() if "sbatch" in line) or str(error)
             raise UserError(
                 f"Slurm refuses the job of {stage.name}; the jobs submitted before it were cancelled. Slurm's reason: {reason}"
             ) from None
         jobs[stage.name] = job.job_id
-        journal.append(folder / SUBMITTED, {"job": job.job_id, "after": dependencies, "time": time.time()})
+        slurm.record_job(config.directory, stage.name, job.job_id, dependencies)
     return jobs
-
-
-@contextlib.contextmanager
-def without_allocation() -> Iterator[None]:
-    """Removes Slurm's variables from the environment inside the block, except SLURM_CONF.
-
-    A shell inside an allocation has them, and sbatch hands them to the new job, where they contradict its own request.
-    """
-    inherited = {k: v for k, v in os.environ.items() if k.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_"))}
-    removed = {k: v for k, v in inherited.items() if k != "SLURM_CONF"}
-    for name in removed:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ |= removed
 
 
 def _make_executor(
@@ -211,7 +197,7 @@ def _make_executor(
         # trap sets the no-op handler ":". The ranks do not inherit a handler, but they would inherit an ignored signal.
         # submitit installs its own handler for the signal in SUBMITIT_PREEMPT_SIGNAL. Name USR1, which nobody sends, so that
         # hpc/train/preempt.py can handle USR2.
-        setup=["trap : TERM USR2", "export SUBMITIT_PREEMPT_SIGNAL=USR1", *cluster.setup, *exports],
+        setup=["trap : TERM USR2", "export SUBMITIT_PREEMPT_SIGNAL=USR1", *cluster.setup, *exports, FIND_END_TIME],
         # From here on the signals are ignored. The Python process of launch/requeue.py inherits this. If a signal killed that
         # process, the job would not be requeued.
         teardown=["code=$?", "trap '' TERM USR2", f"[ $code = 0 ] || {requeue} $code"],
@@ -244,3 +230,37 @@ def check_before_queue(config: Experiment, todo: list[Stage], cluster: ClusterCo
         elif stage.trains:
             level = stage.name.removeprefix("prior-")
             check_ranks(config.prior(level).train, ranks, f"priors.{level}.train")
+    if not dry:
+        for line in warn_of_short_signals(config, todo, cluster.signal_seconds):
+            print(line)
+
+
+def warn_of_short_signals(config: Experiment, todo: list[Stage], signal_seconds: int) -> list[str]:
+    """Returns a warning for each training that may need longer to save than the time between the signal and the limit.
+
+    A save is expected to take as long as the slowest that an earlier job has logged; before the first, as long as the plan
+    computes (launch/cost.py).
+
+    Args:
+        config: The run's config.
+        todo: The stages that are about to be submitted.
+        signal_seconds: That time in seconds.
+    """
+    plans: dict[str, cost.Training] = {}
+    with contextlib.suppress(UserError):  # without the plan, the general minimum holds
+        plans = {training.name: training for training in cost.trainings(config)}
+    lines = []
+    for stage in (stage for stage in todo if stage.trains):
+        rows = metrics_log.read_metrics(config.directory / stage.name)
+        saves = [row["checkpoint_seconds"] for row in rows if "checkpoint_seconds" in row]
+        train = config.tokenizer.train if stage.name == "tokenizer" else config.prior(stage.name.removeprefix("prior-")).train
+        step = max((train.batch / row["images_per_second"] for row in rows if row.get("images_per_second")), default=0.0)
+        if not saves and stage.name in plans:
+            saves = [cost.checkpoint_bytes(plans[stage.name]) / config.hardware.disk_gb_per_s / 1e9]
+        needed = max(120.0, 3 * max(saves, default=0.0) + step)
+        if signal_seconds < needed:
+            lines.append(
+                f"WARNING: {stage.name}: a step and a save may need more than signal_seconds={signal_seconds}. Set at least "
+                f"{needed:.0f} in the cluster file, or the job may be killed before it has saved."
+            )
+    return lines

@@ -8,12 +8,13 @@ the batch script (launch/requeue.py) requeues the job.
 This module imports nothing of the project at its top, so that unpickling the job is quick and cannot fail.
 """
 
-import atexit
+import contextlib
 import os
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 
 @dataclass
@@ -30,8 +31,8 @@ class StageJob:
     stage: str
     folder: str
 
-    def __call__(self) -> str:
-        """Runs the stage on this rank. Returns only if the stage is done; otherwise the process exits."""
+    def __call__(self) -> NoReturn:
+        """Runs the stage on this rank, and ends the process with the exit code."""
         # submitit has installed a handler that ignores TERM. It installs none for USR2: see launch/executors.py.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         from hpc import errors
@@ -40,14 +41,12 @@ class StageJob:
         code = self._run()
         if code != errors.DONE:
             requeue.record_exit_code(Path(self.folder), code)
-            # Exit at once: the normal shutdown of the interpreter would wait for ranks that have already exited.
+        # Exit at once. submitit would write a result that nobody reads, which fails on a full disk. The normal shutdown of the
+        # interpreter would wait for ranks that have already exited. Slurm ends the data workers.
+        with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)
-        # After submitit has written the result, skip the interpreter's shutdown, for the reason given in
-        # launch.endings.exit_process. Slurm ends the data workers.
-        atexit.register(os._exit, code)
-        return "done"
+        os._exit(code)
 
     def _run(self) -> int:
         """Runs the stage on this rank and returns the exit code."""

@@ -1,7 +1,7 @@
 """Runs a stage as several ranks on this machine, one process per rank.
 
 Invariant: `run_ranks` returns only when every rank has ended, because a rank that still runs would hold the stage's lock.
-Each rank is `python -m launch rank CONFIG STAGE` (launch/commands.py).
+Each rank is `python -m launch rank CONFIG STAGE PID` (launch/commands.py), and ends soon after the process PID, this one.
 """
 
 import os
@@ -47,7 +47,7 @@ def run_ranks(config: Experiment, stage: Stage) -> int:
     processes = []
     for rank in range(ranks):
         env = os.environ | {k: str(v) for k, v in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        command = [sys.executable, "-m", "launch", "rank", str(folder / "config.yaml"), stage.name]
+        command = [sys.executable, "-m", "launch", "rank", str(folder / "config.yaml"), stage.name, str(os.getpid())]
         # Rank 0 writes to the terminal, every other rank to a file. Each rank has its own session, so that Ctrl-C reaches
         # only this process, which forwards it.
         out = None if rank == 0 else open(_log_path(folder, rank), "ab")  # noqa: SIM115

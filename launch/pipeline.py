@@ -134,11 +134,11 @@ def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = (
 
 
 def refuse_busy(config: Experiment, todo: list[Stage]) -> None:
-    """Raises UserError if another process works on one of the stages, before anything is changed."""
+    """Raises Busy if another process works on one of the stages, before anything is changed."""
     for stage in todo:
         folder = config.directory / stage.name
         if folder.exists():
-            with rundir.lock(folder, wait_s=5):  # the ranks of a killed run may need a moment to end
+            with rundir.lock(folder, rundir.QUIET_WAIT_S):
                 pass
 
 

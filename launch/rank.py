@@ -4,17 +4,19 @@
 call `rank_main`, which turns every outcome into an exit code. Code that runs a stage outside a run calls `run_stage`.
 """
 
-import os
-
 from hpc import dist, errors
 from hpc.dist import Topology
-from hpc.run import mlflow_sync
+from hpc.run import mlflow_sync, rundir
 from hpc.run.rundir import StageDir
 from hpc.train import allocator, math_modes, preempt
+from launch import slurm
 from launch.endings import exit_code_of, print_error
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
 from lesiongen.stages.base import Stage, execute
+
+# A job waits longer for a stage's lock: the lock of a node that has died is freed when the file system gives that node up.
+JOB_LOCK_WAIT_S = 300.0
 
 
 def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: StageDir | None = None) -> None:
@@ -37,18 +39,13 @@ def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: S
     uri = mlflow_sync.default_uri(config.directory)
     # MLflow's default store is a SQLite file, and SQLite breaks on the parallel file systems of clusters. A Slurm job
     # therefore sends to an MLflow server only; without a server, `lesiongen ui` reads metrics.jsonl instead.
-    sends_to_mlflow = stage_dir is None and topology.leader and (uri.startswith("http") or not on_slurm())
+    sends_to_mlflow = stage_dir is None and topology.leader and (uri.startswith("http") or not slurm.inside_job())
     follower = mlflow_sync.Follower(config.directory, uri) if sends_to_mlflow else None
     try:
-        execute(config, stage, topology, stage_dir)
+        execute(config, stage, topology, stage_dir, JOB_LOCK_WAIT_S if slurm.inside_job() else rundir.QUIET_WAIT_S)
     finally:
         if follower:
             follower.close()
-
-
-def on_slurm() -> bool:
-    """Returns whether this process is a task of a Slurm job."""
-    return "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ
 
 
 def rank_main(config: Experiment, name: str, topology: Topology) -> int:

@@ -3,25 +3,22 @@
 Without Slurm, or when Slurm does not answer, the run directory alone is shown. Slurm's accounting is not needed.
 """
 
+import json
 import os
 import re
-import shutil
-import subprocess
 import time
 from pathlib import Path
 
 from hpc.errors import UserError
-from hpc.run import journal, metrics_log, mlflow_sync
-from launch.executors import SUBMITTED
+from hpc.run import metrics_log, mlflow_sync
+from launch import slurm
 from launch.pipeline import stage_statuses
 from lesiongen.experiment import Experiment, load
 from lesiongen.stages.base import changed_images
 
-NO_ANSWER = "(Slurm does not answer)"
-
 
 def load_run(run: str) -> Experiment:
-    """Loads the config of a run.
+    """Loads the config of a run. A run directory may have been renamed or copied: its own name and place count.
 
     Args:
         run: The run directory, or the path of a config file.
@@ -34,7 +31,8 @@ def load_run(run: str) -> Experiment:
         return load(run)
     if not (path / "config.yaml").exists():
         raise UserError(f"{run} is not a run directory: it has no config.yaml. Give runs/NAME, or the path of a config.")
-    return load(str(path / "config.yaml"), [f"runs={path.resolve().parent}"])
+    folder = path.resolve()
+    return load(str(path / "config.yaml"), [f"runs={json.dumps(str(folder.parent))}", f"name={json.dumps(folder.name)}"])
 
 
 def format_status(config: Experiment) -> str:
@@ -46,7 +44,7 @@ def format_status(config: Experiment) -> str:
         line = f"  {name:<14} {status.state:<8} {bar:<20} {status.progress:4.0%}  "
         line += status.detail or held_out_metrics(config, name)
         if job := last_job(config.directory, name):
-            line += f"  job {job['job']} {job_state(job['job'])}"
+            line += f"  job {job['job']} {slurm.job_state(job['job'])}"
         if status.state == "started" and (age := seconds_since_last_metrics(config.directory / name)) is not None:
             line += f"  (last metrics {age:.0f} s ago)"
         lines.append(line)
@@ -84,36 +82,14 @@ def last_job(run_dir: Path, stage: str) -> dict | None:
         run_dir: The run directory.
         stage: The stage's name.
     """
-    jobs = journal.read(run_dir / "jobs" / stage / SUBMITTED, "job")
+    jobs = slurm.submitted_jobs(run_dir, stage)
     return jobs[-1] if jobs else None
-
-
-def job_state(job: str) -> str:
-    """Asks Slurm for the state of a job. Works without accounting.
-
-    Args:
-        job: The job's id.
-
-    Returns:
-        Slurm's word, such as "RUNNING"; "gone from the queue" if Slurm no longer knows the job; NO_ANSWER if Slurm does
-        not answer; "" if Slurm is not installed.
-    """
-    if not shutil.which("scontrol"):
-        return ""
-    try:
-        answer = subprocess.run(["scontrol", "show", "job", job, "-o"], capture_output=True, text=True, timeout=10)
-    except subprocess.TimeoutExpired:
-        return NO_ANSWER
-    state = re.search(r"JobState=(\S+)", answer.stdout)
-    reason = re.search(r"Reason=(\S+)", answer.stdout)
-    if not state:
-        return "gone from the queue"
-    return state[1] + (f" ({reason[1]})" if state[1] == "PENDING" and reason else "")
 
 
 def may_be_running(job: str) -> bool:
     """Returns whether a job is queued or running, or could be because Slurm does not answer."""
-    return job_state(job).startswith(("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING", NO_ANSWER))
+    active = ("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING", slurm.NO_ANSWER)
+    return slurm.job_state(job).startswith(active)
 
 
 def newest_logs(config: Experiment, stage: str | None, lines: int = 40) -> str:
@@ -154,10 +130,11 @@ def cancel(config: Experiment) -> list[str]:
     Raises:
         UserError: scancel fails.
     """
-    submitted = [record["job"] for path in (config.directory / "jobs").glob(f"*/{SUBMITTED}") for record in journal.read(path)]
+    folders = [path.parent.name for path in config.directory.glob(f"jobs/*/{slurm.SUBMITTED}")]
+    submitted = [record["job"] for stage in folders for record in slurm.submitted_jobs(config.directory, stage)]
     active = [job for job in submitted if may_be_running(job)]
     if active:
-        answer = subprocess.run(["scancel", *active], capture_output=True, text=True, timeout=60)
+        answer = slurm.run("scancel", *active)
         if answer.returncode:
             raise UserError(f"scancel failed: {answer.stderr.strip()}")
     return active

@@ -27,7 +27,7 @@ FLOORS = {
     ],
     "launch": [
         ["__init__"],
-        ["endings", "requeue", "cost", "verify", "ui"],
+        ["slurm", "endings", "requeue", "cost", "verify", "ui"],
         ["cost_table"],
         ["rank"],
         ["job", "local"],

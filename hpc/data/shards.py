@@ -11,6 +11,7 @@ webdataset pipeline, and the batches of the pipeline go to training and evaluati
 
 import atexit
 import io
+import multiprocessing
 import os
 import re
 import signal
@@ -32,6 +33,7 @@ from safetensors.numpy import load, save
 from hpc.data.order import SampleOrder, batch_share, contiguous_share, sample_seed
 from hpc.data.storage import StorageError, Store
 from hpc.errors import UserError
+from hpc.run.parent import exit_with_parent
 from hpc.run.rundir import atomic_write
 
 os.environ.setdefault("WDS_SECURE", "1")  # shards are untrusted: webdataset must not unpickle members or run shell commands
@@ -325,8 +327,9 @@ def _init_worker(_number: int) -> None:
     """Makes a data worker ignore the signals that stop a run.
 
     Ctrl-C in a terminal and Slurm's warnings reach the workers too. The training process needs its workers until it has saved
-    a checkpoint. The workers end with the training process.
+    a checkpoint. The workers end with the training process, at whatever moment it is killed.
     """
+    exit_with_parent(multiprocessing.parent_process().pid)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # Skip Python's own shutdown, which would abort the process if a thread is still sending a batch.

@@ -22,10 +22,11 @@ from importlib import metadata
 from pathlib import Path
 
 from hpc.config import differences
-from hpc.errors import UserError
+from hpc.errors import Busy, UserError
 
 # Files of a stage directory that hold no part of a result.
 WITHOUT_RESULT = {"stage.json", "config.yaml", ".lock", "rejected.jsonl", "left_out.jsonl"}
+QUIET_WAIT_S = 5.0  # the ranks of a killed run may need a moment to end and free their lock
 
 
 def fsync_dir(path: Path) -> None:
@@ -237,11 +238,12 @@ def lock(path: Path, wait_s: float = 0.0) -> Iterator[None]:
         wait_s: Seconds to wait for another process to free the lock.
 
     Raises:
-        UserError: Another process holds the lock, or the file system does not support locks.
+        Busy: Another process holds the lock.
+        UserError: The file system does not support locks.
     """
     path.mkdir(parents=True, exist_ok=True)
     with open(path / ".lock", "a+") as file:
-        deadline = time.monotonic() + wait_s
+        began, announced = time.monotonic(), False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -252,12 +254,14 @@ def lock(path: Path, wait_s: float = 0.0) -> Iterator[None]:
                         f"{path} cannot be locked ({error.strerror}). Mount its file system with support for flock, or use "
                         "another file system."
                     ) from None
-                if time.monotonic() >= deadline:
+                waited = time.monotonic() - began
+                if waited >= wait_s or (waited >= QUIET_WAIT_S and not announced):
                     file.seek(0)
-                    raise UserError(
-                        f"{path} is in use by another process ({file.read().strip() or 'unknown'}). Wait until it "
-                        "ends, or stop it. Nothing was changed."
-                    ) from None
+                    in_use = f"{path} is in use by another process ({file.read().strip() or 'unknown'})"
+                    if waited >= wait_s:
+                        raise Busy(f"{in_use}. Wait until it ends, or stop it. Nothing was changed.") from None
+                    print(f"lesiongen: {in_use}; waiting up to {wait_s:.0f} s", file=sys.stderr, flush=True)
+                    announced = True
                 time.sleep(0.1)
         file.seek(0)
         file.truncate()

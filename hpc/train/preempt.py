@@ -20,15 +20,16 @@ class Preemption:
 
     Attributes:
         reason: What requested the stop, or None: the signal's name or "the end of the allocation".
-        deadline: When the allocation ends, in seconds since 1970; None if unknown.
+        deadline: When the allocation ends, by time.monotonic(), which no change of the clock affects; None if unknown.
         margin: How many seconds before the deadline a stop is requested.
     """
 
     def __init__(self):
         self.reason: str | None = None
         end = os.environ.get("SLURM_JOB_END_TIME")
-        self.deadline = float(end) if end else None
-        self.margin = min(MARGIN_S, max(0.0, self.deadline - time.time()) / 10) if self.deadline else 0.0
+        left = float(end) - time.time() if end else None
+        self.deadline = time.monotonic() + left if left is not None else None
+        self.margin = min(MARGIN_S, max(0.0, left) / 10) if left is not None else 0.0
 
     def __enter__(self) -> "Preemption":
         self.previous = {s: signal.signal(s, self._request_stop) for s in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
@@ -38,7 +39,7 @@ class Preemption:
         # Do not replace a timer that runs: Interruptible has started it to kill the process.
         self.timer_started = self.deadline is not None and not signal.getitimer(signal.ITIMER_REAL)[0]
         if self.timer_started:
-            signal.setitimer(signal.ITIMER_REAL, max(1.0, self.deadline - self.margin / 6 - time.time()))
+            signal.setitimer(signal.ITIMER_REAL, max(1.0, self.deadline - self.margin / 6 - time.monotonic()))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,7 +56,7 @@ class Preemption:
     @property
     def requested(self) -> bool:
         """Whether this rank should stop."""
-        if self.reason is None and self.deadline and time.time() > self.deadline - self.margin:
+        if self.reason is None and self.deadline and time.monotonic() > self.deadline - self.margin:
             self.reason = "the end of the allocation"
         return self.reason is not None
 

@@ -48,7 +48,7 @@ class Rollbacks:
         """
         self.folder, self.path = folder, folder / "rollbacks.jsonl"
         self.settings = digest([to_plain(optim), engine.clip, engine.precision])
-        entries = dist.run_on_leader(journal.read, self.path)
+        entries = dist.run_on_leader(journal.read, self.path, "settings", "first", "last")
         self.windows = [(e["first"], e["last"]) for e in entries if e["settings"] == self.settings]
 
     def passes_over(self, samples: int) -> bool:

@@ -18,12 +18,13 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpc import dist, watchdog
+from hpc import dist
 from hpc.config import to_plain
 from hpc.data import manifest
 from hpc.data.shards import index_path
 from hpc.dist import Topology
 from hpc.errors import UserError
+from hpc.run.parent import exit_with_parent
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data.config import DataConfig
@@ -85,7 +86,7 @@ def _pool(processes: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
         yield map
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=watchdog.exit_with_parent) as workers:
+    with ProcessPoolExecutor(processes, context, initializer=exit_with_parent, initargs=(os.getpid(),)) as workers:
         yield workers.map
 
 

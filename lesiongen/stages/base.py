@@ -123,7 +123,13 @@ def require(config: Experiment, name: str) -> Path:
     return path
 
 
-def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: StageDir | None = None) -> None:
+def execute(
+    config: Experiment,
+    stage: Stage,
+    topology: Topology,
+    stage_dir: StageDir | None = None,
+    lock_wait_s: float = rundir.QUIET_WAIT_S,
+) -> None:
     """Runs a stage unless it is done. Collective.
 
     Rank 0 checks and locks the directory, records the settings before the work and the digest after it.
@@ -133,9 +139,11 @@ def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: Sta
         stage: The stage to run.
         topology: This process among the ranks.
         stage_dir: Directory of a result outside the run. None for the stage's directory in the run.
+        lock_wait_s: Seconds to wait for another process that works in the directory.
 
     Raises:
-        UserError: An input is missing, or the directory was made from other settings, or another process uses it.
+        UserError: An input is missing, or the directory was made from other settings.
+        Busy: Another process works in the directory.
     """
     dist.init(topology, config.local.join_seconds)
     for name in stage.needs:
@@ -149,7 +157,7 @@ def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: Sta
     if not stage.appends and dist.run_on_leader(stage_dir.done):
         return
     with contextlib.ExitStack() as resources:
-        dist.run_on_leader(_open, resources, stage_dir, stage, config_yaml)
+        dist.run_on_leader(_open, resources, stage_dir, stage, config_yaml, lock_wait_s)
         watched = watchdog.watch(stage_dir.path, topology.rank, config.local.hang_minutes * 60, stage.name)
         resources.enter_context(watched)
         try:
@@ -161,10 +169,11 @@ def execute(config: Experiment, stage: Stage, topology: Topology, stage_dir: Sta
         dist.run_on_leader(stage_dir.finish, digest)
 
 
-def _open(resources: contextlib.ExitStack, stage_dir: StageDir, stage: Stage, config_yaml: str | None) -> None:
+def _open(
+    resources: contextlib.ExitStack, stage_dir: StageDir, stage: Stage, config_yaml: str | None, lock_wait_s: float
+) -> None:
     """Locks the directory until `resources` is closed, and records the stage's settings and inputs in stage.json."""
-    # The ranks of a killed run may need a moment to end and release the lock.
-    resources.enter_context(rundir.lock(stage_dir.path, wait_s=5))
+    resources.enter_context(rundir.lock(stage_dir.path, lock_wait_s))
     rundir.remove_leftovers(stage_dir.path)
     if not stage.appends:
         stage_dir.begin(config_yaml)

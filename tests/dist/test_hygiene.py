@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from hpc import dist
-from hpc.errors import LeaderFailed, UserError
+from hpc.errors import Busy, LeaderFailed, UserError
 from tests.dist import topology_cases as cases
 
 
 def failing(kind: str) -> None:
-    raise {"user": UserError, "other": OSError}[kind](f"no luck: {kind}")
+    raise {"user": UserError, "busy": Busy, "other": OSError}[kind](f"no luck: {kind}")
 
 
 def outcome(topology, kind: str) -> tuple[str, str]:
@@ -24,6 +24,7 @@ def outcome(topology, kind: str) -> tuple[str, str]:
 
 def test_a_mistake_of_the_user_is_one_on_every_rank(pools):
     assert set(pools(2).run(outcome, "user")) == {("UserError", "no luck: user")}
+    assert set(pools(2).run(outcome, "busy")) == {("Busy", "no luck: busy")}
 
 
 def test_another_failure_of_rank_0_is_no_mistake_of_the_user_elsewhere(pools):

@@ -1,6 +1,9 @@
 """Runs the pipeline as jobs on a real Slurm: dependencies, two nodes, requeueing, a lost node, and refusals."""
 
+import contextlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpc.run import metrics_log
+from hpc.run import metrics_log, rundir
 from hpc.run.rundir import read_stage_record
 from tests.conftest import DEMO, tiny
 from tests.slurm.conftest import lesiongen, wait
@@ -150,31 +153,99 @@ def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(cluster, 
     assert int(saved.removeprefix("step-")) * 16 < 3200, "the training had ended before the node was lost"
 
 
-def test_where_requeueing_is_denied_the_stage_stays_resumable(cluster, phantoms, tmp_path):
-    settings = tiny(phantoms, tmp_path)
-    jobs, run = submit("--cluster", LOCAL, *settings), tmp_path / "tiny"
-    cluster.run("scontrol", "update", f"JobId={jobs['shards']}", "Requeue=0")
-    log = run / "jobs" / "shards" / f"{jobs['shards']}_0_log.out"
-    wait(lambda: log.exists() and log.stat().st_size, 30, "the job to start")
-    cluster.run("scancel", "--signal=USR2", jobs["shards"])
-    wait(lambda: state(cluster, jobs["shards"]) == "FAILED", 30, "the job to end")
+@pytest.fixture
+def without_scontrol(tmp_path) -> str:
+    """Returns a PATH with the Slurm commands that a job needs, except scontrol."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sbatch", "srun", "squeue", "bash", "date", "timeout"):
+        (folder / name).write_text(f'#!/bin/sh\nexec {shutil.which(name)} "$@"\n')
+        (folder / name).chmod(0o755)
+    return str(folder)
+
+
+def test_without_scontrol_a_job_and_those_after_it_are_submitted_again(cluster, phantoms, tmp_path, without_scontrol):
+    """Also tests that a job waits for a stage in use, and that it knows when its allocation ends."""
+    settings, run = tiny(phantoms, tmp_path), tmp_path / "tiny"
+    jobs = submit("--cluster", cluster_file(tmp_path, environment={"PATH": without_scontrol}), *settings)
+    log = run / "jobs" / "shards" / f"{jobs['shards']}_0_log"
+    with rundir.lock(run / "shards"):
+        wait(lambda: "waiting up to 300 s" in read(log.with_suffix(".err")), 60, "the job to meet the lock")
+        environments = [environment(pid) for pid in cluster.job_processes()]
+        ends = {int(e["SLURM_JOB_END_TIME"]) for e in environments if "SLURM_JOB_END_TIME" in e}
+        assert ends == {int(cluster.run("date", "-d", cluster.job(jobs["shards"])["EndTime"], "+%s").stdout)}
+        cluster.run("scancel", "--signal=USR2", jobs["shards"])
+        wait(lambda: state(cluster, jobs["shards"]) == "FAILED", 30, "the job to end")
     assert cluster.job(jobs["shards"])["ExitCode"] == "75:0"
-    assert re.search(r"not requeued \(.+\)\. Nothing .* is lost: submit again", lesiongen("logs", run, "--stage", "shards"))
-    wait(lambda: state(cluster, jobs["report"]) == "CANCELLED", 30, "the dependents to be cancelled")
-    again = submit("--cluster", LOCAL, *settings)
-    assert list(again) == STAGES
-    wait_until_completed(cluster, [again["shards"]], 60)
+    logs = lesiongen("logs", run, "--stage", "shards")
+    replaced = re.findall(r"(\d+) as (\d+)", re.search(r"cannot be requeued \(scontrol is not installed .*", logs)[0])
+    assert [old for old, _ in replaced] == list(jobs.values())
+    wait(lambda: state(cluster, jobs["report"]) == "CANCELLED", 30, "the old dependents to be cancelled")
+    new = dict(zip(STAGES, (job for _, job in replaced), strict=True))
+    assert f"job {new['report']} PENDING (Dependency)" in lesiongen("status", run)
+    wait_until_completed(cluster, [new["shards"]], 60)
+    wait(lambda: state(cluster, new["tokenizer"]) in ("RUNNING", "COMPLETED"), 30, "the next job to start")
+    assert new["report"] in lesiongen("cancel", run)
+
+
+def read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def environment(pid: int) -> dict[str, str]:
+    with contextlib.suppress(OSError):
+        return dict(v.split("=", 1) for v in read(Path(f"/proc/{pid}/environ")).split("\0") if "=" in v)
+    return {}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB, which holds less than the stages write."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this machine does not allow to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", folder])
+
+
+@pytest.mark.long
+def test_a_full_disk_sends_a_job_back_until_there_is_space(cluster, phantoms, tmp_path, small_disk):
+    own = {"tokenizer.train.samples": 640, "tokenizer.train.save_every": 320}
+    filler = small_disk / "filler"
+    two_ranks = cluster_file(tmp_path, stages={"tokenizer": {"tasks_per_node": 2}})
+    jobs, run = submit("--cluster", two_ranks, *tiny(phantoms, small_disk, **own)), small_disk / "tiny"
+    wait_until_completed(cluster, [jobs["shards"]], 60)
+    job = jobs["tokenizer"]
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - 200_000)  # room for logs and small files
+    wait(lambda: cluster.job(job)["Restarts"] == "1" and state(cluster, job) == "PENDING", 120, "the job to be sent back")
+    assert cluster.job(job)["Reason"] == "BeginTime"
+    logs = lesiongen("logs", run, "--stage", "tokenizer")
+    assert "lesiongen: the disk is full. Everything that was finished is intact." in logs
+    assert "found the disk full or its stage in use; back in the queue, to resume in 2 minutes" in logs
+    assert "Traceback" not in logs
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_until_completed(cluster, [job], 120)
     lesiongen("cancel", run)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("cause", ["preempted", "out of time"])
+@pytest.mark.parametrize("cause", ["preempted", "out of time", "out of time without a signal"])
 def test_slurm_itself_stops_a_job(cluster, phantoms, packed, tmp_path, cause):
-    """Slurm stops the job for a job of a higher partition that needs all nodes, or at the limit of two minutes."""
+    """Slurm stops the job for a job of a higher partition that needs all nodes, or at the limit of two minutes.
+
+    If no signal arrives before the limit, the ranks stop by the clock.
+    """
     samples = 4800 if cause == "preempted" else 200_000
     own = {"inputs.shards": packed, "tokenizer.train.samples": samples, "tokenizer.train.eval_every": samples}
     own |= {"tokenizer.train.save_every": samples, "tokenizer.train.log_every": 160}
-    nodes = cluster_file(tmp_path, default={"minutes": 2, "mem_gb": 4}, signal_seconds=30)
+    extra = {"signal": "CONT@30"} if cause == "out of time without a signal" else {}
+    nodes = cluster_file(tmp_path, default={"minutes": 2, "mem_gb": 4}, signal_seconds=30, extra=extra)
     jobs, run = submit("--cluster", nodes, *tiny(phantoms, tmp_path, **own)), tmp_path / "tiny"
     job = jobs["tokenizer"]
     wait(lambda: len(curve(run / "tokenizer")) > 2, 60, "some steps")
@@ -186,3 +257,5 @@ def test_slurm_itself_stops_a_job(cluster, phantoms, packed, tmp_path, cause):
     wait(lambda: len(curve(run / "tokenizer")) > len(stopped) + 2, 60, "more steps")
     lesiongen("cancel", run)
     assert stopped.items() <= curve(run / "tokenizer").items()
+    logs = read(run / "jobs" / "tokenizer" / f"{job}_0_log.err")
+    assert ("stopped by the end of the allocation" in logs) == (cause == "out of time without a signal")

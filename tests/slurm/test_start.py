@@ -56,15 +56,19 @@ def hooked(tmp_path, monkeypatch) -> Path:
 def scripts(tmp_path, monkeypatch, phantoms) -> list[Path]:
     """The batch scripts of two packing jobs; stand-ins for Slurm's commands.
 
-    srun runs one rank here and reports it as srun does; sbatch queues nothing; scontrol refuses to requeue."""
+    srun runs one rank here and reports it as srun does. sbatch queues nothing. scontrol refuses to requeue a job, and sbatch to
+    submit it again.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     rank = "export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_STEP_NUM_NODES=1"
     rank += " SLURM_STEP_NODELIST=localhost SLURM_JOB_NODELIST=localhost"
     skip = 'while [ "${1#-}" != "$1" ]; do case $1 in --output|--error) shift;; esac; shift; done'
+    no_more = "[ $1 != --parsable ] || { echo no more jobs >&2; exit 1; }"
     commands = {
         "srun": f'{skip}\n{rank}\n"$@"\nexit $?',
-        "sbatch": f"cd {tmp_path}; echo x >> calls; echo Submitted batch job $(wc -l < calls)",
+        "squeue": "exit 1",
+        "sbatch": f"{no_more}; cd {tmp_path}; echo x >> calls; echo Submitted batch job $(wc -l < calls)",
         "scontrol": "[ $1 = show ] && echo JobState=RUNNING && exit; echo requeueing is disabled >&2; exit 1",
     }
     for name, text in commands.items():
@@ -80,6 +84,7 @@ def scripts(tmp_path, monkeypatch, phantoms) -> list[Path]:
 def run(script: Path, moment: int, number: int = 0) -> subprocess.Popen:
     """Starts the batch script from nothing; its rank gets the signal at the moment."""
     shutil.rmtree(script.parents[2] / "shards", ignore_errors=True)
+    (script.parent / "attempts.jsonl").unlink(missing_ok=True)
     job = script.name.partition("_")[0]
     environment = os.environ | {"MOMENT": str(moment), "SIGNAL": str(number), "SLURM_JOB_ID": job}
     return subprocess.Popen(["bash", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -102,7 +107,7 @@ def test_a_signal_at_any_moment_of_the_start_leaves_a_stage_that_resumes(scripts
         for moment, process in zip(pair, started, strict=True):
             output, _ = process.communicate(timeout=120)
             assert process.returncode == errors.RESUMABLE, f"at event {moment}; phases end at {ends}\n{output}"
-            assert "stopped early; not requeued (requeueing is disabled)" in output
+            assert "stopped early; not requeued (requeueing is disabled; no more jobs)" in output
             assert "Traceback" not in output
     assert hooked.read_text().count("signal") == len(moments)
     assert run(scripts[1], 0).wait(120) == 0

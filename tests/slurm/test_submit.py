@@ -1,6 +1,8 @@
 """Tests of the code around the jobs that need no Slurm: batch scripts, the decision to requeue, signals, topology."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,8 +14,10 @@ import yaml
 from hpc import dist, errors
 from hpc.errors import UserError
 from hpc.train.preempt import Interruptible, Preemption
-from launch import requeue
-from launch.executors import load_cluster, without_allocation
+from launch import requeue, slurm
+from launch.endings import exit_code_of
+from launch.executors import load_cluster, warn_of_short_signals
+from launch.slurm import without_allocation
 from lesiongen import experiment
 from lesiongen.stages import stages
 from tests.conftest import DEMO, tiny
@@ -101,7 +105,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
     def write(name: str, script: str) -> None:
-        (folder / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{script}\n")
+        (folder / name).write_text(f"#!/bin/bash\nPATH=/usr/bin:/bin\ncd {tmp_path}\n{script}\n")
         (folder / name).chmod(0o755)
 
     return write
@@ -124,7 +128,8 @@ def job(tmp_path, monkeypatch, command):
 
     If the file `refusal` exists, the stand-in for scontrol refuses a requeue and prints the text of the file.
     """
-    command("scontrol", "[ $1 = show ] && exec cat state; [ ! -e refusal ] || { cat refusal >&2; exit 1; }")
+    refuse = "[ ! -e refusal ] || { cat refusal >&2; exit 1; }"
+    command("scontrol", f"[ $1 = show ] && exec cat state; [ $1 = update ] && echo $3 >> updates; {refuse}")
     (tmp_path / "state").write_text("JobId=7 JobState=RUNNING Reason=None")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
@@ -133,25 +138,183 @@ def job(tmp_path, monkeypatch, command):
     return folder
 
 
+def save_checkpoint(job: Path, number: int) -> None:
+    manifest = job.parent.parent / "tokenizer" / "checkpoints" / f"step-{number:06}" / "MANIFEST.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+
+
 @pytest.mark.parametrize("codes", [[75, 75], [75, 1, 1], [128 + signal.SIGUSR2], [128 + signal.SIGTERM]])
-def test_a_stop_is_requeued_however_often(job, codes):
+def test_a_stop_is_requeued_however_often_if_there_is_progress(job, codes, monkeypatch, capsys):
     if codes[0] < 128:
-        for code in codes:
+        for rank, code in enumerate(codes):
+            monkeypatch.setenv("SLURM_PROCID", str(rank))
             requeue.record_exit_code(job, code)
-    for _ in range(2 * requeue.MAX_FAILURES):
+        assert len(list((job / requeue.ENDINGS).iterdir())) == len(codes)
+    for number in range(2 * requeue.LIMITS["stopped"]):
+        save_checkpoint(job, number)
         assert requeue.requeue_unless_final(job, max(codes)) is None
-    assert not (job / requeue.FAILURES).exists()
+    for _ in range(requeue.LIMITS["stopped"] - 2):
+        assert requeue.requeue_unless_final(job, max(codes)) is None
+    assert requeue.requeue_unless_final(job, max(codes)) == errors.RESUMABLE
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "10 times without a new checkpoint or file; give the stage more minutes in the cluster file" in last
+    assert requeue.requeue_unless_final(job, errors.FAILED if codes[0] > 128 else 1) is (None if codes[0] > 128 else 75)
+
+
+def test_a_blocked_job_waits_longer_each_time(job, monkeypatch, capsys):
+    """The disk is full, first so much that not even the attempt can be recorded."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(requeue.rundir, "atomic_write", refuse)
+    requeue.record_exit_code(job, errors.BLOCKED)  # raises nothing
+    assert requeue.requeue_unless_final(job, errors.BLOCKED) is None
+    monkeypatch.setattr(requeue.journal, "append", refuse)
+    for restart in range(1, requeue.LIMITS["blocked"] - 1):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        assert requeue.requeue_unless_final(job, errors.BLOCKED) is None
+    assert (job.parent.parent / "updates").read_text().split() == [f"StartTime=now+{2**n}minutes" for n in range(1, 10)]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart + 1))
+    assert requeue.requeue_unless_final(job, errors.BLOCKED) == errors.BLOCKED
+    assert "free space on the disk" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_full_disk_or_a_busy_stage_ends_a_command_but_not_a_job(monkeypatch):
+    blocked = (OSError(errno.ENOSPC, "No space left on device"), errors.Busy("in use"))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert [exit_code_of(error) for error in blocked] == [errors.USAGE] * 2
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert [exit_code_of(error) for error in blocked] == [errors.BLOCKED] * 2
+
+
+@pytest.fixture
+def submitted(job, monkeypatch):
+    """Submits, on paper, the pipeline of which job 7 is a part: 6 is done and forgotten, 8 and 9 wait."""
+    run_dir = job.parent.parent
+    for number, (stage, after) in enumerate(
+        {"shards": [], "tokenizer": ["6"], "codes": ["7"], "samples": ["8", "6"]}.items(), 6
+    ):
+        folder = run_dir / "jobs" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}_submission.sh").write_text(f"#SBATCH --dependency=afterok:{':'.join(after)}\n# {stage}\n")
+        (folder / f"{number}_submitted.pkl").write_text(stage)
+        slurm.record_job(run_dir, stage, str(number), after)
+    return run_dir
+
+
+@pytest.mark.parametrize("why", ["no scontrol", "requeueing is denied"])
+def test_a_job_that_cannot_be_requeued_is_submitted_again_with_those_after_it(
+    submitted, job, command, monkeypatch, capsys, why
+):
+    monkeypatch.setenv("PATH", str(submitted / "bin"))
+    forgotten = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    command("squeue", f"[ $5 != 6 ] || {{ {forgotten}; }}; cat state")
+    if why == "no scontrol":
+        (submitted / "bin" / "scontrol").unlink()
+    else:
+        command("scontrol", f"[ $1 = show ] || {{ echo disabled >&2; exit 1; }}; [ $3 != 6 ] || {{ {forgotten}; }}; cat state")
+    command("sbatch", 'cat > script; echo x >> calls; echo "$* $(cat script)" >> sent; echo 1$(wc -l < calls)')
+    for _ in range(2):  # the new job counts the attempts of the old one
+        assert requeue.requeue_unless_final(job, errors.FAILED) == errors.FAILED
+        monkeypatch.setenv("SLURM_JOB_ID", "11")
+    said = capsys.readouterr().err
+    assert "submitted again: 7 as 11, 8 as 12, 9 as 13." in said
+    assert "submitted again: 11 as 14, 12 as 15, 13 as 16." in said
+    lines = (submitted / "sent").read_text().splitlines()
+    assert lines[:3] == [
+        "--parsable --begin=now+0minutes # tokenizer",
+        "--parsable --dependency=afterok:11 # codes",
+        "--parsable --dependency=afterok:12 # samples",
+    ]
+    assert (job / "14_submitted.pkl").read_text() == "tokenizer"
+    assert [r["job"] for r in slurm.submitted_jobs(submitted, "codes")] == ["8", "12", "15"]
+    monkeypatch.setenv("SLURM_JOB_ID", "14")
+    assert requeue.requeue_unless_final(job, errors.FAILED) == errors.FAILED
+    assert "3 times without a new checkpoint" in capsys.readouterr().err
+
+
+def test_a_slurm_that_does_not_answer_is_asked_again(job, command, monkeypatch, capsys):
+    monkeypatch.setattr(requeue, "POLL_S", 0)
+    silent = "[ $(wc -l < calls) -gt 3 ] || { echo 'Unable to contact slurm controller' >&2; exit 1; }"
+    command("scontrol", f"echo $1 >> calls; {silent}; [ $1 != show ] || cat state")
+    assert requeue.requeue_unless_final(job, errors.RESUMABLE) is None
+    assert (job.parent.parent / "calls").read_text().split() == ["show"] * 4 + ["requeue"]
+    monkeypatch.setattr(requeue, "PATIENCE_S", -1)
+    command("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    assert requeue.requeue_unless_final(job, errors.RESUMABLE) == errors.RESUMABLE
+    assert "not requeued (Slurm does not answer)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "silence", ["echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1", "exec sleep 5", None]
+)
+def test_silence_of_slurm_is_not_taken_for_gone(phantoms, tmp_path, command, monkeypatch, silence):
+    monkeypatch.setattr(slurm.job_state, "__defaults__", (0.1,))
+    command("sbatch", "echo Submitted batch job 41")
+    arguments = ("submit", DEMO, "--cluster", CLUSTERS / "local.yaml", *tiny(phantoms, tmp_path))
+    lesiongen(*arguments)
+    if silence:
+        command("scontrol", silence)
+    else:  # only sbatch is installed
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert "Slurm does not answer: shards (job 41)" in lesiongen(*arguments, code=2)
+    assert "job 41 (Slurm does not answer)" in lesiongen("status", tmp_path / "tiny")
+    command("scancel", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    assert "scancel failed: Unable to contact" in lesiongen("cancel", tmp_path / "tiny", code=2)
+    command("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert "no jobs to cancel" in lesiongen("cancel", tmp_path / "tiny")
+
+
+def test_status_and_cancel_go_by_the_directory(phantoms, tmp_path, command):
+    """A renamed run keeps its jobs. A copy has none, although it holds the records of the original's jobs."""
+    command("sbatch", "echo x >> calls; echo Submitted batch job 4$(wc -l < calls)")
+    command("scontrol", "echo JobState=RUNNING")
+    command("scancel", "echo $@ >> cancelled")
+    lesiongen("submit", DEMO, "--cluster", CLUSTERS / "local.yaml", *tiny(phantoms, tmp_path))
+    (tmp_path / "tiny").rename(tmp_path / "007")
+    shutil.copytree(tmp_path / "007", tmp_path / "copy" / "tiny", symlinks=True)
+    for run, has_jobs in (("007", True), ("copy/tiny", False)):
+        shown = lesiongen("status", tmp_path / run)
+        assert shown.startswith(f"{Path(run).name}   {tmp_path / run}\n")
+        assert ("job 41 RUNNING" in shown) == has_jobs
+    (tmp_path / "007" / "jobs" / "shards" / "41_0_log.out").write_text("the original")
+    assert "no logs" in lesiongen("logs", tmp_path / "copy" / "tiny", code=2)
+    assert "the original" in lesiongen("logs", tmp_path / "007")
+    assert "no jobs to cancel" in lesiongen("cancel", tmp_path / "copy" / "tiny")
+    assert not (tmp_path / "cancelled").exists()
+    lesiongen("cancel", tmp_path / "007")
+    assert set((tmp_path / "cancelled").read_text().split()) == {f"4{n}" for n in range(1, 8)}
+
+
+def test_a_signal_too_late_to_save_is_warned_of(phantoms, tmp_path):
+    config = experiment.load(DEMO, tiny(phantoms, tmp_path))
+    todo = list(stages(config).values())
+    assert [line.split()[1] for line in warn_of_short_signals(config, todo, 119)] == [
+        "tokenizer:",
+        "prior-top:",
+        "prior-bottom:",
+    ]
+    assert warn_of_short_signals(config, todo, 120) == []
+    log = tmp_path / "tiny" / "prior-top" / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"step": 1, "samples": 16, "checkpoint_seconds": 90, "images_per_second": 0.5}\n')
+    assert [line.partition("Set")[2] for line in warn_of_short_signals(config, todo, 301)] == [
+        " at least 302 in the cluster file, or the job may be killed before it has saved."
+    ]
+    slow = experiment.load(DEMO, [*tiny(phantoms, tmp_path), "hardware.disk_gb_per_s=1e-6"])
+    assert len(warn_of_short_signals(slow, todo, 200)) == 3, "the plan is not used for stages that have not run"
 
 
 @pytest.mark.parametrize("code", [errors.FAILED, errors.HANG, 128 + signal.SIGKILL, 128 + signal.SIGSEGV])
 def test_failures_are_limited_unless_a_checkpoint_lies_between(job, code, monkeypatch, capsys):
-    for start in range(requeue.MAX_FAILURES - 1):
+    for start in range(requeue.LIMITS["failed"] - 1):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(start))
         assert requeue.requeue_unless_final(job, code) is None
-    manifest = job.parent.parent / "tokenizer" / "checkpoints" / "step-000005" / "MANIFEST.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text("{}")
-    for _ in range(requeue.MAX_FAILURES - 1):
+    save_checkpoint(job, 5)
+    for _ in range(requeue.LIMITS["failed"] - 1):
         assert requeue.requeue_unless_final(job, code) is None
     assert requeue.requeue_unless_final(job, code) == code
     assert "3 times without a new checkpoint" in capsys.readouterr().err
@@ -160,8 +323,9 @@ def test_failures_are_limited_unless_a_checkpoint_lies_between(job, code, monkey
 
 
 @pytest.mark.parametrize("code", requeue.FINAL_CODES)
-def test_what_would_end_the_same_is_not_started_again(job, code):
-    for own in (errors.FAILED, code, errors.RESUMABLE):
+def test_what_would_end_the_same_is_not_started_again(job, code, monkeypatch):
+    for rank, own in enumerate((errors.FAILED, code, errors.RESUMABLE)):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
         requeue.record_exit_code(job, own)
     assert requeue.requeue_unless_final(job, 137) == code
 
@@ -172,10 +336,13 @@ def test_a_job_that_slurm_is_ending_is_not_revived(job, capsys):
     assert "Slurm is ending it" in capsys.readouterr().err
 
 
-def test_a_refusal_is_told(job, capsys):
+def test_a_refusal_is_told(job, command, capsys):
     (job.parent.parent / "refusal").write_text("Requested operation is presently disabled")
+    slurm.record_job(job.parent.parent, "tokenizer", "7", [])
+    (job / "7_submission.sh").write_text("")
+    command("sbatch", "echo 'not from compute nodes' >&2; exit 1")
     assert requeue.requeue_unless_final(job, errors.RESUMABLE) == errors.RESUMABLE
-    assert "not requeued (Requested operation is presently disabled)" in capsys.readouterr().err
+    assert "not requeued (Requested operation is presently disabled; not from compute nodes)" in capsys.readouterr().err
 
 
 def test_signals_set_a_flag_in_the_loop_and_interrupt_elsewhere():

@@ -1,0 +1,138 @@
+"""What the run asks of Slurm by its commands, and the jobs that were submitted for a run.
+
+Works without Slurm's accounting, and where not every command is on PATH. Silence is no answer: a command that times out or
+cannot reach Slurm never counts as "there is no such job".
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpc.run import journal
+
+SUBMITTED = "submitted.jsonl"  # file in jobs/<stage>: one line per submitted job
+NO_ANSWER = "(Slurm does not answer)"
+GONE = "gone from the queue"
+NOT_FOUND = 127  # exit code of a command that is not installed, as in a shell
+UNREACHABLE = re.compile(r"unable to contact|timed out|connection refused|not responding", re.IGNORECASE)
+
+
+def inside_job() -> bool:
+    """Returns whether this process is a task of a Slurm job."""
+    return "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ
+
+
+@contextlib.contextmanager
+def without_allocation() -> Iterator[None]:
+    """Removes Slurm's variables from the environment inside the block, except SLURM_CONF.
+
+    A shell inside an allocation has them, and sbatch hands them to the new job, where they contradict its own request.
+    """
+    inherited = {k: v for k, v in os.environ.items() if k.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_"))}
+    removed = {k: v for k, v in inherited.items() if k != "SLURM_CONF"}
+    for name in removed:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ |= removed
+
+
+def find_command(name: str) -> str | None:
+    """Returns the path of a Slurm command: from PATH, otherwise beside the real file of srun or sbatch. None if not found."""
+    beside = (os.path.dirname(os.path.realpath(path)) for path in map(shutil.which, ("srun", "sbatch")) if path)
+    return shutil.which(name) or next((found for folder in beside if (found := shutil.which(name, path=folder))), None)
+
+
+def run(name: str, *arguments: str, timeout_s: float = 60, text: str | None = None) -> subprocess.CompletedProcess:
+    """Runs a Slurm command. Never raises: if the command is missing or hangs, stderr of the result says so.
+
+    Args:
+        name: The command, such as "scontrol".
+        *arguments: Its arguments.
+        timeout_s: Seconds after which the command is stopped.
+        text: Text for the command's input.
+    """
+    path = find_command(name)
+    if path is None:
+        return subprocess.CompletedProcess(name, NOT_FOUND, "", f"{name} is not installed here")
+    try:
+        with without_allocation():
+            return subprocess.run([path, *arguments], input=text, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(name, 124, "", f"{name} timed out after {timeout_s:.0f} s")
+    except OSError as error:
+        return subprocess.CompletedProcess(name, 126, "", f"{name}: {error.strerror}")
+
+
+def unreachable(answer: subprocess.CompletedProcess) -> bool:
+    """Returns whether a command got no answer from Slurm, as opposed to a refusal."""
+    return bool(answer.returncode and re.search(UNREACHABLE, answer.stderr))
+
+
+def job_state(job: str, timeout_s: float = 10) -> str:
+    """Asks Slurm for the state of a job, by scontrol, otherwise by squeue.
+
+    Args:
+        job: The job's id.
+        timeout_s: Seconds to wait for each of the commands.
+
+    Returns:
+        Slurm's word, such as "RUNNING" or "PENDING (Dependency)"; GONE if Slurm no longer knows the job; NO_ANSWER if Slurm
+        does not answer; "" if Slurm is not installed here.
+    """
+    if not any(map(find_command, ("scontrol", "squeue", "sbatch"))):
+        return ""
+    questions = (
+        ("scontrol", "show", "job", job, "-o"),
+        ("squeue", "-h", "-t", "all", "-j", job, "-o", "JobState=%T Reason=%r"),
+    )
+    for question in questions:
+        answer = run(*question, timeout_s=timeout_s)
+        state = re.search(r"JobState=(\S+)", answer.stdout)
+        reason = re.search(r"Reason=(\S+)", answer.stdout)
+        if state:
+            return state[1] + (f" ({reason[1]})" if state[1] == "PENDING" and reason else "")
+        if answer.returncode == 0 or "Invalid job id" in answer.stderr:
+            return GONE
+        if answer.returncode != NOT_FOUND:
+            break
+    return NO_ANSWER
+
+
+def record_job(run_dir: Path, stage: str, job: str, after: list[str], instead_of: str | None = None) -> None:
+    """Records a submitted job, with the run directory that it works on.
+
+    Args:
+        run_dir: The run directory.
+        stage: The stage's name.
+        job: The job's id.
+        after: Ids of the jobs that it waits for.
+        instead_of: Id of the job that it replaces, if any.
+    """
+    entry = {"job": job, "after": after, "time": time.time(), "directory": _identity(run_dir)}
+    journal.append(run_dir / "jobs" / stage / SUBMITTED, entry | ({"instead_of": instead_of} if instead_of else {}))
+
+
+def submitted_jobs(run_dir: Path, stage: str) -> list[dict]:
+    """Returns the records of the jobs that were submitted for a stage of this directory, oldest first.
+
+    A copy of a run directory also holds the records of the original's jobs. They are left out. A directory that was moved
+    keeps its inode, and a directory that was restored keeps its path; a copy has neither.
+
+    Args:
+        run_dir: The run directory.
+        stage: The stage's name.
+    """
+    records = journal.read(run_dir / "jobs" / stage / SUBMITTED, "job")
+    own = _identity(run_dir) if records else {}
+    return [record for record in records if own.items() & record.get("directory", own).items()]
+
+
+def _identity(run_dir: Path) -> dict:
+    return {"path": str(run_dir.resolve()), "inode": run_dir.stat().st_ino}
