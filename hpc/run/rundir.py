@@ -150,7 +150,8 @@ class StageDir:
 
     def _holds_nothing(self, record: dict) -> bool:
         """Returns whether a first try failed before it made anything, so that the record binds nothing."""
-        return record["digest"] is None and {p.name for p in self.path.iterdir()} <= WITHOUT_RESULT
+        files = {p.name for p in self.path.iterdir() if not p.match("stacks-*.txt")}
+        return record["digest"] is None and files <= WITHOUT_RESULT
 
     def done(self) -> bool:
         """Returns whether the stage has finished at least the requested amount of work."""

@@ -202,8 +202,10 @@ class Trainer:
         # Each rank has files of its own: appends of several machines to one file can overwrite one another.
         self.ledger = folder / f"ledger-{topology.rank}.jsonl" if ledger else None
         self.quarantine = folder / f"quarantine-{topology.rank}.jsonl"
-        for path in filter(None, (self.ledger, self.quarantine)):
-            journal.cut_back(path, lambda entry: entry["samples"] <= state.samples)
+        # Rank 0 cuts back the files of all ranks, also of those that this attempt does not have. No rank appends before a step.
+        if topology.leader:
+            for path in (*folder.glob("ledger-*.jsonl"), *folder.glob("quarantine-*.jsonl")):
+                journal.cut_back(path, lambda entry: entry["samples"] <= state.samples)
         self.saved, self.save_seconds = state.samples, 0.0
         self.speed = Speed()
         self.stragglers = Stragglers()

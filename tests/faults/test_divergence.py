@@ -101,6 +101,7 @@ def test_a_destroyed_model_is_not_done_and_the_advice_can_be_followed(phantoms, 
     assert max(rows) < 1
 
 
+@pytest.mark.long
 def test_weights_that_the_first_steps_destroy_give_no_export(phantoms, packed, tmp_path):
     more = {"tokenizer.train.optim.lr": 1e8, "tokenizer.train.health.max_skipped": 3, "tokenizer.train.engine.clip": 0}
     out = finish(start("train", "tokenizer", DEMO, *tiny(phantoms, tmp_path, **more), *overrides(packed, tmp_path, 1)), 77)

@@ -65,6 +65,7 @@ def test_a_phase_has_its_own_limit_and_a_waiting_rank_none(tmp_path):
     assert "hung in saving" in done.stderr
 
 
+@pytest.mark.long
 def test_one_rank_stands_still(phantoms, packed, tmp_path):
     """The other rank waits for it in the step's collective. The run ends with the code of a hang."""
     more = {"tokenizer.train.health.hang_minutes": 0.05, "tokenizer.train.samples": 10**6}

@@ -75,7 +75,7 @@ def undisturbed(phantoms, packed, tmp_path_factory):
     return runs / "tiny"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_killed_rank(phantoms, packed, undisturbed, tmp_path, victim):
     arguments = ["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path), *overrides(packed, tmp_path, 2)]
     folder = tmp_path / "tiny" / "tokenizer"

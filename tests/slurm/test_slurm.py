@@ -124,7 +124,8 @@ def test_two_nodes_stop_together_and_go_on_as_if_undisturbed(cluster, phantoms, 
     assert "no jobs to cancel" in lesiongen("cancel", run)
 
 
-@pytest.mark.parametrize("which", ["first", pytest.param("other", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("which", ["first", "other"])
 def test_a_lost_node_costs_no_more_than_the_steps_since_the_checkpoint(cluster, phantoms, packed, tmp_path, which):
     """first: the node of the batch script is lost, and Slurm requeues the job.
 
