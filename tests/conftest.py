@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import reliability
 from tests.ranks import Ranks
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -24,6 +25,19 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU and LESIONGEN_TEST_GPU=1"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the table of faults if the tests of faults were asked for by their folder."""
+    if not any("faults" in argument for argument in config.args):
+        return
+    outcomes: dict[str, set[str]] = {}
+    for word in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(word, ()):
+            outcomes.setdefault(report.nodeid.partition("::")[2].partition("[")[0], set()).add(word)
+    terminalreporter.section("faults (docs/reliability.md)")
+    for line in reliability.summary(outcomes):
+        terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ import pytest
 from hpc import errors
 from hpc.run import journal, metrics_log
 from hpc.run.rundir import read_stage_record
+from hpc.train import checkpoint
 from tests.conftest import DEMO, tiny
 from tests.faults.test_kills import descendants, finish, start, wait_for
 from tests.slurm.conftest import lesiongen, wait
@@ -57,8 +58,8 @@ def curve(stage: Path, prefixes: tuple[str, ...] = ("train/", "val/")) -> dict[t
 
 def _newest(stage: Path) -> Path | None:
     """Returns the newest checkpoint if there is an older one to fall back to."""
-    found = sorted(stage.glob("checkpoints/step-*/MANIFEST.json"))
-    return found[-1].parent if len(found) > 1 else None
+    found = checkpoint.committed(stage / "checkpoints")
+    return found[-1] if len(found) > 1 else None
 
 
 def truncate_a_file(stage: Path, rng: random.Random) -> None:
@@ -153,7 +154,6 @@ def test_ranks_and_zero_stages_change_at_each_attempt(phantoms, packed, undistur
     rng, stage, group, kills = random.Random(seed), tmp_path / "tiny" / "tokenizer", None, 0
     zero = 0
     while not (record := read_stage_record(stage)) or not record["done"]:
-        FAULTS[kills % len(FAULTS)](stage, rng)
         ranks, zero = rng.choice([1, 2, 3, 4]), rng.choice([0, 1, 2, 3])
         if kills >= KILLS["changing"]:
             ranks, zero = rng.choice([1, 2, 4]), group if group is not None else zero
@@ -173,9 +173,11 @@ def test_ranks_and_zero_stages_change_at_each_attempt(phantoms, packed, undistur
         rows = metrics_log.read_metrics(stage)
         wait_for(stage, (rows[-1]["samples"] if rows else 0) + 16 * rng.randrange(1, 6), process)
         victim = kill(process, rng)
-        kills += 1
-        print(f"seed {seed}: kill {kills} of {victim}, {ranks} ranks, ZeRO {zero}, then {FAULTS[kills % len(FAULTS)].__name__}")
         wait_until_free(tmp_path)
+        fault = FAULTS[kills % len(FAULTS)]
+        fault(stage, rng)
+        kills += 1
+        print(f"seed {seed}: kill {kills} of {victim}, {ranks} ranks, ZeRO {zero}, then {fault.__name__}")
     assert sample_keys(stage) == sample_keys(undisturbed / "tokenizer")
     losses = ("train/loss", "val/mse")
     assert curve(stage, losses) == pytest.approx(curve(undisturbed / "tokenizer", losses), rel=1e-3)
