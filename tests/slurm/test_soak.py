@@ -2,11 +2,15 @@
 
     pytest tests/slurm/test_soak.py -s            # three seeds, which are printed; SOAK_SEEDS="5 6" runs others
 
-Three parts for each seed. A tokenizer is trained by another number of ranks and another ZeRO stage at each attempt; transitions
-that are not supported must be refused. A whole run is killed at any moment, with the same ranks throughout. A tokenizer is
-trained on Slurm, where nodes are lost. A fault of FAULTS comes before each attempt of the first two parts.
+Three parts for each seed. A prior is trained by another number of ranks and another ZeRO stage at each attempt; transitions that
+are not supported must be refused. A whole run is killed at any moment, with the same ranks throughout. A prior is trained on
+Slurm, where nodes are lost. A fault of FAULTS follows each kill of the first two parts.
+
+With other ranks the sums of floats round differently. The losses of a prior stay within 1e-3. Those of a tokenizer do so only
+until a vector has another nearest code, for example for 54 steps.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -34,7 +38,9 @@ TRAININGS = ("tokenizer", "prior-top", "prior-bottom")
 
 
 def settings(phantoms: Path, runs: Path, **more) -> list[str]:
-    own = {"tokenizer.train.samples": 1600, "tokenizer.train.save_every": 80, "tokenizer.train.eval_every": 400}
+    own = {f"{name}.train.samples": 1600 for name in ("tokenizer", "priors.top")}
+    own |= {f"{name}.train.save_every": 80 for name in ("tokenizer", "priors.top")}
+    own |= {f"{name}.train.eval_every": 400 for name in ("tokenizer", "priors.top")}
     own |= {"data.ledger": True, "data.workers": 1}
     return [DEMO, *tiny(phantoms, runs, **own, **more)]
 
@@ -112,12 +118,14 @@ def kill(process: subprocess.Popen, rng: random.Random) -> str:
     children = [p for p in descendants(process.pid) if b"\0launch\0rank\0" in _command(p)]
     victim = rng.choice(["a rank", "the launcher", "all", "TERM"])
     if victim == "a rank" and children:
-        os.kill(rng.choice(children), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice(children), signal.SIGKILL)
     elif victim == "TERM":
         process.send_signal(signal.SIGTERM)
     elif victim == "all":
         for pid in [*children, process.pid]:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     else:
         process.kill()
     process.communicate(timeout=90)
@@ -142,23 +150,29 @@ def wait_until_free(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(phantoms, packed, tmp_path_factory) -> Path:
-    """Returns a run whose tokenizer one rank has trained."""
+    """Returns a run whose coarsest prior one rank has trained."""
     runs = tmp_path_factory.mktemp("undisturbed")
-    finish(start("train", "tokenizer", *settings(phantoms, runs, **{"inputs.shards": packed})))
+    for verb in (["train", "tokenizer"], ["encode"], ["train", "prior", "--level", "top"]):
+        finish(start(*verb, *settings(phantoms, runs, **{"inputs.shards": packed})))
     return runs / "tiny"
+
+
+def inputs(packed: Path, undisturbed: Path) -> dict[str, Path]:
+    """Returns the overrides with which a run trains a prior on the codes of the undisturbed run."""
+    return {"inputs.shards": packed, "inputs.tokenizer": undisturbed, "inputs.codes": undisturbed}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ranks_and_zero_stages_change_at_each_attempt(phantoms, packed, undisturbed, tmp_path, seed):
-    rng, stage, group, kills = random.Random(seed), tmp_path / "tiny" / "tokenizer", None, 0
+    rng, stage, group, kills = random.Random(seed), tmp_path / "tiny" / "prior-top", None, 0
     zero = 0
     while not (record := read_stage_record(stage)) or not record["done"]:
         ranks, zero = rng.choice([1, 2, 3, 4]), rng.choice([0, 1, 2, 3])
         if kills >= KILLS["changing"]:
             ranks, zero = rng.choice([1, 2, 4]), group if group is not None else zero
-        more = {"inputs.shards": packed, "local.ranks": ranks, "tokenizer.train.engine.zero": zero}
-        process = start("train", "tokenizer", *settings(phantoms, tmp_path, **more))
+        more = inputs(packed, undisturbed) | {"local.ranks": ranks, "priors.top.train.engine.zero": zero}
+        process = start("train", "prior", "--level", "top", *settings(phantoms, tmp_path, **more))
         if ranks == 3:  # the batch of 16 does not divide
             assert "does not divide" in finish(process, errors.USAGE)
             continue
@@ -178,9 +192,9 @@ def test_ranks_and_zero_stages_change_at_each_attempt(phantoms, packed, undistur
         fault(stage, rng)
         kills += 1
         print(f"seed {seed}: kill {kills} of {victim}, {ranks} ranks, ZeRO {zero}, then {fault.__name__}")
-    assert sample_keys(stage) == sample_keys(undisturbed / "tokenizer")
-    losses = ("train/loss", "val/mse")
-    assert curve(stage, losses) == pytest.approx(curve(undisturbed / "tokenizer", losses), rel=1e-3)
+    assert sample_keys(stage) == sample_keys(undisturbed / "prior-top")
+    losses = ("train/loss", "val/bits_per_token")
+    assert curve(stage, losses) == pytest.approx(curve(undisturbed / "prior-top", losses), rel=1e-3)
 
 
 @pytest.mark.long
@@ -194,7 +208,7 @@ def test_a_whole_run_is_killed_at_any_moment(phantoms, tmp_path, seed):
     run = tmp_path / "killed" / "tiny"
     for number in range(1, KILLS["whole run"] + 1):
         process = start("run", *settings(phantoms, tmp_path / "killed", **more))
-        seconds, deadline = rng.uniform(1, 22), time.monotonic()
+        seconds, deadline = rng.uniform(1, 18), time.monotonic()
         while time.monotonic() < deadline + seconds and process.poll() is None:
             time.sleep(0.05)
         victim = kill(process, rng)
@@ -216,12 +230,12 @@ def test_a_whole_run_is_killed_at_any_moment(phantoms, tmp_path, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nodes_are_lost(cluster, phantoms, packed, undisturbed, tmp_path, seed):
     rng = random.Random(seed + 2000)
-    more = {"inputs.shards": packed, "tokenizer.train.engine.zero": rng.choice([0, 1, 2, 3])}
-    nodes = cluster_file(tmp_path, stages={"tokenizer": {"nodes": 2, "tasks_per_node": rng.choice([1, 2])}})
+    more = inputs(packed, undisturbed) | {"priors.top.train.engine.zero": rng.choice([0, 1, 2, 3])}
+    nodes = cluster_file(tmp_path, stages={"prior-top": {"nodes": 2, "tasks_per_node": rng.choice([1, 2])}})
     jobs = submit("--cluster", nodes, *settings(phantoms, tmp_path, **more)[1:])
-    run, job = tmp_path / "tiny", jobs["tokenizer"]
-    cluster.run("scancel", *(other for name, other in jobs.items() if name != "tokenizer"))
-    stage = run / "tokenizer"
+    run, job = tmp_path / "tiny", jobs["prior-top"]
+    cluster.run("scancel", *(other for name, other in jobs.items() if name != "prior-top"))
+    stage = run / "prior-top"
     for number in range(1, KILLS["slurm"] + 1):
         before = len(metrics_log.read_metrics(stage))
         wait(lambda before=before: len(metrics_log.read_metrics(stage)) > before + 3, 120, "some steps")
@@ -237,9 +251,9 @@ def test_nodes_are_lost(cluster, phantoms, packed, undisturbed, tmp_path, seed):
             cluster.start_node(lost)
     wait_until_completed(cluster, [job], 150)
     lesiongen("cancel", run)
-    assert sample_keys(stage) == sample_keys(undisturbed / "tokenizer")
-    losses = ("train/loss", "val/mse")
-    assert curve(stage, losses) == pytest.approx(curve(undisturbed / "tokenizer", losses), rel=1e-3)
+    assert sample_keys(stage) == sample_keys(undisturbed / "prior-top")
+    losses = ("train/loss", "val/bits_per_token")
+    assert curve(stage, losses) == pytest.approx(curve(undisturbed / "prior-top", losses), rel=1e-3)
 
 
 def _expand(names: str) -> list[str]:
