@@ -20,7 +20,7 @@ from hpc import dist
 from hpc.run import metrics_log
 from hpc.train import stragglers
 
-STEPS = 10  # in a log interval
+STEPS = 3  # in a log interval
 MILLIONS, SIDE = 0.5, 8  # parameters and grid of the prior
 SLOW_INTERVALS = 20
 
