@@ -6,8 +6,8 @@ Three parts for each seed. A prior is trained by another number of ranks and ano
 that are not supported must be refused. A whole run is killed at any moment, with the same ranks throughout. A prior is trained
 on Slurm, where nodes are lost. A fault of FAULTS follows each kill of the first two parts.
 
-With other ranks the sums of floats round differently. The losses of a prior without dropout stay within 1e-3: the masks of
-dropout are drawn by each rank. Those of a tokenizer do so only until a vector has another nearest code, for example for 54 steps.
+With other ranks the sums of floats round differently. The losses of a prior without dropout stay within 1e-3; each rank draws
+its own masks of dropout. The losses of a tokenizer do so only until a vector has another nearest code, perhaps for 54 steps.
 """
 
 import contextlib
