@@ -163,6 +163,7 @@ def inputs(packed: Path, undisturbed: Path) -> dict[str, Path]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ranks_and_zero_stages_change_at_each_attempt(phantoms, packed, undisturbed, tmp_path, seed):
     rng, stage, group, kills = random.Random(seed), tmp_path / "tiny" / "prior-top", None, 0
@@ -198,6 +199,7 @@ def test_ranks_and_zero_stages_change_at_each_attempt(phantoms, packed, undistur
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_whole_run_is_killed_at_any_moment(phantoms, tmp_path, seed):
     rng = random.Random(seed + 1000)
@@ -227,6 +229,7 @@ def test_a_whole_run_is_killed_at_any_moment(phantoms, tmp_path, seed):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nodes_are_lost(cluster, phantoms, packed, undisturbed, tmp_path, seed):
     rng = random.Random(seed + 2000)
