@@ -35,7 +35,6 @@ from hpc.train.engine import Engine, EngineConfig, build
 from hpc.train.loop import TrainConfig, Trainer
 from hpc.train.memory import ModelSize, device_bytes, host_bytes, peak_activations
 from hpc.train.optim import OptimConfig, build_optimizer
-from hpc.train.state import State
 from lesiongen.experiment import DataConfig, Experiment, PriorConfig
 from lesiongen.priors import make
 from lesiongen.priors.gpt import GPTConfig
@@ -93,8 +92,7 @@ def trainer_of(folder: Path, millions: float, zero: int, topology: dist.Topology
     config, prior = configure(folder, millions, zero, topology.world_size)
     stage = folder / f"zero-{zero}"
     task = RandomCodes(config, prior, "top", stage, topology)
-    torch.manual_seed(0)
-    return Trainer(task, prior.train, stage, topology, 0, "scale", State.resume(start, prior.train.samples), start, False)
+    return Trainer(task, prior.train, stage, topology, 0, "scale", start, False)
 
 
 def load_libraries(zero: int, ranks: int) -> None:
@@ -119,10 +117,9 @@ def measure(folder: Path, millions: float, zero: int, resume: bool) -> dict:
     else:
         with resident.phase("build"):
             trainer = trainer_of(folder, millions, zero, topology, None)
-    batches = trainer.task.stream(trainer.state.samples, trainer.engine.micro_batch)
     with trainer, resident.phase("resume" if resume else "step"):
         for _ in range(1 if resume else 2):
-            trainer.step([next(batches)], stop=False)
+            trainer.step([next(trainer.batches)], stop=False)
     if not resume:
         with resident.phase("save"):
             trainer.save()
@@ -140,13 +137,12 @@ def tokens_per_second(folder: Path, millions: float, zero: int, steps: int = 6) 
     topology = dist.detect()
     dist.init(topology)
     trainer = trainer_of(folder, millions, zero, topology, None)
-    batches = trainer.task.stream(0, trainer.engine.micro_batch)
     with trainer:
-        trainer.step([next(batches)], stop=False)
+        trainer.step([next(trainer.batches)], stop=False)
         dist.barrier()
         began = time.perf_counter()
         for _ in range(steps):
-            trainer.step([next(batches)], stop=False)
+            trainer.step([next(trainer.batches)], stop=False)
         dist.barrier()
         seconds = time.perf_counter() - began
     dist.leave()

@@ -28,12 +28,11 @@ SLOW_INTERVALS = 20
 def train(rank: int, ranks: int, port: int, folder: Path, intervals: int, slow: bool) -> None:
     """Trains on one rank and logs after each interval. If `slow`, the last rank's forward pass takes three times as long."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     topology = dist.detect()
     dist.init(topology)
     stragglers.IN_A_ROW = 1  # main() counts the slow intervals in a row
     trainer = trainer_of(folder, MILLIONS, 0, topology, None)
-    batches = trainer.task.stream(0, trainer.engine.micro_batch)
     if slow and rank == ranks - 1:
         forward = trainer.module.forward
 
@@ -48,7 +47,7 @@ def train(rank: int, ranks: int, port: int, folder: Path, intervals: int, slow: 
         for _ in range(intervals):
             for _ in range(STEPS):
                 with trainer.speed.waiting():
-                    batch = next(batches)
+                    batch = next(trainer.batches)
                 trainer.step([batch], stop=False)
             trainer.log()
     dist.leave()
@@ -63,6 +62,7 @@ def named(ranks: int, intervals: int, slow: bool) -> list[int | None]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        os.environ["OMP_NUM_THREADS"] = "1"  # before the ranks load torch
         context = multiprocessing.get_context("spawn")
         arguments = (ranks, port, folder, intervals, slow)
         processes = [context.Process(target=train, args=(rank, *arguments)) for rank in range(ranks)]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpc.run import journal
+from hpc.run.rundir import is_copy, location
 
 SUBMITTED = "submitted.jsonl"  # file in jobs/<stage>: one line per submitted job
 NO_ANSWER = "(Slurm does not answer)"
@@ -115,24 +116,18 @@ def record_job(run_dir: Path, stage: str, job: str, after: list[str], instead_of
         after: Ids of the jobs that it waits for.
         instead_of: Id of the job that it replaces, if any.
     """
-    entry = {"job": job, "after": after, "time": time.time(), "directory": _identity(run_dir)}
+    entry = {"job": job, "after": after, "time": time.time(), "directory": location(run_dir)}
     journal.append(run_dir / "jobs" / stage / SUBMITTED, entry | ({"instead_of": instead_of} if instead_of else {}))
 
 
 def submitted_jobs(run_dir: Path, stage: str) -> list[dict]:
     """Returns the records of the jobs that were submitted for a stage of this directory, oldest first.
 
-    A copy of a run directory also holds the records of the original's jobs. They are left out. A directory that was moved
-    keeps its inode, and a directory that was restored keeps its path; a copy has neither.
+    A copy of a run directory also holds the records of the original's jobs. They are left out.
 
     Args:
         run_dir: The run directory.
         stage: The stage's name.
     """
     records = journal.read(run_dir / "jobs" / stage / SUBMITTED, "job")
-    own = _identity(run_dir) if records else {}
-    return [record for record in records if own.items() & record.get("directory", own).items()]
-
-
-def _identity(run_dir: Path) -> dict:
-    return {"path": str(run_dir.resolve()), "inode": run_dir.stat().st_ino}
+    return [record for record in records if "directory" not in record or not is_copy(run_dir, record["directory"])]

@@ -36,7 +36,7 @@ import yaml
 from hpc.errors import UserError
 from hpc.run import journal
 from hpc.run.metrics_log import METRICS_FILE, numbers
-from hpc.run.rundir import atomic_write, lock
+from hpc.run.rundir import atomic_write, is_copy, location, lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -170,7 +170,7 @@ class _Sync:
     The state is stored in mlflow.json:
 
         {"uid": identifies the run directory in MLflow,
-         "directory": name and inode of the directory that the uid was made for; a copy of the directory gets its own uid,
+         "directory": location of the directory that the uid was made for; a copy of the directory gets its own uid,
          "stores": {uri: {"experiment": id,
                           "seen": file stamps of each stage at the last complete sync,
                           "parent": entry,
@@ -185,11 +185,9 @@ class _Sync:
     def __init__(self, run_dir: Path, uri: str, stage_dirs: list[Path], forget: bool = False):
         self.run_dir, self.uri, self.stage_dirs, self.result = run_dir, uri, stage_dirs, SyncResult()
         self.state = _read_json(run_dir / "mlflow.json")
-        directory = {"name": run_dir.name, "inode": run_dir.stat().st_ino}
-        # A directory that was moved keeps its inode, one that was restored keeps its name; a copy has neither.
-        if not self.state or not directory.items() & self.state.get("directory", directory).items():
+        if not self.state or ("directory" in self.state and is_copy(run_dir, self.state["directory"])):
             self.state = {"uid": uuid.uuid4().hex, "stores": {}}
-        self.state["directory"] = directory
+        self.state["directory"] = location(run_dir)
         if forget:
             self.state["stores"].pop(_without_password(uri), None)
         self.store = self.state["stores"].setdefault(_without_password(uri), {"seen": {}, "parent": {}, "stages": {}})

@@ -215,6 +215,19 @@ class StageDir:
         atomic_write(self.path / "stage.json", json.dumps(record, indent=1).encode() + b"\n")
 
 
+def location(path: Path) -> dict:
+    """Returns what tells a directory from its copies, for a record inside it: its path and its inode."""
+    return {"path": str(path.resolve()), "inode": path.stat().st_ino}
+
+
+def is_copy(path: Path, recorded: dict) -> bool:
+    """Returns whether a directory is a copy of the one whose location() a record in it holds.
+
+    A directory that was moved keeps its inode, and one that was restored keeps its path; a copy has neither.
+    """
+    return not location(path).items() & recorded.items()
+
+
 def same_path(one: str | None, other: str | None) -> bool:
     """Returns whether two spellings name one file or folder: relative or absolute, with links, with a slash at the end."""
     return bool(one and other) and os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))

@@ -102,7 +102,7 @@ def _training(folder: Path) -> float | None:
 
 def _delete_old(folder: Path, keep: int, best: int | None) -> None:
     for path in committed(folder)[:-keep]:
-        if _step(path) != best:
+        if step_of(path) != best:
             delete(path)
 
 
@@ -115,10 +115,11 @@ def delete(path: Path) -> None:
 def committed(folder: Path) -> list[Path]:
     """Returns the committed checkpoints in a folder, oldest first."""
     paths = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).exists()]
-    return sorted(paths, key=_step)
+    return sorted(paths, key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Returns the optimizer step after which a checkpoint was saved."""
     return int(path.name.removeprefix("step-"))
 
 

@@ -85,49 +85,34 @@ def train(
         Diverged: The loss still spikes after the allowed rollbacks, or no weights could be exported.
         UserError: Too many samples cannot be read.
     """
-    rollbacks = Rollbacks(folder, config.optim, config.engine)
     while True:
+        rollbacks = Rollbacks(folder, config.optim, config.engine)
+        start = checkpoint.newest_sound(folder / "checkpoints")
+        if start is None:
+            dist.run_on_leader(_refuse_second_start, folder)
         try:
-            _train(task, config, folder, topology, seed, what, ledger, rollbacks.passes_over)
+            _train(Trainer(task, config, folder, topology, seed, what, start, ledger), rollbacks.passes_over)
             return
         except Spike as spike:
             done = rollbacks.roll_back(spike, config.batch, config.health.max_rollbacks)
             if topology.leader:
                 print(f"{what}: {done}", file=sys.stderr, flush=True)
         gc.collect()  # frees the model and its engine before they are built again
-        rollbacks = Rollbacks(folder, config.optim, config.engine)
 
 
-def _train(
-    task: Task,
-    config: TrainConfig,
-    folder: Path,
-    topology: dist.Topology,
-    seed: int,
-    what: str,
-    ledger: bool,
-    passes_over: Callable[[int], bool],
-) -> None:
-    """Trains like `train`, until a spike.
+def _train(trainer: "Trainer", passes_over: Callable[[int], bool]) -> None:
+    """Trains to the end, or until a spike.
 
     Args:
+        trainer: What the training needs. Nothing else may hold it, so that a rollback can free its memory.
         passes_over: Whether the step that begins at a position is left out.
-
-    The other arguments are those of `train`.
 
     Raises:
         Spike: The last steps were spikes, or the weights are destroyed.
-    """
-    torch.manual_seed(seed)
-    start = checkpoint.newest_sound(folder / "checkpoints")
-    if start is None:
-        dist.run_on_leader(_refuse_second_start, folder)
-    state = State.resume(start, config.samples)
-    # Start the data workers first: they load while the engine is built.
-    stream = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world_size))
-    batches = on_device(stream, topology.device)
-    trainer = Trainer(task, config, folder, topology, seed, what, state, start, ledger)
 
+    Further errors are those of `train`.
+    """
+    config, state, what = trainer.config, trainer.state, trainer.what
     with Preemption() as preemption, trainer, watchdog.phase("a step", config.health.hang_minutes * 60):
         while True:
             # Run any evaluation or save that is due before training on. This also covers a run that was killed just before one.
@@ -142,7 +127,7 @@ def _train(
 
             # Take one optimizer step. It tells all ranks whether the step is accepted and whether any rank was asked to stop.
             with trainer.speed.waiting():
-                micro_batches = list(itertools.islice(batches, config.engine.accumulation))
+                micro_batches = list(itertools.islice(trainer.batches, config.engine.accumulation))
             if passes_over(state.samples):
                 trainer.pass_over()
                 continue
@@ -171,7 +156,7 @@ def _refuse_second_start(folder: Path) -> None:
 
 
 class Trainer:
-    """Owns what one training needs: model, engine, metrics log, watchdog, progress bar. `train` calls its methods."""
+    """Owns what one training needs: data, model, engine, logs, progress bar. `train` calls its methods."""
 
     def __init__(
         self,
@@ -181,20 +166,23 @@ class Trainer:
         topology: dist.Topology,
         seed: int,
         what: str,
-        state: State,
         start: Path | None,
         ledger: bool,
     ):
         """Builds the model and its engine. If there is a checkpoint, loads it and cuts the logs back to it.
 
         Args:
-            state: State of the loop at the checkpoint, or a new state.
             start: The checkpoint; None for a training from scratch.
 
         The other arguments are those of `train`.
         """
         self.task, self.config, self.folder, self.topology = task, config, folder, topology
-        self.seed, self.what, self.state = seed, what, state
+        self.seed, self.what = seed, what
+        torch.manual_seed(seed)
+        self.state = state = State.resume(start, config.samples)
+        # Start the data workers first: they load while the engine is built.
+        stream = task.stream(state.samples, config.engine.micro_batch(config.batch, topology.world_size))
+        self.batches = on_device(stream, topology.device)
         self.engine = self._build(start)
         self.module = self.engine.module
         self.log_file = metrics_log.MetricsLog(folder, enabled=topology.leader)

@@ -67,11 +67,11 @@ class Rollbacks:
             What was done, for the user.
 
         Raises:
-            Diverged: Training was rolled back `limit` times already, or no checkpoint is left from before the spike. Training
-                can go on from the newest remaining checkpoint with other settings.
+            Diverged: Training was rolled back `limit` times already. With other settings it can go on from the newest
+                checkpoint that is left.
         """
         first = max(0, spike.first - LEAD_STEPS * batch)
-        samples = dist.run_on_leader(_delete_since, self.folder / "checkpoints", first, spike.first)
+        samples = dist.run_on_leader(_delete_since, self.folder / "checkpoints", first, spike.first, batch)
         where = f"from the checkpoint at {samples:,} samples" if samples else "from the start"
         if len(self.windows) >= limit:
             raise Diverged(
@@ -83,12 +83,12 @@ class Rollbacks:
         return f"{spike}. Training goes on {where} and passes over samples {first:,} to {spike.last:,}."
 
 
-def _delete_since(folder: Path, first: int, spike: int) -> int:
+def _delete_since(folder: Path, first: int, spike: int, batch: int) -> int:
     """Deletes the checkpoints of more than `first` samples; if none would be left, those of more than `spike` samples.
 
     Returns the samples of the newest checkpoint that is left, 0 if none is.
     """
-    samples = {path: checkpoint.read_manifest(path)["state"]["samples"] for path in checkpoint.committed(folder)}
+    samples = {path: checkpoint.step_of(path) * batch for path in checkpoint.committed(folder)}
     sound = [seen for seen in samples.values() if seen <= first] or [s for s in samples.values() if s <= spike][:1] or [0]
     for path, seen in samples.items():
         if seen > sound[-1]:

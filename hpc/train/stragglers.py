@@ -103,7 +103,8 @@ class Stragglers:
             own: Each rank's own time in the interval, in seconds.
             interval: Time of training in the interval, in seconds.
         """
-        median, slowest = statistics.median(own), max(range(len(own)), key=own.__getitem__)
+        # The lower median: of two ranks it is the time of the faster one.
+        median, slowest = statistics.median_low(own), max(range(len(own)), key=own.__getitem__)
         slow = len(own) > 1 and own[slowest] > RATIO * median and own[slowest] - median > SHARE * interval
         self.intervals = (self.intervals + 1 if slowest == self.rank else 1) if slow else 0
         self.rank = slowest

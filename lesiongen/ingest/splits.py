@@ -252,7 +252,7 @@ def share_lines(images: dict[str, int], largest: tuple[str, int], val: float, te
     got = ", ".join(f"{name} {wanted[name]:.1%} / {images.get(name, 0) / total:.1%}" for name in SPLITS)
     lines = [f"share of the images, wanted / got: {got}; groups are never divided, so the shares are not exact"]
     group, size = largest
-    smallest = min(wanted, key=wanted.__getitem__)
+    smallest = min((name for name in SPLITS if wanted[name]), key=wanted.__getitem__)
     if size > wanted[smallest] * total / 2:
         lines.append(
             f"warning: the largest group '{group}' holds {size:,} of {total:,} images, more than half of the wanted share of "

@@ -12,8 +12,11 @@ from hpc import errors
 from hpc.errors import Diverged
 from hpc.run import journal, metrics_log
 from hpc.run.rundir import read_stage_record
+from hpc.train.engine import EngineConfig
 from hpc.train.health import HealthConfig, loss_limit
 from hpc.train.loop import train
+from hpc.train.optim import OptimConfig
+from hpc.train.rollback import Rollbacks, Spike
 from lesiongen import experiment
 from lesiongen.data.packed import Packed
 from lesiongen.stages.tokenizer import TokenizerTask
@@ -65,6 +68,16 @@ def test_a_spike_rolls_back_once_on_all_ranks_and_passes_over_the_data(pools, pa
     assert max(losses) < 3 * losses[0]
     assert [row["skipped_steps"] for row in rows if "skipped_steps" in row][-1] == 0
     assert [row["val/mse"] for row in rows if "val/mse" in row][-1] < losses[0] * 4
+
+
+def test_a_rollback_passes_over_a_damaged_checkpoint(tmp_path):
+    """The newest checkpoint before the spike has lost its manifest's content. The one after the spike is deleted."""
+    for step in (10, 20, 30):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step-{step:06d}" / "MANIFEST.json").write_text("{}" if step == 10 else "\0")
+    rollbacks = Rollbacks(tmp_path, OptimConfig(), EngineConfig())
+    assert "from the checkpoint at 320 samples" in rollbacks.roll_back(Spike("a spike", 25 * 16, 28 * 16), 16, 2)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000010", "step-000020"]
 
 
 def test_no_rollback_left_ends_as_diverged_with_the_way_on(pools, packed, tmp_path):

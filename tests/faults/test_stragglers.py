@@ -45,4 +45,6 @@ def test_one_slow_interval_is_no_straggler():
         assert stragglers.find(list(own), 10.0) is None
     assert stragglers.find([1, 1, 5, 1], 10.0) == (2, 5.0)
     assert all(stragglers.find([0.001, 0.001, 0.01, 0.001], 10.0) is None for _ in range(5)), "the difference costs nothing"
+    of_two = Stragglers()
+    assert [of_two.find([1.0, 2.0], 5.0) for _ in range(IN_A_ROW)] == [None] * (IN_A_ROW - 1) + [(1, 2.0)]
     assert all(Stragglers().find([5.0], 10.0) is None for _ in range(5))

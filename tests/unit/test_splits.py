@@ -188,5 +188,6 @@ def test_shares_are_stated_and_a_large_group_is_warned_of():
     images = {"train": 70, "val": 10, "test": 20}
     (line,) = share_lines(images, ("L", 5), 0.1, 0.1)
     assert line.startswith("share of the images, wanted / got: train 80.0% / 70.0%, val 10.0% / 10.0%, test 10.0% / 20.0%")
+    assert len(share_lines(images, ("L", 5), 0.2, 0.0)) == 1, "a split that nobody wants makes no group too large"
     _, warning = share_lines(images, ("L", 6), 0.1, 0.1)
     assert "the largest group 'L' holds 6 of 100 images, more than half of the wanted share of val (10)" in warning
