@@ -1,7 +1,7 @@
 """Ends a process that makes no progress.
 
-A stage runs inside `watch`. Whatever makes progress calls `beat`: the training loop after each step, and every progress bar.
-If no beat comes within the limit, the stacks of all threads go to stderr and to stacks-<rank>.txt in the stage's directory, and
+A stage runs inside `watch`. Whatever makes progress calls `beat`: every progress bar, which training updates after each step,
+and the loops over held-out batches and sampled tokens. If no beat comes within the limit, the stacks of all threads go to stderr and to stacks-<rank>.txt in the stage's directory, and
 the process ends with exit code 76 (HANG). A native call that holds the interpreter's lock stops this module's thread too; a
 timer of faulthandler, which needs no lock, then does the same, except that the exit code is 1. `was_hung` tells the launcher.
 """
@@ -73,7 +73,7 @@ def phase(name: str, limit_s: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """Watches nothing inside the block, in which another process, which is watched itself, does the work."""
+    """Stops watching inside the block, while another process, which is watched itself, does the work."""
     with phase("waiting", math.inf):
         yield
 

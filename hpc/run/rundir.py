@@ -111,8 +111,8 @@ class StageDir:
             name the setting that differs.
         inputs: Digest of each artefact (result of a stage) that this stage reads, by name; None for an unfinished artefact.
         target: Amount of work after which the stage is done, such as a number of samples. A larger target continues the result.
-        as_requested: as_requested(path, recorded, requested) returns the recorded identity with the requested words for what
-            is the same, such as two spellings of one path. None compares the identities as they are.
+        as_requested: as_requested(path, recorded, requested) returns the recorded identity, in which the requested values
+            replace recorded values of the same meaning, such as another spelling of a path. None replaces nothing.
         adjustable: Dotted keys of the identity that may change when the work has diverged.
     """
 

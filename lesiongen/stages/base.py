@@ -36,7 +36,7 @@ class Stage:
         target: Amount of work after which the stage is done, such as samples. A larger target continues a finished stage.
         trains: Whether the stage trains a model. Its progress is then counted in samples.
         parallel: Whether several ranks make the stage faster.
-        as_requested: Recognises equal settings in other words, see StageDir.
+        as_requested: Recognises settings that differ only in their spelling, see StageDir.
         adjustable: Dotted keys of the identity that may change when the stage has diverged.
         appends: Whether the stage adds to a finished directory. The directory's record stays valid until the new digest is
             written.
