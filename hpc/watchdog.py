@@ -1,9 +1,10 @@
 """Ends a process that makes no progress.
 
 A stage runs inside `watch`. Whatever makes progress calls `beat`: every progress bar, which training updates after each step,
-and the loops over held-out batches and sampled tokens. If no beat comes within the limit, the stacks of all threads go to stderr and to stacks-<rank>.txt in the stage's directory, and
-the process ends with exit code 76 (HANG). A native call that holds the interpreter's lock stops this module's thread too; a
-timer of faulthandler, which needs no lock, then does the same, except that the exit code is 1. `was_hung` tells the launcher.
+and the loops over held-out batches and sampled tokens. If no beat comes within the limit, the stacks of all threads go to
+stderr and to stacks-<rank>.txt in the stage's directory, and the process ends with exit code 76 (HANG). A native call that
+holds the interpreter's lock stops this module's thread too; a timer of faulthandler, which needs no lock, then does the same,
+except that the exit code is 1. `was_hung` tells the launcher.
 """
 
 import contextlib
