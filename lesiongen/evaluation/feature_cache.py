@@ -1,0 +1,144 @@
+"""Features of images on disk: computed once for each file of images, by all ranks, and reused by every later evaluation.
+
+A cache file holds the features of one shard of images, or of one file of the code store. Its name contains the digest of the
+backbone and the checksum of the source, so a file never has to be compared with settings: other images or other weights have
+another name. Files are written atomically. A file that cannot be read or whose checksum differs is computed again. Deleting the
+folder loses nothing but time.
+
+Data come from shards and code stores. They go to the rulers, the classifier, the utility test and the search for copies, which
+read them file by file, so memory does not grow with the number of images.
+
+Shapes: S images of a file, N images, D features.
+"""
+
+import contextlib
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from hpc import dist
+from hpc.dist import Topology
+from hpc.run.progress import progress_bar
+from hpc.run.rundir import atomic_write
+from lesiongen.evaluation.backbone import Backbone
+
+FOLDER = "features"
+
+
+class Source(NamedTuple):
+    """A file of images whose features are to be computed.
+
+    Attributes:
+        name: Name of the source, such as "train-000003".
+        checksum: Changes whenever the images change.
+        count: Number of images, S.
+        batches: Reads the images, as uint8 batches [B, C, H, W].
+    """
+
+    name: str
+    checksum: str
+    count: int
+    batches: Callable[[], Iterator[torch.Tensor]]
+
+
+class Features:
+    """The features of several files, in order. Reads them file by file.
+
+    Attributes:
+        paths: The cache files.
+        counts: Number of images of each file.
+        starts: Index of the first image of each file; one more entry at the end, the number of all images.
+    """
+
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int]):
+        self.paths, self.counts = list(paths), list(counts)
+        self.starts = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def part(self, index: int) -> np.ndarray:
+        """Returns the features of one file, fp32 [S, D]."""
+        with safe_open(self.paths[index], framework="numpy") as file:
+            return file.get_tensor("features").astype(np.float32)
+
+    def gather(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Returns the features of the images with these indices, fp32 [N, D], in this order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        files = np.searchsorted(self.starts, indices, side="right") - 1
+        out: np.ndarray | None = None
+        for file in np.unique(files).tolist():
+            rows = np.flatnonzero(files == file)
+            features = self.part(file)
+            if out is None:
+                out = np.empty((len(indices), features.shape[1]), np.float32)
+            out[rows] = features[indices[rows] - self.starts[file]]
+        return np.empty((0, 0), np.float32) if out is None else out
+
+
+def cache_folder(beside: str | Path, otherwise: Path) -> Path:
+    """Returns the folder of the cache: inside a local directory of images that can be written, else in the run.
+
+    Args:
+        beside: Directory or URL of the shards or codes.
+        otherwise: The run's directory.
+    """
+    local = Path(beside) if "://" not in str(beside) else None
+    writable = local is not None and local.is_dir() and os.access(local, os.W_OK)
+    return (local if writable else otherwise) / FOLDER
+
+
+def cached_features(
+    folders: Sequence[Path], sources: Sequence[Source], backbone: Backbone, topology: Topology, what: str
+) -> Features:
+    """Returns the features of some sources, and computes those that no folder holds yet. Collective.
+
+    Args:
+        folders: For each source, the folder of its cache file.
+        sources: The sources, the same on every rank.
+        backbone: Computes the features.
+        topology: This process among the ranks. Each rank computes a share of the sources.
+        what: Text of the progress bar.
+    """
+    paths = [
+        folder / f"{source.name}-{backbone.digest}-{source.checksum}.safetensors"
+        for folder, source in zip(folders, sources, strict=True)
+    ]
+    missing = dist.run_on_leader(_missing, paths)
+    mine = missing[topology.rank :: topology.world_size]
+    if missing:
+        with progress_bar(sum(sources[i].count for i in mine), what, shown=topology.leader) as progress:
+            for i in mine:
+                parts = []
+                for batch in sources[i].batches():
+                    parts.append(backbone(batch).to(torch.float16).numpy())
+                    progress.update(len(batch))
+                _write(paths[i], np.concatenate(parts))
+    dist.barrier()
+    return Features(paths, [source.count for source in sources])
+
+
+def _missing(paths: Sequence[Path]) -> list[int]:
+    """Returns the indices of the cache files that are missing or damaged."""
+    return [i for i, path in enumerate(paths) if not _intact(path)]
+
+
+def _write(path: Path, features_SD: np.ndarray) -> None:
+    """Writes a cache file."""
+    features_SD = np.ascontiguousarray(features_SD)
+    atomic_write(path, save({"features": features_SD}, {"crc32": str(zlib.crc32(features_SD))}))
+
+
+def _intact(path: Path) -> bool:
+    """Returns whether a cache file exists and holds what was written."""
+    with contextlib.suppress(OSError, SafetensorError, KeyError):
+        with safe_open(path, framework="numpy") as file:
+            return zlib.crc32(file.get_tensor("features")) == int(file.metadata()["crc32"])
+    return False

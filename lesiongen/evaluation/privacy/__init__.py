@@ -1,0 +1,1 @@
+"""Whether samples and priors reveal training images: copies, membership inference, and extraction."""
