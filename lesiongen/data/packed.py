@@ -133,8 +133,14 @@ class Packed:
 
     def catalog(self) -> Iterator[dict[str, str]]:
         """Yields the catalog row of every image of every set; the keys are CATALOG."""
-        for store, m in zip(self.stores, self.manifests, strict=True):
-            yield from rows(store.open(entry) for entry in m["catalogs"])
+        for _, row in self.numbered_catalog():
+            yield row
+
+    def numbered_catalog(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Yields the index of its set and the catalog row of every image of every set; the keys of a row are CATALOG."""
+        for number, (store, m) in enumerate(zip(self.stores, self.manifests, strict=True)):
+            for row in rows(store.open(entry) for entry in m["catalogs"]):
+                yield number, row
 
     def refuse_leaks(self) -> None:
         """Checks that no image and no group is in different splits of different sets.
