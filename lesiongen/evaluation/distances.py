@@ -156,8 +156,7 @@ def neighbour_scores(x_ND: torch.Tensor, y_MD: torch.Tensor) -> dict[str, torch.
         "precision" and "density" of each generated image [N], "recall" and "coverage" of each real image [M].
     """
     k = min(NEIGHBOURS, len(x_ND) - 1, len(y_MD) - 1)
-    # The nearest neighbour of an image in its own set is the image itself.
-    radius_x, radius_y = (torch.cdist(v, v).kthvalue(k + 1).values for v in (x_ND, y_MD))
+    radius_x, radius_y = (_radii(v, k) for v in (x_ND, y_MD))
     distance_NM = torch.cdist(x_ND, y_MD)
     in_real_ball_NM = distance_NM <= radius_y
     return {
@@ -166,6 +165,16 @@ def neighbour_scores(x_ND: torch.Tensor, y_MD: torch.Tensor) -> dict[str, torch.
         "density": in_real_ball_NM.double().sum(1) / k,
         "coverage": in_real_ball_NM.any(0).double(),
     }
+
+
+def _radii(x_ND: torch.Tensor, k: int) -> torch.Tensor:
+    """Returns the distance of each image to its k-th neighbour among the different images of its set, [N].
+
+    Images of rare classes occur several times in a set that is drawn to a mix of classes. Such repetitions are no neighbours.
+    """
+    different, member_N = torch.unique(x_ND, dim=0, return_inverse=True)
+    # The nearest neighbour of an image in its own set is the image itself.
+    return torch.cdist(different, different).kthvalue(min(k + 1, len(different))).values[member_N]
 
 
 def _neighbour_figures(
