@@ -145,8 +145,8 @@ def trained_classifier(
         shards: Digest of the shards that the images are from.
         device: The device that computes.
 
-    Raises:
-        ValueError: No image has a label.
+    Returns:
+        The classifier. If no image has a label, it keeps its first weights.
     """
     key = digest({"recipe": vars(recipe), "seed": seed, "shards": shards, "classes": classes})
     with torch.random.fork_rng():
@@ -156,7 +156,8 @@ def trained_classifier(
     with contextlib.suppress(OSError, SafetensorError, RuntimeError):  # RuntimeError: the weights do not fit
         classifier.module().load_state_dict(load(path.read_bytes()))
         return classifier
-    fit(classifier, train, torch.arange(len(train)), seed)
+    if (train.labels >= 0).any():
+        fit(classifier, train, torch.arange(len(train)), seed)
     atomic_write(path, save({k: v.cpu().contiguous() for k, v in classifier.module().state_dict().items()}))
     return classifier
 
@@ -167,15 +168,10 @@ def fit(classifier: Classifier, train: ImageSet, members: torch.Tensor, seed: in
     Args:
         classifier: The classifier; its weights change.
         train: The images.
-        members: Indices of the images to train on. Unlabelled images are not used.
+        members: Indices of the images to train on. Unlabelled images are not used; one must have a label.
         seed: Seed of the order and the augmentation.
-
-    Raises:
-        ValueError: No image has a label.
     """
     members = members[train.labels[members] >= 0]
-    if not len(members):
-        raise ValueError("no training image has a label")
     recipe, module = classifier.recipe, classifier.module().requires_grad_(True).train()
     rng = torch.Generator().manual_seed(seed)
     optimizer = _optimizer(module)

@@ -1,6 +1,6 @@
 """Whether samples show their class, judged by a classifier of real images, and how varied they are within a class.
 
-The classifier is also applied to reconstructions of held-out images. The tokenizer paints the samples too, so this tells how much
+The classifier is also applied to reconstructions of held-out images. The tokenizer paints samples too, so this tells how much
 of a loss is due to the tokenizer, and how often a reconstruction gets another label than its original.
 
 Shapes: N images, K classes, D features.
@@ -42,12 +42,11 @@ class Judged:
         return Judged(self.labels[kept], self.probabilities[kept], self.groups[kept])
 
 
-def fidelity(judged: dict[str, Judged], originals: Judged, classes: list[str], trained_on: list[int]) -> dict:
+def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int]) -> dict:
     """Measures how often the classifier sees the true or requested class, over the classes that all sources have.
 
     Args:
-        judged: The judgement of "real" held-out images, "reconstructions" of them, and "samples".
-        originals: The judgement of the images whose reconstructions are judged, in the same order.
+        judged: The judgement of "real" held-out images, "reconstructions" of them in the same order, and "samples".
         classes: Class names in the order of their labels.
         trained_on: Labels that training images have.
 
@@ -68,7 +67,7 @@ def fidelity(judged: dict[str, Judged], originals: Judged, classes: list[str], t
     samples = same["samples"]
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (samples.labels, samples.predicted), 1)
-    flipped = originals.predicted != judged["reconstructions"].predicted
+    flipped = judged["real"].predicted != judged["reconstructions"].predicted
     return {
         "chance": 1 / len(classes),
         "reason": None,
@@ -76,7 +75,7 @@ def fidelity(judged: dict[str, Judged], originals: Judged, classes: list[str], t
         "balanced_accuracy": {source: balanced_accuracy(j) for source, j in same.items()},
         "recall": {classes[label]: {source: _recall(j, label) for source, j in same.items()} for label in common},
         "confusion": confusion.tolist(),
-        "flips": bootstrap(lambda w: float((w * flipped).sum() / w.sum()), originals.groups),
+        "flips": bootstrap(lambda w: float((w * flipped).sum() / w.sum()), judged["real"].groups),
     }
 
 

@@ -13,34 +13,15 @@ Each comparison is made with every ruler, a network whose features are compared.
 is never the only one.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from hpc.run.progress import progress_bar
 from lesiongen.evaluation import distances
-from lesiongen.evaluation.backbone import Backbone
 from lesiongen.evaluation.image_sets import ImageSet
 
 NUMBER = 1000  # images on each side
 CLASS_FROM = 50  # classes with more held-out images are also compared by themselves
-
-
-@dataclass(frozen=True)
-class Ruler:
-    """A network whose features are compared.
-
-    Attributes:
-        about: What the network is, in words.
-        backbone: Computes features of images.
-        stored: For "train" and "held_out" a function from indices of images to their stored features [N, D], if there are any.
-    """
-
-    about: str
-    backbone: Backbone
-    stored: dict[str, Callable[[np.ndarray], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -91,24 +72,23 @@ def draw_repeated(members: np.ndarray, number: int, rng: np.random.Generator) ->
 
 
 def likeness(
-    rulers: dict[str, Ruler],
-    selection: Selection,
-    train: ImageSet,
-    held_out: ImageSet,
-    samples: ImageSet,
-    reconstructed: Callable[[str, np.ndarray], Iterator[torch.Tensor]],
+    features: dict[str, dict[str, np.ndarray]],
+    about: dict[str, str],
+    groups: dict[str, np.ndarray],
+    labels: np.ndarray,
+    alone: list[int],
     classes: list[str],
     seed: int,
 ) -> dict:
     """Compares samples, reconstructions and real images with every ruler.
 
     Args:
-        rulers: The rulers by name.
-        selection: The images to compare.
-        train: The training images.
-        held_out: The held-out images.
-        samples: The samples.
-        reconstructed: Maps "train" or "held_out" and indices of images to batches of their reconstructions, uint8.
+        features: For each ruler, the features [N, D] of the selected images of "train", "held_out" and "samples", and of
+            "reconstructed train" and "reconstructed held_out".
+        about: What each ruler is, in words.
+        groups: The lesion of each image of "train", "held_out" and "samples", [N].
+        labels: The label of each image, [N].
+        alone: Labels of the classes that are also compared by themselves.
         classes: Class names in the order of their labels.
         seed: Seed of the draws.
 
@@ -116,53 +96,15 @@ def likeness(
         "number", "mix" {class: images}, and "rulers": {ruler: {"about", "all": {comparison: figures}, "classes": {class:
         {comparison: figures}}}}, with figures as `distances.compare` returns them.
     """
-    mix = {
-        classes[label] if label >= 0 else "": int((selection.labels == label).sum()) for label in np.unique(selection.labels)
-    }
-    found: dict = {"number": len(selection.samples), "mix": mix, "rulers": {}}
-    per_class = [
-        label
-        for label in np.unique(selection.labels).tolist()
-        if label >= 0
-        and int((held_out.labels == label).sum()) > CLASS_FROM
-        and int((selection.labels == label).sum()) > CLASS_FROM
-    ]
-    groups = {"train": train.groups[selection.train], "held_out": held_out.groups[selection.held_out]}
-    groups |= {"samples": samples.groups[selection.samples]}
-    for name, ruler in rulers.items():
-        features = _features(name, ruler, selection, train, held_out, samples, reconstructed)
-        everything = np.ones(len(selection.labels), dtype=bool)
-        found["rulers"][name] = {
-            "about": ruler.about,
-            "all": _comparisons(features, groups, everything, seed),
-            "classes": {classes[label]: _comparisons(features, groups, selection.labels == label, seed) for label in per_class},
+    mix = {classes[label] if label >= 0 else "": int((labels == label).sum()) for label in np.unique(labels).tolist()}
+    found: dict = {"number": len(labels), "mix": mix, "rulers": {}}
+    for ruler, by_set in features.items():
+        found["rulers"][ruler] = {
+            "about": about[ruler],
+            "all": _comparisons(by_set, groups, labels >= -1, seed),
+            "classes": {classes[label]: _comparisons(by_set, groups, labels == label, seed) for label in alone},
         }
     return found
-
-
-def _features(
-    name: str,
-    ruler: Ruler,
-    selection: Selection,
-    train: ImageSet,
-    held_out: ImageSet,
-    samples: ImageSet,
-    reconstructed: Callable[[str, np.ndarray], Iterator[torch.Tensor]],
-) -> dict[str, np.ndarray]:
-    """Returns the features of the selected images of each set and of their reconstructions."""
-    sets = {"train": (train, selection.train), "held_out": (held_out, selection.held_out)}
-    batches = {"samples": samples.batches(selection.samples)}
-    batches |= {f"reconstructed {key}": reconstructed(key, indices) for key, (_, indices) in sets.items()}
-    batches |= {key: images.batches(indices) for key, (images, indices) in sets.items() if key not in ruler.stored}
-    features = {key: ruler.stored[key](indices) for key, (_, indices) in sets.items() if key in ruler.stored}
-    with progress_bar(len(batches) * len(selection.samples), f"ruler {name}") as progress:
-        for key, images in batches.items():
-            parts = []
-            for batch in images:
-                parts.append(ruler.backbone(batch).numpy())
-                progress.update(len(batch))
-            features[key] = np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
-    return features
 
 
 def _comparisons(features: dict[str, np.ndarray], groups: dict[str, np.ndarray], chosen: np.ndarray, seed: int) -> dict:
