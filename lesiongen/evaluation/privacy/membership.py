@@ -53,7 +53,7 @@ def membership(
         return {"reason": rows.reason}
     members, number = len(rows.members), len(rows.members) + len(rows.non_members)
     scores: dict[str, dict[str, np.ndarray]] = {"likelihood": {}, "contrast": {}, "reference": {}}
-    bigrams = _bigram_log_likelihoods(store, list(priors), rows, groups, shown)
+    bigrams = {level: _bigram_log_likelihoods(store, level, rows, groups, shown) for level in priors}
     passes = sum(2 if prior.facts else 1 for prior in priors.values())
     with progress_bar(number * passes, "membership", shown=shown) as progress:
         for level, prior in priors.items():
@@ -101,32 +101,26 @@ def _log_likelihoods(
     return np.concatenate(found)
 
 
-def _bigram_log_likelihoods(
-    store: CodeStore, levels: list[str], rows: AuditRows, groups: Groups, shown: bool
-) -> dict[str, np.ndarray]:
-    """Returns the log-likelihood of each image's codes under a bigram of each level in nats, float64 [N].
+def _bigram_log_likelihoods(store: CodeStore, level: str, rows: AuditRows, groups: Groups, shown: bool) -> np.ndarray:
+    """Returns the log-likelihood of each image's codes of a level under a bigram in nats, float64 [N].
 
     The bigram is fitted on all draws of the training images, without the members' lesions: their other photographs and draws
     resemble the members.
     """
-    entries = {entry["name"]: entry["K"] for entry in store.levels if entry["name"] in levels}
-    counts = {level: np.zeros((k + 1, k), np.int64) for level, k in entries.items()}
+    column = f"codes.{level}"
+    entries = next(entry["K"] for entry in store.levels if entry["name"] == level)
+    counts = np.zeros((entries + 1, entries), np.int64)
     train, draws = store.shards("train"), store.draws("train")
-    with progress_bar(draws * sum(entry["count"] for entry in train), "bigram", shown=shown) as progress:
-        for entry in train:
-            others = ~np.isin(groups["train"][entry["shard"]], rows.groups)
-            for draw in range(draws):
-                arrays = store.arrays("train", draw, entry["shard"])
-                for level, k in entries.items():
-                    counts[level] += pair_counts(arrays[f"codes.{level}"][others], k)
+    with progress_bar(draws * sum(entry["count"] for entry in train), f"bigram {level}", shown=shown) as progress:
+        for draw in range(draws):
+            for entry in train:
+                others = ~np.isin(groups["train"][entry["shard"]], rows.groups)
+                counts += pair_counts(store.arrays("train", draw, entry["shard"])[column][others], entries)
                 progress.update(entry["count"])
-    found = {}
-    for level in levels:
-        sides = (("train", rows.members), ("test", rows.non_members))
-        parts = [store.gather_rows(split, part, [f"codes.{level}"], np.int64)[f"codes.{level}"] for split, part in sides]
-        # The strength of smoothing is chosen on both sides together, so that it favours neither.
-        found[level] = max(_smoothed(counts[level], np.concatenate(parts)), key=np.sum)
-    return found
+    sides = (("train", rows.members), ("test", rows.non_members))
+    codes_NHW = np.concatenate([store.gather_rows(split, part, [column], np.int64)[column] for split, part in sides])
+    # The strength of smoothing is chosen on both sides together, so that it favours neither.
+    return max(_smoothed(counts, codes_NHW), key=np.sum)
 
 
 def _smoothed(counts_KK: np.ndarray, codes_NHW: np.ndarray) -> Iterator[np.ndarray]:
