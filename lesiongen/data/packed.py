@@ -133,8 +133,12 @@ class Packed:
 
     def catalog(self) -> Iterator[dict[str, str]]:
         """Yields the catalog row of every image of every set; the keys are CATALOG."""
-        for store, m in zip(self.stores, self.manifests, strict=True):
-            yield from rows(store.open(entry) for entry in m["catalogs"])
+        for index in range(len(self.stores)):
+            yield from self.catalog_of(index)
+
+    def catalog_of(self, index: int) -> Iterator[dict[str, str]]:
+        """Yields the catalog row of every image of one set. `index` is the index of the set."""
+        yield from rows(self.stores[index].open(entry) for entry in self.manifests[index]["catalogs"])
 
     def refuse_leaks(self) -> None:
         """Checks that no image and no group is in different splits of different sets.

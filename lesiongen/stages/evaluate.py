@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hpc import dist
@@ -23,10 +24,14 @@ from lesiongen.data import images
 from lesiongen.data.augment import dihedral
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
-from lesiongen.evaluation import classifier, copies, plots, report
+from lesiongen.evaluation import classifier, plots, report
 from lesiongen.evaluation.fidelity import fidelity_and_diversity
 from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.evaluation.image_sets import ImageSet, RealImages, SampleImages, refuse_shared
+from lesiongen.evaluation.intervals import wilson
+from lesiongen.evaluation.privacy import copies
+from lesiongen.evaluation.privacy.nearest import Nearest, nearest_images
+from lesiongen.evaluation.privacy.views import thumbnails
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.licences import merge_counts
 from lesiongen.stages.base import Stage, packed, require
@@ -88,7 +93,7 @@ def _evaluate(
     metrics["fidelity"], metrics["diversity"] = fidelity_and_diversity(
         net, train, held_out, samples, shards.classes, length, batch, config.seed
     )
-    of_samples, of_held_out = _nearest_training_images(net, train, held_out, samples, config.seed)
+    of_samples, of_held_out = _nearest_training_images(train, held_out, samples, config.seed)
     threshold = copies.threshold(of_held_out.distance)
     metrics["copies"] = _copy_metrics(of_samples.distance, of_held_out.distance, threshold)
     metrics["data"] = _data_metrics(shards, samples) | merge_counts(shards.about, tokenizer_data)
@@ -118,25 +123,25 @@ def _prior_metrics(config: Experiment, net: Tokenizer) -> dict[str, dict[str, fl
 
 
 def _nearest_training_images(
-    net: Tokenizer, train: RealImages, held_out: RealImages, samples: SampleImages, seed: int
-) -> tuple[copies.Nearest, copies.Nearest]:
+    train: RealImages, held_out: RealImages, samples: SampleImages, seed: int
+) -> tuple[Nearest, Nearest]:
     """Finds the nearest training image of each sample, and of up to HELD_OUT held-out images."""
     drawn = torch.randperm(len(held_out.images), generator=torch.Generator().manual_seed(seed))[:HELD_OUT]
     queries = torch.cat([samples.images, held_out.images[drawn]])
     with progress_bar(len(train.images), "copies") as progress:
-        nearest = copies.nearest(queries, train.images, progress, next(net.parameters()).device)
+        found = nearest_images(thumbnails(queries), thumbnails(train.images), progress)
     number = len(samples.images)
-    parts = (slice(None, number), slice(number, None))
-    of_samples, of_held_out = (copies.Nearest(nearest.distance[p], nearest.index[p], nearest.form[p]) for p in parts)
-    return of_samples, of_held_out
+    return found.select(slice(number)), found.select(slice(number, None))
 
 
-def _copy_metrics(samples_N: torch.Tensor, held_out_N: torch.Tensor, threshold: float) -> dict:
+def _copy_metrics(samples_N: np.ndarray, held_out_N: np.ndarray, threshold: float) -> dict:
     """Returns copy rate and distances of the samples, and below "held_out" those of the held-out images."""
 
-    def measure(distance_N: torch.Tensor) -> dict:
-        distances = {"median_distance": float(distance_N.median()), "least_distance": float(distance_N.min())}
-        return copies.copy_rate(distance_N, threshold) | distances
+    def measure(distance_N: np.ndarray) -> dict:
+        hits, number = int((distance_N < threshold).sum()), len(distance_N)
+        low, high = wilson(hits, number)
+        rate = {"copies": hits, "number": number, "rate": hits / number, "low": low, "high": high}
+        return rate | {"median_distance": float(np.median(distance_N)), "least_distance": float(distance_N.min())}
 
     return measure(samples_N) | {"threshold": threshold, "held_out": measure(held_out_N)}
 
@@ -155,9 +160,9 @@ def _data_metrics(shards: Packed, samples: SampleImages) -> dict:
     }
 
 
-def _neighbours(nearest: copies.Nearest, closest: list[int], train: RealImages, samples: SampleImages) -> bytes:
+def _neighbours(nearest: Nearest, closest: list[int], train: RealImages, samples: SampleImages) -> bytes:
     """Draws the samples `closest` to the training images as PNG, each above its nearest training image, turned to match."""
-    training = [dihedral(train.full([nearest.index[i]]), int(nearest.form[i])) for i in closest]
+    training = [dihedral(train.full([nearest.row[i, 2]]), int(nearest.form[i])) for i in closest]
     return images.encode_png(images.tile_images(torch.cat([samples.full(closest), *training]), len(closest)))
 
 
