@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpc import config as hpc_config
-from hpc.config import PathText, volatile
+from hpc.config import PathText, added, volatile
 from hpc.errors import UserError
 from hpc.train.hardware import HardwareConfig
 from hpc.train.loop import TrainConfig
@@ -23,6 +23,8 @@ from lesiongen.data.augment import AugmentConfig
 from lesiongen.data.balance import StreamConfig
 from lesiongen.data.config import DataConfig
 from lesiongen.data.facts import FACTS
+from lesiongen.evaluation.config import EvaluateConfig
+from lesiongen.evaluation.privacy.gate import GateConfig
 from lesiongen.priors import GPTConfig, PriorModel
 from lesiongen.tokenizers import TokenizerModel, VQVAE2Config
 from lesiongen.tokenizers.losses import LossConfig
@@ -119,6 +121,9 @@ class SampleConfig:
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     levels: dict[str, LevelSampling] = field(default_factory=dict)  # {level: settings that differ}, as in {top: {top_k: 100}}
     batch: int = 64  # images that a rank generates at once, for any number of ranks, so that the ranks do not change the images
+    # Reject samples that are too near to a training image or too unlikely, and draw replacements; null = keep all samples,
+    # {} = the default rules.
+    gate: GateConfig | None = added(None)
     cuda_graphs: bool = volatile(False)  # on a GPU, record the kernels of one batch and replay them for the other batches
 
     def __post_init__(self):
@@ -135,18 +140,6 @@ class SampleConfig:
         """Returns the settings of one level: these settings, changed by those in `levels`."""
         changes = vars(self.levels.get(level, LevelSampling()))
         return replace(self, levels={}, **{k: v for k, v in changes.items() if v is not None})
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """The evaluate stage, and the evaluations during tokenizer training."""
-
-    classifier_samples: int = 60_000  # training length, in images, of the classifier that measures fidelity and diversity
-    batch: int = 64  # images that a rank reconstructs at once
-
-    def __post_init__(self):
-        if self.classifier_samples < 1 or self.batch < 1:
-            raise ValueError("classifier_samples and batch must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,10 @@ class CodeStore:
             raise UserError(f"The code store {self.folder} holds no split '{split}'.")
         return sorted(entries, key=lambda s: s["shard"])
 
+    def entry(self, split: str, draw: int, shard: int) -> dict:
+        """Returns the manifest's entry of one file."""
+        return self._entries[split, draw, shard]
+
     def draws(self, split: str) -> int:
         """Returns the number of draws of a split."""
         return 1 + max(s["draw"] for s in self.manifest["shards"] if s["split"] == split)

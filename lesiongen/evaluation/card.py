@@ -41,6 +41,11 @@ def card(kind: str, name: str, facts: dict[str, str], data: dict[str, dict[str, 
         "For research only, not for diagnosis. A generator can copy its training images: read the copy rate",
     ]
     lines += ["in the report before you share generated images, and keep to the licences above.", ""]
+    if kind == "samples":
+        lines += [
+            "Do not share the folder `private/`. It holds what is needed to compare the samples with the training images,"
+        ]
+        lines += ["and it may name training images or show copies of them.", ""]
     return "\n".join(lines)
 
 

@@ -1,9 +1,9 @@
 """Features of images on disk: computed once for each file of images, by all ranks, and reused by every later evaluation.
 
-A cache file holds the features of one shard of images, or of one file of the code store. Its name contains the digest of the
-backbone and the checksum of the source, so a file never has to be compared with settings: other images or other weights have
-another name. Files are written atomically. A file that cannot be read or whose checksum differs is computed again. Deleting the
-folder loses nothing but time.
+A cache file holds the features of one shard of images, or of one file of the code store. It may hold further columns, such as
+"pixels" (thumbnails). Its name contains the digest of what computes the columns and the checksum of the source, so a file never
+has to be compared with settings: other images or other weights have another name. Files are written atomically. A file that
+cannot be read or whose checksum differs is computed again. Deleting the folder loses nothing but time.
 
 Data come from shards and code stores. They go to the rulers, the classifier, the utility test and the search for copies, which
 read them file by file, so memory does not grow with the number of images.
@@ -30,6 +30,7 @@ from hpc.run.rundir import atomic_write
 from lesiongen.evaluation.backbone import Backbone
 
 FOLDER = "features"
+Columns = dict[str, np.ndarray]  # arrays by name, each with one row for each image
 
 
 class Source(NamedTuple):
@@ -66,8 +67,12 @@ class Features:
 
     def part(self, index: int) -> np.ndarray:
         """Returns the features of one file, fp32 [S, D]."""
+        return self.column(index, "features").astype(np.float32)
+
+    def column(self, index: int, name: str) -> np.ndarray:
+        """Returns a column of one file as it is stored, [S, …]."""
         with safe_open(self.paths[index], framework="numpy") as file:
-            return file.get_tensor("features").astype(np.float32)
+            return file.get_tensor(name)
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns the features of the images with these indices, fp32 [N, D], in this order."""
@@ -107,8 +112,33 @@ def cached_features(
         topology: This process among the ranks. Each rank computes a share of the sources.
         what: Text of the progress bar.
     """
+
+    def compute(images_BCHW: torch.Tensor) -> Columns:
+        return {"features": backbone(images_BCHW).to(torch.float16).numpy()}
+
+    return cached_columns(folders, sources, compute, backbone.digest, topology, what)
+
+
+def cached_columns(
+    folders: Sequence[Path],
+    sources: Sequence[Source],
+    compute: Callable[[torch.Tensor], Columns],
+    digest: str,
+    topology: Topology,
+    what: str,
+) -> Features:
+    """Returns columns of some sources, such as features, and computes those that no folder holds yet. Collective.
+
+    Args:
+        folders: For each source, the folder of its cache file.
+        sources: The sources, the same on every rank.
+        compute: Maps images, uint8 [B, C, H, W], to their rows of each column.
+        digest: Names everything that `compute` depends on. It becomes part of the files' names.
+        topology: This process among the ranks. Each rank computes a share of the sources.
+        what: Text of the progress bar.
+    """
     paths = [
-        folder / f"{source.name}-{backbone.digest}-{source.checksum}.safetensors"
+        folder / f"{source.name}-{digest}-{source.checksum}.safetensors"
         for folder, source in zip(folders, sources, strict=True)
     ]
     missing = dist.run_on_leader(_missing, paths)
@@ -118,9 +148,9 @@ def cached_features(
             for i in mine:
                 parts = []
                 for batch in sources[i].batches():
-                    parts.append(backbone(batch).to(torch.float16).numpy())
+                    parts.append(compute(batch))
                     progress.update(len(batch))
-                _write(paths[i], np.concatenate(parts))
+                _write(paths[i], {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     dist.barrier()
     return Features(paths, [source.count for source in sources])
 
@@ -130,15 +160,25 @@ def _missing(paths: Sequence[Path]) -> list[int]:
     return [i for i, path in enumerate(paths) if not _intact(path)]
 
 
-def _write(path: Path, features_SD: np.ndarray) -> None:
+def _write(path: Path, columns: Columns) -> None:
     """Writes a cache file."""
-    features_SD = np.ascontiguousarray(features_SD)
-    atomic_write(path, save({"features": features_SD}, {"crc32": str(zlib.crc32(features_SD))}))
+    columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    atomic_write(path, save(columns, {"crc32": str(_crc32(columns))}))
+
+
+def _crc32(columns: Columns) -> int:
+    """Returns the checksum of all columns, in the order of their names."""
+    crc = 0
+    for name in sorted(columns):
+        crc = zlib.crc32(columns[name], crc)
+    return crc
 
 
 def _intact(path: Path) -> bool:
     """Returns whether a cache file exists and holds what was written."""
     with contextlib.suppress(OSError, SafetensorError, KeyError):
         with safe_open(path, framework="numpy") as file:
-            return zlib.crc32(file.get_tensor("features")) == int(file.metadata()["crc32"])
+            names: list[str] = file.keys()
+            columns = {name: file.get_tensor(name) for name in names}
+            return _crc32(columns) == int(file.metadata()["crc32"])
     return False

@@ -1,9 +1,13 @@
-"""Samples the codes of one level from its prior. The codes depend on the seed and the samples' indices, not on batches."""
+"""Samples the codes of one level from its prior.
+
+The codes depend on the seed, the samples' indices and the attempt, not on batches.
+"""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
+from hpc.data.order import sample_seed
 from lesiongen.priors.cuda_graphs import GraphedFunction
 from lesiongen.priors.prior import Prior
 from lesiongen.priors.sampling import TokenChooser, uniform_numbers
@@ -36,18 +40,22 @@ class LevelSampler:
         self.device = device
         self._sample = GraphedFunction(self._draw) if cuda_graphs and self.device.type == "cuda" else self._draw
 
-    def __call__(self, facts: Sequence[Sequence[int]], upper: list[torch.Tensor], members: range) -> torch.Tensor:
+    def __call__(
+        self, facts: Sequence[Sequence[int]], upper: list[torch.Tensor], members: Sequence[int], attempt: int = 0
+    ) -> torch.Tensor:
         """Samples one batch.
 
         Args:
             facts: Facts that each sample is to show, as indices of the prior's values, [B, F]; -1 for unknown.
             upper: Codes [B, h, w] of the coarser levels, coarse to fine.
             members: Global indices of the samples; they decide the random numbers.
+            attempt: Replacements of a sample have the attempts 1, 2, …, which give other random numbers.
 
         Returns:
             Codes [B, h, w].
         """
-        numbers = uniform_numbers(self.seed, members, self.prior.grid).to(self.device)
+        seed = sample_seed(self.seed, -attempt - 1) if attempt else self.seed
+        numbers = uniform_numbers(seed, members, self.prior.grid).to(self.device)
         facts_BF = torch.tensor(facts, dtype=torch.long, device=self.device).view(len(members), -1)
         return self._sample(facts_BF, numbers, *upper)
 

@@ -7,11 +7,13 @@ inputs, the stage raises UserError.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc import config as hpc_config
 from hpc import dist, watchdog
+from hpc.data import manifest
+from hpc.data.codestore import CodeStore
 from hpc.data.storage import is_remote
 from hpc.dist import Topology
 from hpc.errors import Diverged, UserError
@@ -38,6 +40,7 @@ class Stage:
         parallel: Whether several ranks make the stage faster.
         as_requested: Recognises settings that differ only in their spelling, see StageDir.
         adjustable: Dotted keys of the identity that may change when the stage has diverged.
+        hints: For some of the artefacts, what else to tell a user who lacks it.
         appends: Whether the stage adds to a finished directory. The directory's record stays valid until the new digest is
             written.
     """
@@ -52,6 +55,7 @@ class Stage:
     appends: bool = False
     as_requested: Callable[[Path, dict, dict], dict] | None = None
     adjustable: tuple[str, ...] = ()
+    hints: dict[str, str] = field(default_factory=dict)
 
 
 def artefact(config: Experiment, name: str) -> Path:
@@ -115,12 +119,30 @@ def digest_of(config: Experiment, name: str) -> str | None:
     return record["digest"] if record and record["done"] else None
 
 
-def require(config: Experiment, name: str) -> Path:
-    """Returns the directory of a finished artefact. Raises UserError if it is not finished."""
+def require(config: Experiment, name: str, hint: str = "") -> Path:
+    """Returns the directory of a finished artefact. Raises UserError, with the hint, if it is not finished."""
     path = artefact(config, name)
     if digest_of(config, name) is None:
-        raise UserError(f"{path} is not finished. Run that stage first; `lesiongen run` runs all stages in order.")
+        advice = "Run that stage first; `lesiongen run` runs all stages in order."
+        raise UserError(f"{path} is not finished. {hint or advice}")
     return path
+
+
+def check_codes(config: Experiment, store: CodeStore) -> None:
+    """Raises UserError if the codes were made by another tokenizer or from other shards than the run's, or have changed.
+
+    Only the tokenizer that made the codes can decode them, and only the shards that they were made from tell which images are
+    held out.
+    """
+    if hpc_config.digest(store.manifest) != digest_of(config, "codes"):
+        raise UserError(f"{store.folder / manifest.NAME} has changed since the codes were made. Restore it, or encode again.")
+    for name, made_from in (("tokenizer", store.manifest["tokenizer"]), ("shards", store.manifest["image_shards"])):
+        present = digest_of(config, name)
+        if present not in (made_from, None):
+            raise UserError(
+                f"The codes in {store.folder} were made from {name} {made_from}, but this run has {name} {present}. Encode "
+                f"again (--fresh codes), or set inputs.{name} to the {name} that the codes were made from."
+            )
 
 
 def execute(
@@ -150,7 +172,7 @@ def execute(
         if name == "shards" and config.inputs.shards:
             dist.run_on_leader(packed(config).refuse_leaks)
         else:
-            dist.run_on_leader(require, config, name)
+            dist.run_on_leader(require, config, name, stage.hints.get(name, ""))
     config_yaml = hpc_config.to_yaml(config) if stage_dir is None else None  # only a run's own directory gets a config.yaml
     stage_dir = stage_dir or stage_dir_of(config, stage)
     dist.run_on_leader(stage_dir.check)

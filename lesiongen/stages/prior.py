@@ -16,14 +16,12 @@ import torch
 from torch import nn
 
 from hpc import dist, watchdog
-from hpc.config import digest, to_plain
-from hpc.data import manifest
+from hpc.config import to_plain
 from hpc.data.codestore import CodeStore
 from hpc.data.order import contiguous_share
 from hpc.data.rows import CodeRows
 from hpc.data.shards import training_batches
 from hpc.dist import Topology
-from hpc.errors import UserError
 from hpc.train.engine import Engine
 from hpc.train.loop import ADJUSTABLE, train
 from hpc.train.zero import Weights
@@ -38,7 +36,7 @@ from lesiongen.priors import make
 from lesiongen.priors.objective import Objective, model_shape, training_flops_per_sample
 from lesiongen.priors.prior import Prior
 from lesiongen.priors.sampling import TokenChooser, uniform_numbers
-from lesiongen.stages.base import Stage, digest_of, require
+from lesiongen.stages.base import Stage, check_codes, require
 from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
 
 GRID_SAMPLES = 32  # samples in the picture that is drawn at each evaluation
@@ -303,20 +301,3 @@ class PriorTask:
         card_facts |= {"codes of tokenizer": about["tokenizer"]}
         name = f"{self.config.name}: prior of level {self.level}"
         write_export(self.folder / "export", weights, about, card("prior", name, card_facts, about["data"], metrics))
-
-
-def check_codes(config: Experiment, store: CodeStore) -> None:
-    """Raises UserError if the codes were made by another tokenizer or from other shards than the run's, or have changed.
-
-    Only the tokenizer that made the codes can decode them, and only the shards that they were made from tell which images are
-    held out.
-    """
-    if digest(store.manifest) != digest_of(config, "codes"):
-        raise UserError(f"{store.folder / manifest.NAME} has changed since the codes were made. Restore it, or encode again.")
-    for name, made_from in (("tokenizer", store.manifest["tokenizer"]), ("shards", store.manifest["image_shards"])):
-        present = digest_of(config, name)
-        if present not in (made_from, None):
-            raise UserError(
-                f"The codes in {store.folder} were made from {name} {made_from}, but this run has {name} {present}. Encode "
-                f"again (--fresh codes), or set inputs.{name} to the {name} that the codes were made from."
-            )

@@ -1,17 +1,20 @@
 """sample: priors + tokenizer → synthetic images.
 
 The stage writes PNGs whose text chunks hold facts, seed and models, a metadata.csv with the same values, a README.md and a
-contact sheet. The images do not depend on the number of ranks.
+contact sheet. The images do not depend on the number of ranks. The folder private/ holds the samples' codes, and with a gate
+(sample.gate) what it has rejected; see lesiongen/evaluation/privacy/candidates.py.
 
 The user may leave facts open, such as site, sex or age. The stage then draws all open facts of a sample from one training image
 of the sample's label, so that samples vary as the data do. Do not pass "unknown" for facts the user left open. In training,
 "unknown" mostly marks poor records, so it would bias the samples.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from hpc import dist
 from hpc.config import to_plain
+from hpc.data.codestore import CodeStore
 from hpc.data.order import sample_seed
 from hpc.dist import Topology
 from hpc.errors import UserError
@@ -29,31 +33,41 @@ from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.facts import PriorFacts, refuse_unknown
-from lesiongen.data.images import to_uint8
 from lesiongen.evaluation.card import card
+from lesiongen.evaluation.privacy.candidates import Candidates
+from lesiongen.evaluation.privacy.gate import Gate, add_attempt, gate_backbone, prepare
+from lesiongen.evaluation.privacy.views import decode, training_views
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
 from lesiongen.ingest.licences import merge_counts, strictest
 from lesiongen.priors.export import load_prior
+from lesiongen.priors.generator import Codes, Generator
 from lesiongen.priors.level_sampler import LevelSampler
 from lesiongen.priors.prior import Prior
 from lesiongen.priors.sampling import TokenChooser, guidance
-from lesiongen.stages.base import Stage, digest_of, require
+from lesiongen.stages.base import Stage, check_codes, digest_of, packed, require
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 PER_CLASS = 8  # samples of each class in the contact sheet, and images in each of its rows
 
 
+NO_CODES = (
+    "sample.gate compares samples with the codes and shards of the training images, which are not here. A published generator "
+    "cannot gate without its training codes. Set sample.gate=null, or make them with `lesiongen run`."
+)
+
+
 def stage(config: Experiment) -> Stage:
     """Returns the stage that samples images."""
     needs = ("tokenizer", *(f"prior-{level}" for level in config.levels))
-    return Stage("samples", needs, {"sample": to_plain(config.sample, volatile=False)}, run)
+    hints = {name: NO_CODES for name in ("codes", "shards")} if config.sample.gate else {}
+    return Stage("samples", (*needs, *hints), {"sample": to_plain(config.sample, volatile=False)}, run, hints=hints)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """Samples the images and returns the digest of the table and the images. Collective.
 
-    Batches of a fixed size are divided among the ranks. A batch whose images an earlier run wrote is skipped.
+    Batches of a fixed size are divided among the ranks. A batch whose codes an earlier run wrote is not sampled again.
     """
     sampling = config.sample
     # Load the models.
@@ -70,23 +84,122 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     data = merge_counts(tokenizer_facts["data"], *(about["data"] for _, about in priors.values()))
     provenance["licence_of_training_images"] = strictest(data["licences"])
 
-    # Sample this rank's batches.
-    batches = range(0, sampling.number, sampling.batch)[topology.rank :: topology.world_size]
-    with progress_bar(sampling.number, "sample", initial=0, shown=topology.leader) as progress:
-        for first in batches:
-            members = range(first, min(first + sampling.batch, sampling.number))
-            paths = [folder / "images" / file_name(i, facts[i]["label"]) for i in members]
-            if not all(path.exists() for path in paths):
-                numbers = {level: [known.numbers(facts[i]) for i in members] for level, known in prior_facts.items()}
-                decoded = decode_samples(net, samplers, numbers, members)
-                for i, path, image in zip(members, paths, decoded, strict=True):
-                    text = provenance | facts[i] | {"seed": str(sampling.seed), "index": str(i)}
-                    atomic_write(path, png_with(image, text))
-            # Only rank 0 shows a bar. All ranks are about equally fast, so rank 0 counts each of its batches once per rank.
-            progress.update(len(members) * (topology.world_size if topology.leader else 1))
+    # Sample, and replace what the gate rejects.
+    work = _Sampling(config, topology, folder, net, Generator(samplers, prior_facts), facts, provenance)
+    kept = work.with_gate() if sampling.gate else work.without_gate()
     dist.barrier()
     readme = card("samples", config.name, provenance, data, {})
-    return dist.run_on_leader(_finish, folder, sampling, facts, provenance, readme)
+    return dist.run_on_leader(_finish, folder, config, {i: facts[i] for i in kept}, provenance, readme)
+
+
+class _Sampling:
+    """The samples of one run of the stage: makes their codes, judges them and writes the images. Every rank has one."""
+
+    def __init__(
+        self,
+        config: Experiment,
+        topology: Topology,
+        folder: Path,
+        net: Tokenizer,
+        generator: Generator,
+        facts: list[dict[str, str]],
+        provenance: dict[str, str],
+    ):
+        self.config, self.topology, self.folder, self.net, self.generator = config, topology, folder, net, generator
+        self.facts, self.provenance = facts, provenance
+        self.candidates = Candidates(folder)
+
+    def without_gate(self) -> list[int]:
+        """Samples and keeps all samples. Returns their indices. Collective."""
+        members = list(range(self.config.sample.number))
+        with self._progress(members, "sample") as progress:
+            for batch in self._batches(members).values():
+                self._write_images(self._codes(batch, 0), 0, {})
+                progress(batch)
+        return members
+
+    def with_gate(self) -> list[int]:
+        """Samples, and draws the samples that the gate rejects again. Returns the indices of the samples kept. Collective."""
+        gate, shards = self._gate(), packed(self.config)
+        judged = dist.run_on_leader(self.candidates.verdicts)
+        pending, kept = list(range(self.config.sample.number)), []
+        for attempt in range(self.config.sample.gate.attempts):
+            sampled = {}
+            with self._progress(pending, f"replace, attempt {attempt}" if attempt else "sample") as progress:
+                for number, batch in self._batches(pending).items():
+                    sampled[number] = self._codes(batch, attempt)
+                    progress(batch)
+            reasons = judged.get(attempt, {})
+            if list(reasons) != pending:
+                described = {n: (codes, gate.views.describe(self._decode(codes), codes.codes)) for n, codes in sampled.items()}
+                verdicts = gate.judge(described, [fact["label"] for fact in self.facts], self.topology)
+                dist.run_on_leader(add_attempt, self.candidates, attempt, verdicts, shards)
+                reasons = verdicts.reasons
+            for codes in sampled.values():
+                self._write_images(codes, attempt, reasons)
+            kept += [i for i in pending if not reasons[i]]
+            pending = [i for i in pending if reasons[i]]
+            if not pending:
+                break
+        if pending and self.topology.leader:
+            print(
+                f"WARNING: {len(pending)} of {self.config.sample.number} samples are left out: the gate has rejected each of "
+                f"their {self.config.sample.gate.attempts} candidates"
+            )
+        return sorted(kept)
+
+    def _gate(self) -> Gate:
+        """Prepares the gate. Collective. Raises UserError for codes that do not belong to the models."""
+        config, sampling = self.config, self.config.sample
+        store = CodeStore(require(config, "codes"))
+        dist.run_on_leader(check_codes, config, store)
+        backbone = gate_backbone(sampling.gate)
+        if backbone is not None:
+            backbone.to(self.topology.device)
+        views = training_views(config.directory, store, self.net, self.provenance["tokenizer"], backbone, self.topology)
+        return prepare(sampling.gate, views, self.generator, self.candidates, config.seed, sampling.batch, self.topology)
+
+    def _batches(self, members: list[int]) -> dict[int, list[int]]:
+        """Divides samples into batches. Returns this rank's batches by their number."""
+        size = self.config.sample.batch
+        batches = [members[first : first + size] for first in range(0, len(members), size)]
+        mine = range(len(batches))[self.topology.rank :: self.topology.world_size]
+        return {number: batches[number] for number in mine}
+
+    def _codes(self, members: list[int], attempt: int) -> Codes:
+        """Returns the codes of a batch: those that an earlier run wrote, or new ones."""
+        codes = self.candidates.load(attempt, members)
+        if codes is None:
+            codes = self.generator.sample([self.facts[i] for i in members], members, attempt)
+            self.candidates.save(attempt, codes, self.net.entries)
+        return codes
+
+    def _decode(self, codes: Codes) -> torch.Tensor:
+        """Decodes a batch of samples, uint8 [B, C, H, W]."""
+        return decode(self.net, codes.codes, len(codes.members))
+
+    def _write_images(self, batch: Codes, attempt: int, reasons: dict[int, str]) -> None:
+        """Writes the images of a batch that are not there yet; those that have a reason among the rejected ones."""
+        paths = {}
+        for i in batch.members.tolist():
+            name = file_name(i, self.facts[i]["label"])
+            rejected = self.candidates.folder / "rejected" / f"{attempt:03d}-{name}"
+            paths[i] = rejected if reasons.get(i) else self.folder / "images" / name
+        if all(path.exists() for path in paths.values()):
+            return
+        for (i, path), image in zip(paths.items(), self._decode(batch), strict=True):
+            if not path.exists():
+                text = self.provenance | self.facts[i] | {"seed": str(self.config.sample.seed), "index": str(i)}
+                atomic_write(path, png_with(image, text))
+
+    @contextlib.contextmanager
+    def _progress(self, members: list[int], what: str) -> Iterator[Callable[[list[int]], None]]:
+        """Shows a bar on rank 0. Yields a function to call after each batch.
+
+        All ranks are about equally fast, so rank 0 counts each of its batches once per rank.
+        """
+        with progress_bar(len(members), what, shown=self.topology.leader) as progress:
+            yield lambda batch: progress.update(len(batch) * (self.topology.world_size if self.topology.leader else 1))
 
 
 def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str]:
@@ -186,25 +299,6 @@ def file_name(index: int, label: str) -> str:
     return f"{index:06d}-{safe or 'any'}.png"
 
 
-@torch.no_grad()
-def decode_samples(net: Tokenizer, samplers: dict[str, LevelSampler], facts: dict[str, list], members: range) -> torch.Tensor:
-    """Samples the codes of one batch, level by level from coarse to fine, and decodes them.
-
-    Args:
-        net: The tokenizer.
-        samplers: The sampler of each level, coarse to fine.
-        facts: For each level, the facts as PriorFacts.numbers() of its prior gives them, [B, F].
-        members: Global indices of the samples.
-
-    Returns:
-        Images, uint8 [B, C, H, W], on the CPU.
-    """
-    codes: dict[str, torch.Tensor] = {}
-    for level, sampler in samplers.items():
-        codes[level] = sampler(facts[level], list(codes.values()), members)
-    return to_uint8(net.decode_codes(codes)).cpu()
-
-
 def png_with(image_CHW: torch.Tensor, text: dict[str, str]) -> bytes:
     """Encodes a uint8 image as PNG, with `text` in its text chunks."""
     info = PngInfo()
@@ -215,27 +309,54 @@ def png_with(image_CHW: torch.Tensor, text: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _finish(folder: Path, sampling: SampleConfig, facts: list[dict[str, str]], provenance: dict[str, str], readme: str) -> str:
-    """Writes contact.png, README.md and metadata.csv. Returns the digest of the table and the images."""
-    names = [file_name(i, sample["label"]) for i, sample in enumerate(facts)]
-    table = _table(names, sampling, facts, provenance)
-    atomic_write(folder / "contact.png", _contact_sheet(folder, names, [sample["label"] for sample in facts]))
+def _finish(folder: Path, config: Experiment, facts: dict[int, dict[str, str]], provenance: dict[str, str], readme: str) -> str:
+    """Writes contact.png, README.md and metadata.csv. Returns the digest of the tables and the images.
+
+    Args:
+        folder: Directory of the samples.
+        config: The run's config.
+        facts: The facts of each sample that is kept, by its index.
+        provenance: What the metadata say of the samples' origin.
+        readme: Content of README.md.
+
+    Raises:
+        UserError: The gate has rejected all samples.
+    """
+    if not facts:
+        raise UserError(
+            "The gate has rejected every candidate of every sample; see private/candidates.csv of the samples. Loosen "
+            "sample.gate, or train the priors again so that they memorise less."
+        )
+    names = {i: file_name(i, sample["label"]) for i, sample in facts.items()}
+    candidates = Candidates(folder)
+    bits = candidates.accepted(list(facts)).bits
+    bits = {f"bits_per_token-{level}": bits[level] for level in config.levels}
+    table = _table(names, config.sample, facts, provenance, bits)
+    atomic_write(folder / "contact.png", _contact_sheet(folder, list(names.values()), [s["label"] for s in facts.values()]))
     atomic_write(folder / "README.md", readme.encode())
     atomic_write(folder / "metadata.csv", table.encode())
-    sums = "".join(hashlib.sha256((folder / "images" / name).read_bytes()).hexdigest() for name in names)
-    return hashlib.sha256((table + sums).encode()).hexdigest()[:16]
+    sums = "".join(hashlib.sha256((folder / "images" / name).read_bytes()).hexdigest() for name in names.values())
+    private = "".join(f"{row['index']} {row['attempt']} {row['reason']}\n" for row in candidates.rows())
+    return hashlib.sha256((table + sums + private).encode()).hexdigest()[:16]
 
 
-def _table(names: list[str], sampling: SampleConfig, facts: list[dict[str, str]], provenance: dict[str, str]) -> str:
-    """Returns metadata.csv: a row for each sample, with its facts, the settings and the models."""
+def _table(
+    names: dict[int, str],
+    sampling: SampleConfig,
+    facts: dict[int, dict[str, str]],
+    provenance: dict[str, str],
+    bits: dict[str, np.ndarray],
+) -> str:
+    """Returns metadata.csv: a row for each sample, with its facts, its bits per token, the settings and the models."""
     settings = {f.name: getattr(sampling, f.name) for f in fields(LevelSampling)} | {"seed": sampling.seed}
     for level, level_sampling in sampling.levels.items():
         settings |= {f"{k}-{level}": v for k, v in to_plain(level_sampling).items() if v is not None}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["file", *facts[0], "index", *settings, *provenance])
-    for i, (name, sample) in enumerate(zip(names, facts, strict=True)):
-        writer.writerow([f"images/{name}", *sample.values(), i, *settings.values(), *provenance.values()])
+    writer.writerow(["file", *next(iter(facts.values())), "index", *bits, *settings, *provenance])
+    for row, (i, sample) in enumerate(facts.items()):
+        of_sample = [f"{values[row]:.4f}" for values in bits.values()]
+        writer.writerow([f"images/{names[i]}", *sample.values(), i, *of_sample, *settings.values(), *provenance.values()])
     return table.getvalue()
 
 

@@ -12,7 +12,8 @@ from hpc.data.codestore import CodeStore, file_name, write_codes
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation.codes import STRENGTHS, pair_counts
-from lesiongen.evaluation.privacy.audit_rows import AuditRows, batches, choose_rows, groups_by_shard
+from lesiongen.evaluation.image_sets import RealImages
+from lesiongen.evaluation.privacy.audit_rows import AuditRows, batches, choose_rows
 from lesiongen.evaluation.privacy.extraction import extraction
 from lesiongen.evaluation.privacy.membership import membership
 from lesiongen.evaluation.privacy.separation import separation
@@ -268,7 +269,7 @@ def test_intervals_hold_what_they_promise():
 def test_groups_are_those_of_the_catalogs(packed):
     """The same shards twice, as two sets: names of shards occur twice, and the code store numbers them one after another."""
     both = Packed([packed / "shards", packed / "shards"])
-    groups, names = groups_by_shard(both), {}
+    groups, names = RealImages(both, both.splits).groups_by_shard(), {}
     for split in both.splits:
         data = ImageShards(both, split)
         reader = data.reader()

@@ -8,7 +8,6 @@ A row (draw, shard, ordinal) addresses an image in a split of the code store. A 
 is known, or else a single image; see lesiongen/data/packed.py.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,8 +15,6 @@ import numpy as np
 import torch
 
 from hpc.data.codestore import CodeStore
-from lesiongen.data.packed import Packed
-from lesiongen.data.packed import rows as catalog_rows
 from lesiongen.priors.prior import Prior
 
 NUMBER = 1_000  # images of a side, at most
@@ -25,31 +22,6 @@ LEAST = 20  # images of a side below which nothing is measured
 BATCH = 64
 
 Groups = dict[str, list[np.ndarray]]  # for each split, the group of each image of each shard
-
-
-def groups_by_shard(packed: Packed) -> Groups:
-    """Reads the group of every image from the catalogs.
-
-    Holds 8 bytes for each image: a group is the first 8 bytes of a hash of its name. Two of 1,000,000 groups have the same
-    number with a probability of 1 in 10,000,000.
-
-    Args:
-        packed: The packed sets that the codes were made from.
-
-    Returns:
-        For each split, an int64 array [S] for each shard, in the order in which the code store numbers the shards.
-    """
-    groups: Groups = {}
-    shards: dict[tuple[int, str], np.ndarray] = {}
-    for split in packed.splits:
-        entries = packed.entries(split)
-        groups[split] = [np.zeros(entry["count"], np.int64) for _, entry in entries]
-        shards |= {(number, entry["name"]): g for (number, entry), g in zip(entries, groups[split], strict=True)}
-    for number, (store, content) in enumerate(zip(packed.stores, packed.manifests, strict=True)):
-        for row in catalog_rows(store.open(entry) for entry in content["catalogs"]):
-            name = hashlib.blake2b(row["group"].encode(), digest_size=8).digest()
-            shards[number, row["shard"]][int(row["ordinal"])] = int.from_bytes(name, "little", signed=True)
-    return groups
 
 
 @dataclass(frozen=True)
@@ -77,7 +49,7 @@ def choose_rows(store: CodeStore, groups: Groups, number: int = NUMBER, seed: in
 
     Args:
         store: The code store.
-        groups: As groups_by_shard() returns it.
+        groups: As RealImages.groups_by_shard() returns it.
         number: Images of a side, at most.
         seed: Seed of the draws.
 

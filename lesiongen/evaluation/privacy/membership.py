@@ -40,7 +40,7 @@ def membership(
         store: The code store that the priors were trained on.
         priors: The prior of each level, in evaluation mode.
         rows: The images, from choose_rows().
-        groups: As groups_by_shard() returns it.
+        groups: As RealImages.groups_by_shard() returns it.
         device: The device on which the priors compute.
         seed: Seed of the bootstrap.
         shown: Whether the progress bars are shown.

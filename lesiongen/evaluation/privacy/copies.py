@@ -1,0 +1,170 @@
+"""Counts the samples that are copies of training views, and names the training images that they are nearest to.
+
+A sample is a copy by one kind of distance (see nearest.py) if it is nearer to its nearest training view than 99 % of the
+held-out images are to theirs. Both are decoded by the tokenizer. So about 1 % of the held-out images count as copies by
+definition, and a copy rate of 1 % is no evidence of copying.
+
+The evaluate stage calls measure(); the gate of the sample stage uses the same thresholds.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpc.dist import Topology
+from hpc.run.rundir import atomic_write
+from lesiongen.data.packed import Packed
+from lesiongen.data.stream import ImageShards
+from lesiongen.evaluation.intervals import share
+from lesiongen.evaluation.privacy.nearest import Nearest, nearest_views
+from lesiongen.evaluation.privacy.views import TrainingViews, joined
+
+PERCENTILE = 0.01  # quantile of the held-out distances that is the threshold
+INVISIBLE = 1 / 255  # one grey level: pixels nearer than this are a copy, whatever the held-out distances are
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What measure() finds.
+
+    Attributes:
+        samples: For each kind of distance, the nearest training view of each sample.
+        held_out: The same for the held-out images.
+        thresholds: For each kind, the distance below which an image is a copy.
+        views: Number of training views that were compared.
+        draws: Number of views of each training image.
+    """
+
+    samples: dict[str, Nearest]
+    held_out: dict[str, Nearest]
+    thresholds: dict[str, float]
+    views: int
+    draws: int
+
+    def metrics(self) -> dict:
+        """Returns the part "privacy.copies" of metrics.json: for each kind and for "any" the rates with their intervals."""
+        samples, held_out = (below(found, self.thresholds) for found in (self.samples, self.held_out))
+        kinds = {}
+        for kind, threshold in self.thresholds.items():
+            distance, other = self.samples[kind].distance, self.held_out[kind].distance
+            kinds[kind] = {
+                "threshold": threshold,
+                "rate": rate(samples[kind]),
+                "copies": int(samples[kind].sum()),
+                "number": len(distance),
+                "held_out_rate": rate(held_out[kind]),
+                "median": float(np.median(distance)),
+                "least": float(distance.min()),
+                "held_out_median": float(np.median(other)),
+                "held_out_least": float(other.min()),
+            }
+        of_samples, of_held_out = (np.any(list(found.values()), 0) for found in (samples, held_out))
+        total = {"copies": int(of_samples.sum()), "number": len(of_samples)}
+        total |= {"rate": rate(of_samples), "held_out_rate": rate(of_held_out)}
+        return {"views": self.views, "draws": self.draws, "held_out": len(of_held_out), "kinds": kinds, "any": total}
+
+
+def measure(
+    views: TrainingViews,
+    sample_images: torch.Tensor,
+    sample_codes: dict[str, np.ndarray],
+    seed: int,
+    topology: Topology | None = None,
+) -> Copies:
+    """Compares samples with all training views, and held-out images for the thresholds.
+
+    Args:
+        views: The training views, from training_views().
+        sample_images: The samples, uint8 [N, C, H, W].
+        sample_codes: For each level, the samples' codes [N, h, w], from candidates.read_codes().
+        seed: Seed that draws the held-out images.
+        topology: None: this process does all the work. Otherwise the ranks share it, and the function is collective.
+    """
+    held_out, _ = views.held_out(seed)
+    number = len(sample_images)
+    found = nearest_views(views, joined([views.describe(sample_images, sample_codes), held_out]), topology)
+    samples, others = ({kind: f.select(part) for kind, f in found.items()} for part in (slice(number), slice(number, None)))
+    return Copies(samples, others, thresholds(others), len(views), views.draws)
+
+
+def thresholds(held_out: dict[str, Nearest]) -> dict[str, float]:
+    """Returns for each kind the distance below which an image is a copy, from the held-out images' distances."""
+    return {kind: threshold(found.distance, INVISIBLE if kind == "pixels" else 0.0) for kind, found in held_out.items()}
+
+
+def threshold(held_out_N: np.ndarray, least: float = INVISIBLE) -> float:
+    """Returns the 1st percentile of the held-out images' distances, but at least `least`."""
+    return max(float(np.quantile(held_out_N, PERCENTILE)), least)
+
+
+def below(found: dict[str, Nearest], limits: dict[str, float]) -> dict[str, np.ndarray]:
+    """Returns for each kind which images are copies, bool [N]."""
+    return {kind: found[kind].distance < limit for kind, limit in limits.items()}
+
+
+def rate(copies_N: np.ndarray) -> dict[str, float | None]:
+    """Returns the share of copies with its 95 % interval."""
+    return share(int(np.sum(copies_N)), len(copies_N))
+
+
+def image_ids(packed: Packed, rows_N3: np.ndarray) -> list[str]:
+    """Returns the image ids of training views, from the catalogs. They are private: they name training images.
+
+    Args:
+        packed: The shards that the codes were made from.
+        rows_N3: (draw, shard, ordinal) of each view in the code store's training split.
+    """
+    split = ImageShards(packed, "train")
+    wanted = {(int(shard), int(ordinal)) for _, shard, ordinal in rows_N3}
+    places = {(split.sets[shard], split.entries[shard]["name"], ordinal): (shard, ordinal) for shard, ordinal in wanted}
+    ids = {}
+    for number, row in packed.numbered_catalog():
+        if row["split"] == "train" and (place := places.get((number, row["shard"], int(row["ordinal"])))):
+            ids[place] = row["image_id"]
+    return [ids[int(shard), int(ordinal)] for _, shard, ordinal in rows_N3]
+
+
+def neighbour_columns(found: dict[str, Nearest], packed: Packed) -> dict[str, list]:
+    """Returns the private columns of a table of samples: of each kind the distance, and the view's image id and draw.
+
+    Args:
+        found: For each kind, the nearest view of each sample.
+        packed: The shards that the codes were made from.
+    """
+    number = len(next(iter(found.values())).distance)
+    ids = image_ids(packed, np.concatenate([nearest.row for nearest in found.values()]))
+    columns = {}
+    for i, (kind, nearest) in enumerate(found.items()):
+        columns[f"distance-{kind}"] = nearest.distance.tolist()
+        columns[f"image-{kind}"] = ids[i * number : (i + 1) * number]
+        columns[f"draw-{kind}"] = nearest.row[:, 0].tolist()
+    return columns
+
+
+def write_neighbours(path: Path, names: Sequence[str], found: Copies, packed: Packed) -> None:
+    """Writes the private table of the samples' nearest training images, such as report/private/neighbours.csv.
+
+    Args:
+        path: The file.
+        names: Name of each sample, such as its file.
+        found: What measure() has found.
+        packed: The shards that the codes were made from.
+    """
+    copied = below(found.samples, found.thresholds)
+    columns = {"sample": list(names)} | neighbour_columns(found.samples, packed)
+    columns["copy"] = ["; ".join(kind for kind in copied if copied[kind][i]) for i in range(len(names))]
+    write_table(path, columns)
+
+
+def write_table(path: Path, columns: dict[str, Sequence]) -> None:
+    """Writes columns as a CSV file, atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    atomic_write(path, text.getvalue().encode())

@@ -1,0 +1,93 @@
+"""Generates codes from the priors of all levels, coarse to fine, and measures how likely they are.
+
+The sample stage owns one Generator. The codes of a sample depend on the seed, the sample's index and the attempt, not on the
+batch or the number of ranks.
+
+Shapes: B batch, h × w codes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lesiongen.data.facts import PriorFacts
+from lesiongen.priors.level_sampler import LevelSampler
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Samples as codes.
+
+    Attributes:
+        members: Index of each sample, int64 [B].
+        codes: Codes of each level, coarse to fine, [B, h, w].
+        bits: For each level the mean bits per token of each sample, float32 [B].
+    """
+
+    members: np.ndarray
+    codes: dict[str, np.ndarray]
+    bits: dict[str, np.ndarray]
+
+
+class Generator:
+    """Samples all levels.
+
+    Attributes:
+        samplers: The sampler of each level, coarse to fine.
+        facts: The facts that each level's prior is conditioned on.
+    """
+
+    def __init__(self, samplers: dict[str, LevelSampler], facts: dict[str, PriorFacts]):
+        """Joins the parts. Both have the levels coarse to fine."""
+        self.samplers, self.facts = samplers, facts
+
+    @torch.no_grad()
+    def sample(self, facts: Sequence[dict[str, str]], members: Sequence[int], attempt: int = 0) -> Codes:
+        """Samples one batch.
+
+        Args:
+            facts: The facts that each sample is to show.
+            members: Indices of the samples. With the attempt they decide the random numbers.
+            attempt: 0 for a sample, 1 for its first replacement, and so on.
+        """
+        codes: dict[str, torch.Tensor] = {}
+        bits: dict[str, np.ndarray] = {}
+        for level, sampler in self.samplers.items():
+            numbers = [self.facts[level].numbers(f) for f in facts]
+            upper = list(codes.values())
+            codes[level] = sampler(numbers, upper, members, attempt)
+            bits[level] = self._bits(level, codes[level], numbers, upper)
+        grids = {level: grid.cpu().numpy() for level, grid in codes.items()}
+        return Codes(np.asarray(members, np.int64), grids, bits)
+
+    @torch.no_grad()
+    def bits(self, codes: dict[str, np.ndarray], facts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Measures the mean bits per token of given codes at each level.
+
+        Args:
+            codes: Codes of each level, [B, h, w].
+            facts: The index of each image's value of each fact, int [B]; -1 for unknown.
+
+        Returns:
+            {level: float32 [B]}.
+        """
+        found, upper = {}, []
+        for level, sampler in self.samplers.items():
+            grid = torch.from_numpy(codes[level].astype(np.int64)).to(sampler.device)
+            names = self.facts[level].values
+            numbers = np.stack([facts[name] for name in names], 1).tolist() if names else [[] for _ in range(len(grid))]
+            found[level] = self._bits(level, grid, numbers, upper)
+            upper.append(grid)
+        return found
+
+    def _bits(
+        self, level: str, codes_Bhw: torch.Tensor, facts: Sequence[Sequence[int]], upper: list[torch.Tensor]
+    ) -> np.ndarray:
+        """Returns the bits per token under the facts, without guidance and with all codes allowed, float32 [B]."""
+        sampler = self.samplers[level]
+        facts_BF = torch.tensor(facts, dtype=torch.long, device=sampler.device).view(len(codes_Bhw), -1)
+        losses_BT = sampler.prior.token_losses(codes_Bhw, facts_BF, upper)
+        return (losses_BT.double().mean(1) / math.log(2)).float().cpu().numpy()
