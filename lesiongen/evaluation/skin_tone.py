@@ -1,8 +1,8 @@
 """Skin tone of an image as its individual typology angle (ITA), measured on the skin around the lesion.
 
 ITA = atan((L* - 50) / b*) in degrees, in CIELAB under D65 (Chardon, Cretois and Hourseau 1991); a larger angle means lighter
-skin. The classes are those of Del Bino and Bernerd 2013. Pixels of dermoscopy tell skin tone badly (arXiv:2602.10265): lighting,
-polarisation and contact fluid move the angle, so it describes a set of images and no person.
+skin. The classes are those of Del Bino and Bernerd 2013. Pixels of dermoscopy tell skin tone badly (arXiv:2602.10265):
+lighting, polarisation and contact fluid move the angle, so it describes a set of images and no person.
 
 The fairness slices use it for real images and for samples.
 
@@ -51,8 +51,8 @@ def skin_tone(images_BCHW: torch.Tensor) -> np.ndarray:
 
     The lesion is in the middle, so only the border is looked at. Of its pixels, those that are too dark, too bright or too
     colourful for skin are left out: dark corners, hairs, reflections, ink and rulers. Of the rest, those are left out that are
-    much darker than the median: the shaded edges of dark corners, thin hairs, and a lesion that reaches the border. The angle is
-    that of the medians of L* and b* over what is left.
+    much darker than the median: the shaded edges of dark corners, thin hairs, and a lesion that reaches the border. The angle
+    is that of the medians of L* and b* over what is left.
 
     Args:
         images_BCHW: Images, uint8, with 1 or 3 channels.
@@ -83,7 +83,7 @@ def skin_tone(images_BCHW: torch.Tensor) -> np.ndarray:
 
 def tone_index(angles_B: np.ndarray) -> np.ndarray:
     """Returns the index in TONES of each angle, int16 [B]; -1 where the angle is not known."""
-    index = np.searchsorted(-np.asarray(BOUNDS), -np.asarray(angles_B, float), side="left")
+    index = np.searchsorted(-np.asarray(BOUNDS), -np.asarray(angles_B, float), side="right")
     return np.where(np.isnan(angles_B), -1, index).astype(np.int16)
 
 
