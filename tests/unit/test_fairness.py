@@ -38,7 +38,7 @@ def painted(colour: tuple[int, int, int], side: int = 96, noise: float = 4.0) ->
 
 
 def spoilt(image: torch.Tensor, *what: str) -> torch.Tensor:
-    """Returns a copy with a lesion, dark corners that fade, hairs, ink or a reflection."""
+    """Returns a copy with a lesion, dark corners that fade, hairs, ink, a reflection, or a black or white frame."""
     x, side = image.clone().float(), image.shape[-1]
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     radius = ((rows - side / 2) ** 2 + (columns - side / 2) ** 2).sqrt() / (side / 2)
@@ -50,6 +50,9 @@ def spoilt(image: torch.Tensor, *what: str) -> torch.Tensor:
         x[:, (rows + 2 * columns) % 24 < 4] *= 0.35
     if "ink" in what:
         x[:, rows > side * 0.93] = torch.tensor([40.0, 40.0, 200.0]).view(3, 1)
+    for name, value in (("black frame", 5.0), ("white frame", 254.0)):
+        if name in what:
+            x[:, (rows - side / 2 + 0.5).abs().maximum((columns - side / 2 + 0.5).abs()) > side * 0.39] = value
     if "reflection" in what:
         x[:, rows < side * 0.05] = 255.0
     return x.to(torch.uint8)
@@ -62,11 +65,30 @@ def test_colours_have_their_published_values():
 
 @pytest.mark.parametrize("colour", [LIGHT_SKIN, DARK_SKIN])
 @pytest.mark.parametrize(
-    "what", [(), ("lesion",), ("corners",), ("hairs",), ("ink", "reflection"), ("lesion", "corners", "hairs")]
+    "what",
+    [
+        (),
+        ("lesion",),
+        ("corners",),
+        ("hairs",),
+        ("black frame",),
+        ("white frame",),
+        ("ink", "reflection"),
+        ("lesion", "corners", "hairs"),
+    ],
 )
 def test_angle_is_that_of_the_skin(colour, what):
     found = skin_tone(spoilt(painted(colour), *what)[None])[0]
     assert found == pytest.approx(angle_of(colour), abs=4)
+
+
+def test_darker_part_of_the_border_does_not_shift_the_angle():
+    """A third of the border is lesion, and the skin is uneven, so the lesion would move the median."""
+    uneven = 14 * torch.randn(96, 96, generator=torch.Generator().manual_seed(0))
+    skin = (torch.tensor((200, 165, 145)).view(3, 1, 1) + uneven).clamp(0, 255)
+    alone = skin_tone(skin.to(torch.uint8)[None])[0]
+    skin[:, :, :30] *= 0.45
+    assert skin_tone(skin.to(torch.uint8)[None])[0] == pytest.approx(alone, abs=1.5)
 
 
 def test_angle_hardly_depends_on_the_size_of_the_image():
