@@ -70,6 +70,7 @@ class RealImages(ImageSet):
     """All images of some splits, unaugmented, in the order of the shards.
 
     Attributes:
+        name: Names of the splits, for progress bars.
         splits: The splits.
         rows: Index of the split, shard and ordinal of each image, int32 [N, 3].
     """
@@ -78,7 +79,7 @@ class RealImages(ImageSet):
         """Reads labels and groups of the splits `names` from the catalogs of the shards."""
         self.splits = [ImageShards(shards, name) for name in names]
         self.readers = [split.reader() for split in self.splits]
-        self.size, self.channels = shards.size, shards.channels
+        self.name, self.size, self.channels = " + ".join(names), shards.size, shards.channels
         counts = [(k, shard, count) for k, split in enumerate(self.splits) for shard, count in enumerate(split.counts)]
         blocks = [np.array([(k, shard, ordinal) for ordinal in range(count)], np.int32) for k, shard, count in counts]
         self.rows = np.concatenate(blocks) if blocks else np.empty((0, 3), np.int32)
@@ -120,6 +121,10 @@ class RealImages(ImageSet):
         except BadSample as error:
             name = self.splits[k].packed.name
             raise UserError(f"The shards in {name} are damaged: {error}. See `lesiongen verify`.") from None
+
+    def in_split(self, name: str) -> np.ndarray:
+        """Returns which images are in a split, bool [N]."""
+        return np.isin(self.rows[:, 0], [k for k, split in enumerate(self.splits) if split.split == name])
 
     def groups_by_shard(self) -> dict[str, list[np.ndarray]]:
         """Returns the lesions of each split's images, an array [S] for each shard, as the code store numbers the shards."""
@@ -202,3 +207,20 @@ class SampleImages(ImageSet):
         except (OSError, images.BadImage) as error:
             raise UserError(f"{raw} cannot be read ({error}). Sample again (--fresh samples).") from None
         return centre(images.to_tensor(image), self.size)
+
+
+class ArrayImages(ImageSet):
+    """Images that are in memory already."""
+
+    def __init__(self, images_NCHW: torch.Tensor, labels_N: torch.Tensor):
+        """Keeps the images, uint8, and their labels."""
+        self.pixels, self.labels, self.size = images_NCHW, labels_N, images_NCHW.shape[-1]
+        self.groups = np.arange(len(images_NCHW))
+
+    def raw(self, i: int) -> torch.Tensor:
+        """Returns image i."""
+        return self.pixels[i]
+
+    def decode(self, raw: torch.Tensor) -> torch.Tensor:
+        """Returns the image unchanged."""
+        return raw

@@ -4,10 +4,11 @@ The evaluate stage makes a Subject on every rank. Networks and features are made
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hpc import dist
 from hpc.data.codestore import CodeStore
@@ -18,12 +19,20 @@ from lesiongen.evaluation import feature_cache
 from lesiongen.evaluation.backbone import Backbone, has_lite0, load_backbone
 from lesiongen.evaluation.classifier import Classifier, Recipe, fine_tuning_recipe, small_recipe, trained_classifier
 from lesiongen.evaluation.config import EvaluateConfig
-from lesiongen.evaluation.feature_cache import Features, cached_features
+from lesiongen.evaluation.feature_cache import Columns, Features, cached_columns
 from lesiongen.evaluation.fidelity import Judged
-from lesiongen.evaluation.image_sets import ImageSet, RealImages, SampleImages, refuse_shared
+from lesiongen.evaluation.image_sets import RealImages, SampleImages, refuse_shared
 from lesiongen.evaluation.likeness import CLASS_FROM, Selection, select
 from lesiongen.evaluation.reconstructions import Reconstructions
+from lesiongen.evaluation.skin_tone import skin_tone, tone_index
 from lesiongen.tokenizers.tokenizer import Tokenizer
+
+WATCHED = 5_000  # held-out images, at most, that the classifier judges and whose reconstructions are measured one by one
+
+
+def _columns(backbone: Backbone, images_BCHW: torch.Tensor) -> Columns:
+    """Computes what is stored of each real image: features of the first ruler, and the skin tone in degrees."""
+    return {"features": backbone(images_BCHW).to(torch.float16).numpy(), "tone": skin_tone(images_BCHW).astype(np.float32)}
 
 
 class Subject:
@@ -39,7 +48,7 @@ class Subject:
         train, held_out, samples: The images. The held-out images are those of val and test.
         reconstructions: Decodes the codes of real images.
         backbone: The network of the first ruler.
-        stored: Its features of the real images, by "train" and "held_out".
+        stored: Its features of the real images and their skin tones, by "train" and "held_out".
     """
 
     def __init__(
@@ -84,7 +93,13 @@ class Subject:
             dist.run_on_leader(lambda: self.small and None)  # the other ranks load what rank 0 has trained
         self.backbone: Backbone = load_backbone(config.features, lambda: self.small.backbone).to(self.device)
         self.stored: dict[str, Features] = {
-            name: cached_features(*image_set.sources(locations, run), self.backbone, topology, f"features of {name}")
+            name: cached_columns(
+                *image_set.sources(locations, run),
+                partial(_columns, self.backbone),
+                f"{self.backbone.digest}-tone",
+                topology,
+                f"features of {image_set.name}",
+            )
             for name, image_set in (("train", self.train), ("held_out", self.held_out))
         }
 
@@ -147,17 +162,33 @@ class Subject:
         return found
 
     @cached_property
-    def judged(self) -> dict[str, Judged]:
-        """The judge's view of "real" held-out images, "reconstructions" of them, and "samples"."""
-        everything = np.arange(len(self.held_out))
-        reconstructed = self.reconstructions.batches(self.held_out, everything)
-        held_out, samples = self.held_out, self.samples
-        return {
-            "real": self._judge(held_out, held_out.batches(everything), "judge real images"),
-            "reconstructions": self._judge(held_out, reconstructed, "judge reconstructions"),
-            "samples": self._judge(samples, samples.batches(np.arange(len(samples))), "judge samples"),
-        }
+    def watched(self) -> np.ndarray:
+        """Indices of the held-out images that are judged one by one, at most WATCHED, drawn by the seed."""
+        return np.sort(np.random.default_rng(self.seed).permutation(len(self.held_out))[:WATCHED])
 
-    def _judge(self, image_set: ImageSet, batches: object, what: str) -> Judged:
-        probabilities = self.judge.probabilities(batches, len(image_set), what)
-        return Judged(image_set.labels.numpy(), probabilities.numpy(), image_set.groups)
+    @cached_property
+    def judged(self) -> dict[str, Judged]:
+        """The judge's view of the watched held-out images ("real"), their "reconstructions", and the "samples"."""
+        watched, everything = self.watched, np.arange(len(self.samples))
+        batches = {
+            "real": (self.held_out, watched, self.held_out.batches(watched)),
+            "reconstructions": (self.held_out, watched, self.reconstructions.batches(self.held_out, watched)),
+            "samples": (self.samples, everything, self.samples.batches(everything)),
+        }
+        found = {}
+        for source, (image_set, indices, of_source) in batches.items():
+            probabilities = self.judge.probabilities(of_source, len(indices), f"judge {source}").numpy()
+            found[source] = Judged(image_set.labels.numpy()[indices], probabilities, image_set.groups[indices])
+        return found
+
+    def tones(self, name: str) -> np.ndarray:
+        """Returns the skin tone of each image of "train" or "held_out", as skin_tone.tone_index() gives it, [N]."""
+        features = self.stored[name]
+        angles = [features.column(index, "tone") for index in range(len(features.paths))]
+        return tone_index(np.concatenate(angles))
+
+    def facts(self, name: str, split_facts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns facts of each image of "train" or "held_out", as indices of their values; -1 for unknown, int16 [N]."""
+        splits = [split.split for split in {"train": self.train, "held_out": self.held_out}[name].splits]
+        parts = [self.store.all(split, 0, list(split_facts)) for split in splits]
+        return {fact: np.concatenate([part[fact] for part in parts]) for fact in split_facts}

@@ -46,6 +46,7 @@ class UtilityConfig:
     seeds: int = 5  # repetitions with other real images and other samples
     sizes: tuple[int, ...] = (10, 30, 100, 500)  # real images per class; a class with fewer gives all it has
     dose: float = 1.0  # samples, or views, that are added for each real image
+    fine_tuning_samples: int = 5000  # length of each training of the method finetune, in images
     most_samples: int = 2000  # samples per class in the arm without real images, at most
     most_tests: int = 1000  # test lesions per class, at most
 
