@@ -1,7 +1,7 @@
 """The parts of metrics.json that are measured on the images of a run. Each function takes a Subject and returns one part.
 
-The evaluate stage calls the functions on rank 0. What they compute is described where they compute it: likeness.py, fidelity.py,
-utility.py, fairness.py and the folder privacy/.
+The evaluate stage calls the functions on rank 0. What they compute is described in likeness.py, fidelity.py, utility.py,
+fairness.py and the folder privacy/.
 
 Shapes: N images.
 """

@@ -121,3 +121,13 @@ def interval(figure: Figure | None, show: Callable[[float], str] = number) -> tu
 def is_known(name: str) -> bool:
     """Returns whether a class is a diagnosis that the report can spell out."""
     return name.lower().replace(" ", "_") in DIAGNOSES
+
+
+def verdict_line(found: dict) -> str:
+    """Returns the verdict and its reasons as text for the terminal.
+
+    Args:
+        found: metrics["verdict"].
+    """
+    against = [f["sentence"] for f in found["findings"] if f["mark"] in ("poor", "fair")]
+    return "\n  - ".join([f"verdict: {found['overall']}", *against])
