@@ -83,7 +83,9 @@ def tiny(phantoms: Path, runs: Path, **more) -> list[str]:
         "encode.draws": 2,
         "sample.number": 14,
         "sample.batch": 7,
+        "evaluate.features.backbone": "lesions",
         "evaluate.classifier_samples": 640,
+        "evaluate.utility.seeds": 1,
     }
     for level in ("top", "bottom"):
         settings |= {

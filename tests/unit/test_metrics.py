@@ -1,16 +1,15 @@
 """Evaluation metrics equal values that were computed by hand or by a slower, simpler method."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
-from lesiongen.data.augment import dihedral
 from lesiongen.data.similarity import psnr, ssim
-from lesiongen.evaluation import classifier, copies
+from lesiongen.evaluation import classifier
 from lesiongen.evaluation.codes import bigram_bits, usage_and_perplexity
-from lesiongen.evaluation.verdict import verdict
+from lesiongen.evaluation.fidelity import Judged, balanced_accuracy, diversity, fidelity
+from lesiongen.evaluation.image_sets import ArrayImages
+from lesiongen.evaluation.intervals import wilson
 from lesiongen.ingest.licences import strictest
 
 
@@ -19,19 +18,24 @@ def noise(number: int, side: int = 32, channels: int = 3, seed: int = 0) -> torc
     return torch.randint(256, (number, channels, side, side), generator=rng, dtype=torch.uint8)
 
 
+def judged(labels: list[int], predicted: list[int], classes: int = 3, groups: list[int] | None = None) -> Judged:
+    return Judged(np.array(labels), np.eye(classes)[predicted], np.array(groups or range(len(labels))))
+
+
 def test_balanced_accuracy_is_the_mean_recall_of_classes_that_occur():
-    true = torch.tensor([0, 0, 0, 0, 1, 1, -1])
-    predicted = torch.tensor([0, 0, 0, 2, 1, 0, 1])
-    assert classifier.balanced_accuracy(true, predicted, 3) == pytest.approx((3 / 4 + 1 / 2) / 2)
-    assert classifier.confusion(true, predicted, 3).tolist() == [[3, 0, 1], [1, 1, 0], [0, 0, 0]]
-    assert math.isnan(classifier.balanced_accuracy(torch.tensor([-1]), torch.tensor([0]), 3))
+    found = balanced_accuracy(judged([0, 0, 0, 0, 1, 1], [0, 0, 0, 2, 1, 0]))
+    assert found["value"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert found["low"] < found["value"] < found["high"]
 
 
 def test_diversity_averages_distances_within_classes():
-    features = torch.tensor([[0.0, 0], [3, 4], [0, 0], [0, 0], [9, 9]])
-    assert classifier.within_class_diversity(features, torch.tensor([0, 0, 1, 1, 2])) == pytest.approx(2.5)
-    assert classifier.within_class_diversity(features[2:4], torch.tensor([1, 1])) == 0
-    assert math.isnan(classifier.within_class_diversity(features, torch.tensor([0, 1, 2, 3, -1])))
+    features = np.array([[0.0, 0], [3, 4], [6, 8], [0, 1], [0, 2], [0, 3], [9, 9]])
+    labels = np.array([0, 0, 0, 1, 1, 1, 2])
+    found = diversity({"real": features, "reconstructions": features, "samples": features / 2}, labels, ["a", "b", "c"])
+    assert found["classes"]["a"]["real"]["value"] == pytest.approx((5 + 5 + 10) / 3)
+    assert list(found["classes"]) == ["a", "b"]  # one image has no distance to another
+    assert found["all"]["ratio"]["value"] == pytest.approx(0.5)
+    assert diversity({"real": features[-1:], "samples": features[-1:]}, labels[-1:], ["a", "b", "c"])["reason"]
 
 
 def test_rare_classes_come_as_often_and_every_member_before_any_twice():
@@ -43,61 +47,48 @@ def test_rare_classes_come_as_often_and_every_member_before_any_twice():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_classifier_learns_what_can_be_told_apart(channels: int):
+def test_classifier_learns_what_can_be_told_apart_and_is_kept(channels: int, tmp_path):
     labels = torch.arange(120) % 3
     labels[::10] = -1
     pictures = noise(120, 32, channels) // 4 + (labels.clamp(min=0) * 80).to(torch.uint8)[:, None, None, None]
-    trained = [classifier.train_classifier(pictures, labels, 4, 1280, seed=1) for _ in range(2)]
-    predicted, features = classifier.predict(trained[0], pictures)
-    assert classifier.balanced_accuracy(labels, predicted, 4) > 0.95
-    assert features.shape == (120, 256)
-    assert torch.equal(features, classifier.predict(trained[1], pictures)[1])  # equal seeds give equal classifiers
+    train, recipe = ArrayImages(pictures, labels), classifier.small_recipe(32, 1280)
+
+    def trained(folder: str, seed: int = 1) -> classifier.Classifier:
+        return classifier.trained_classifier(recipe, train, 4, seed, tmp_path / folder, "shards", torch.device("cpu"))
+
+    found = [trained("a"), trained("b"), trained("a")]  # the third is read from the cache
+    scores = [net.probabilities(pictures.split(50), 120, "judge") for net in found]
+    assert (scores[0].argmax(1) == labels)[labels >= 0].float().mean() > 0.95
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])  # equal seeds give equal classifiers
+    assert len(list((tmp_path / "a").iterdir())) == 1
+    assert found[0].backbone(pictures[:2]).shape == (2, classifier.FEATURES)
+    # Another seed, and a damaged file, are trained again.
+    assert not torch.equal(trained("a", seed=2).probabilities(pictures.split(50), 120, "judge"), scores[0])
+    next((tmp_path / "b").iterdir()).write_bytes(b"damaged")
+    assert torch.equal(trained("b").probabilities(pictures.split(50), 120, "judge"), scores[0])
 
 
 def test_fidelity_compares_the_same_classes_and_says_why_it_cannot():
-    net = classifier.Classifier(3, 3).eval()
-    pictures = {"samples": noise(6), "real": noise(8, seed=1)}
-    labels = {"samples": torch.tensor([0, 0, 0, 1, 1, 1]), "real": torch.tensor([0, 0, 0, 0, 2, 2, 2, -1])}
-    fidelity, diversity = classifier.compare(net, pictures, labels, ["a", "b", "c"], common=[0], per_class=2)
-    assert fidelity["number"] == {"samples": 3, "real": 4}
-    assert list(fidelity["recall"]) == diversity["classes"] == ["a"]
-    assert (fidelity["ratio"] is None) == (fidelity["real"] == 0)
-    labels["samples"] = torch.tensor([0, 1, 1, 1, 1, 1])
-    assert "two samples" in classifier.compare(net, pictures, labels, ["a", "b", "c"], [0], 2)[1]["reason"]
-
-
-@pytest.mark.parametrize("form", range(8))
-@pytest.mark.parametrize("side", [32, 50])
-def test_a_turned_copy_is_found(form: int, side: int):
-    train = noise(20, side)
-    found = copies.nearest(dihedral(train[7:8], form), train, chunk=3)
-    assert found.index.tolist() == [7]
-    assert float(found.distance) < 1e-6
-    assert torch.equal(dihedral(train[found.index], int(found.form)), dihedral(train[7:8], form))
-
-
-def test_copies_are_counted_and_noise_is_not():
-    train, fresh, held_out = noise(50), noise(20, seed=1), noise(40, seed=2)
-    jitter = noise(5, seed=3) // 64
-    samples = torch.cat([fresh, (train[:5] // 2 * 2).clamp(max=250) + jitter])
-    below = copies.threshold(copies.nearest(held_out, train).distance)
-    found = copies.nearest(samples, train, chunk=7)
-    rate = copies.copy_rate(found.distance, below)
-    assert (rate["copies"], rate["number"]) == (5, 25)
-    assert found.index[20:].tolist() == [0, 1, 2, 3, 4]
-    gaps = [copies.small(samples[:1]) - copies.small(dihedral(train, form)) for form in range(8)]
-    plain = min(float(gap.square().mean((1, 2, 3)).min()) for gap in gaps)
-    assert float(found.distance[0]) == pytest.approx(plain**0.5, rel=1e-5)
-
-
-def test_duplicates_among_held_out_images_do_not_hide_copies():
-    assert copies.threshold(torch.zeros(10)) == copies.INVISIBLE > 0
+    sources = {
+        "real": judged([0, 0, 0, 0, 2, 2, 2, -1], [0, 0, 1, 0, 2, 2, 2, 0]),
+        "reconstructions": judged([0, 0, 0, 0, 2, 2, 2, -1], [0, 0, 1, 1, 2, 2, 2, 0]),
+        "samples": judged([0, 0, 0, 1, 1, 1], [0, 0, 2, 1, 1, 1]),
+    }
+    found = fidelity(sources, ["a", "b", "c"], [0, 1, 2])
+    assert list(found["recall"]) == ["a"]
+    assert found["recall"]["a"]["samples"]["value"] == pytest.approx(2 / 3)
+    assert found["recall"]["a"]["real"]["number"] == 4
+    assert found["flips"]["value"] == pytest.approx(1 / 8)
+    assert found["confusion"][0] == [2, 0, 1]
+    assert "fewer than two classes" in fidelity(sources, ["a"], [0])["reason"]
+    sources["samples"] = judged([1, 1], [1, 1])
+    assert "no class has both" in fidelity(sources, ["a", "b", "c"], [0, 1, 2])["reason"]
 
 
 def test_wilson_interval():
-    assert copies.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert copies.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
-    assert copies.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
 
 
 def test_psnr():
@@ -153,19 +144,3 @@ def test_usage_and_perplexity():
 def test_strictest_licence(licences: list[str], worst: str):
     assert strictest(licences) == worst
     assert "not stated" in strictest([*licences, ""])
-
-
-def test_verdict_does_not_praise_what_was_not_shown():
-    far = {"median_distance": 0.1, "least_distance": 0.05}
-    metrics = {
-        "data": {"attributions": {}},
-        "fidelity": {"ratio": 1.0, "samples": 0.9, "real": 0.9, "chance": 0.2, "reason": None},
-        "diversity": {"ratio": 1.0, "reason": None},
-        "copies": {**copies.copy_rate(torch.ones(8), 0.5), **far, "threshold": 0.5, "held_out": far},
-        "priors": {"top": {"bits_per_token": 4.0, "train_bits_per_token": 3.9, "bigram_bits": 5.0}},
-    }
-    assert [mark for mark, _ in verdict(metrics)] == ["good", "good", "fair"]  # eight samples are too few to rule out copies
-    metrics["fidelity"]["samples"] = 0.25
-    metrics["priors"]["top"] = {"bits_per_token": 6.0, "train_bits_per_token": 1.0, "bigram_bits": 5.0}
-    metrics["copies"]["least_distance"] = 0.001
-    assert [mark for mark, _ in verdict(metrics)] == ["poor", "none", "poor", "poor"]
