@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lesiongen.data.augment import dihedral
 from lesiongen.data.similarity import psnr, ssim
-from lesiongen.evaluation import classifier, copies
+from lesiongen.evaluation import classifier
 from lesiongen.evaluation.codes import bigram_bits, usage_and_perplexity
+from lesiongen.evaluation.intervals import wilson
 from lesiongen.evaluation.verdict import verdict
 from lesiongen.ingest.licences import strictest
 
@@ -66,38 +66,10 @@ def test_fidelity_compares_the_same_classes_and_says_why_it_cannot():
     assert "two samples" in classifier.compare(net, pictures, labels, ["a", "b", "c"], [0], 2)[1]["reason"]
 
 
-@pytest.mark.parametrize("form", range(8))
-@pytest.mark.parametrize("side", [32, 50])
-def test_a_turned_copy_is_found(form: int, side: int):
-    train = noise(20, side)
-    found = copies.nearest(dihedral(train[7:8], form), train, chunk=3)
-    assert found.index.tolist() == [7]
-    assert float(found.distance) < 1e-6
-    assert torch.equal(dihedral(train[found.index], int(found.form)), dihedral(train[7:8], form))
-
-
-def test_copies_are_counted_and_noise_is_not():
-    train, fresh, held_out = noise(50), noise(20, seed=1), noise(40, seed=2)
-    jitter = noise(5, seed=3) // 64
-    samples = torch.cat([fresh, (train[:5] // 2 * 2).clamp(max=250) + jitter])
-    below = copies.threshold(copies.nearest(held_out, train).distance)
-    found = copies.nearest(samples, train, chunk=7)
-    rate = copies.copy_rate(found.distance, below)
-    assert (rate["copies"], rate["number"]) == (5, 25)
-    assert found.index[20:].tolist() == [0, 1, 2, 3, 4]
-    gaps = [copies.small(samples[:1]) - copies.small(dihedral(train, form)) for form in range(8)]
-    plain = min(float(gap.square().mean((1, 2, 3)).min()) for gap in gaps)
-    assert float(found.distance[0]) == pytest.approx(plain**0.5, rel=1e-5)
-
-
-def test_duplicates_among_held_out_images_do_not_hide_copies():
-    assert copies.threshold(torch.zeros(10)) == copies.INVISIBLE > 0
-
-
 def test_wilson_interval():
-    assert copies.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert copies.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
-    assert copies.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
 
 
 def test_psnr():
@@ -161,7 +133,16 @@ def test_verdict_does_not_praise_what_was_not_shown():
         "data": {"attributions": {}},
         "fidelity": {"ratio": 1.0, "samples": 0.9, "real": 0.9, "chance": 0.2, "reason": None},
         "diversity": {"ratio": 1.0, "reason": None},
-        "copies": {**copies.copy_rate(torch.ones(8), 0.5), **far, "threshold": 0.5, "held_out": far},
+        "copies": {
+            "copies": 0,
+            "number": 8,
+            "rate": 0.0,
+            "low": 0.0,
+            "high": wilson(0, 8)[1],
+            **far,
+            "threshold": 0.5,
+            "held_out": far,
+        },
         "priors": {"top": {"bits_per_token": 4.0, "train_bits_per_token": 3.9, "bigram_bits": 5.0}},
     }
     assert [mark for mark, _ in verdict(metrics)] == ["good", "good", "fair"]  # eight samples are too few to rule out copies
