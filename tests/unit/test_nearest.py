@@ -1,4 +1,4 @@
-"""The search for the nearest image by pixels equals a plain comparison, and the thresholds are the held-out images' quantiles."""
+"""The search by pixels equals a plain comparison, and the thresholds are the held-out images' quantiles."""
 
 import numpy as np
 import pytest
