@@ -23,6 +23,7 @@ from lesiongen.data.augment import AugmentConfig
 from lesiongen.data.balance import StreamConfig
 from lesiongen.data.config import DataConfig
 from lesiongen.data.facts import FACTS
+from lesiongen.evaluation.config import EvaluateConfig
 from lesiongen.evaluation.privacy.gate import GateConfig
 from lesiongen.priors import GPTConfig, PriorModel
 from lesiongen.tokenizers import TokenizerModel, VQVAE2Config
@@ -139,18 +140,6 @@ class SampleConfig:
         """Returns the settings of one level: these settings, changed by those in `levels`."""
         changes = vars(self.levels.get(level, LevelSampling()))
         return replace(self, levels={}, **{k: v for k, v in changes.items() if v is not None})
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """The evaluate stage, and the evaluations during tokenizer training."""
-
-    classifier_samples: int = 60_000  # training length, in images, of the classifier that measures fidelity and diversity
-    batch: int = 64  # images that a rank reconstructs at once
-
-    def __post_init__(self):
-        if self.classifier_samples < 1 or self.batch < 1:
-            raise ValueError("classifier_samples and batch must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -133,12 +133,14 @@ class Packed:
 
     def catalog(self) -> Iterator[dict[str, str]]:
         """Yields the catalog row of every image of every set; the keys are CATALOG."""
-        for index in range(len(self.stores)):
-            yield from self.catalog_of(index)
+        for _, row in self.numbered_catalog():
+            yield row
 
-    def catalog_of(self, index: int) -> Iterator[dict[str, str]]:
-        """Yields the catalog row of every image of one set. `index` is the index of the set."""
-        yield from rows(self.stores[index].open(entry) for entry in self.manifests[index]["catalogs"])
+    def numbered_catalog(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Yields the index of its set and the catalog row of every image of every set; the keys of a row are CATALOG."""
+        for number, (store, m) in enumerate(zip(self.stores, self.manifests, strict=True)):
+            for row in rows(store.open(entry) for entry in m["catalogs"]):
+                yield number, row
 
     def refuse_leaks(self) -> None:
         """Checks that no image and no group is in different splits of different sets.

@@ -12,14 +12,16 @@ Shapes: B images, C channels, D features.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources, util
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from hpc.config import PathText, digest
 from hpc.errors import UserError
@@ -104,6 +106,23 @@ class Backbone:
     def __call__(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Computes the features [B, D] of uint8 images, fp32 on the CPU."""
         return self.network(self.prepare(images_BCHW)).float().cpu()
+
+    def over(self, batches: Iterable[torch.Tensor], progress: tqdm | None = None) -> np.ndarray:
+        """Computes the features of many images.
+
+        Args:
+            batches: Batches of uint8 images.
+            progress: A bar that counts images.
+
+        Returns:
+            fp32 [N, D].
+        """
+        parts = [np.empty((0, self.dim()), np.float32)]
+        for batch in batches:
+            parts.append(self(batch).numpy())
+            if progress is not None:
+                progress.update(len(batch))
+        return np.concatenate(parts)
 
     @torch.inference_mode()
     def dim(self) -> int:

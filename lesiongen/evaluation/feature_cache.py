@@ -27,7 +27,6 @@ from hpc import dist
 from hpc.dist import Topology
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
-from lesiongen.evaluation.backbone import Backbone
 
 FOLDER = "features"
 Columns = dict[str, np.ndarray]  # arrays by name, each with one row for each image
@@ -98,25 +97,6 @@ def cache_folder(beside: str | Path, otherwise: Path) -> Path:
     local = Path(beside) if "://" not in str(beside) else None
     writable = local is not None and local.is_dir() and os.access(local, os.W_OK)
     return (local if writable else otherwise) / FOLDER
-
-
-def cached_features(
-    folders: Sequence[Path], sources: Sequence[Source], backbone: Backbone, topology: Topology, what: str
-) -> Features:
-    """Returns the features of some sources, and computes those that no folder holds yet. Collective.
-
-    Args:
-        folders: For each source, the folder of its cache file.
-        sources: The sources, the same on every rank.
-        backbone: Computes the features.
-        topology: This process among the ranks. Each rank computes a share of the sources.
-        what: Text of the progress bar.
-    """
-
-    def compute(images_BCHW: torch.Tensor) -> Columns:
-        return {"features": backbone(images_BCHW).to(torch.float16).numpy()}
-
-    return cached_columns(folders, sources, compute, backbone.digest, topology, what)
 
 
 def cached_columns(

@@ -1,70 +1,161 @@
-"""Fidelity and diversity of samples, measured by a classifier that is trained on real images.
+"""Whether samples show their class, judged by a classifier of real images, and how varied they are within a class.
 
-The classifier is applied to samples, held-out images, and the tokenizer's reconstructions of held-out images. The tokenizer
-decodes the samples too, so the reconstructions show how much of a loss is due to the tokenizer. The evaluate stage calls
-`fidelity_and_diversity`.
+The classifier is also applied to reconstructions of held-out images. The tokenizer paints samples too, so this tells how much
+of a loss is due to the tokenizer, and how often a reconstruction gets another label than its original.
+
+Shapes: N images, K classes, D features.
 """
 
+import math
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
-from hpc.run.progress import progress_bar
-from lesiongen.data.images import to_float, to_uint8
-from lesiongen.evaluation import classifier
-from lesiongen.evaluation.image_sets import RealImages, SampleImages
-from lesiongen.tokenizers.tokenizer import Tokenizer
+from lesiongen.evaluation.intervals import ROUNDS, Figure, bootstrap, figure, from_rounds, resampled_weights, share
 
-PER_CLASS = 200  # images of a class, at most, that are reconstructed, and whose features are compared
+PER_CLASS = 200  # images of a class, at most, whose distances to one another are averaged
 
 
-def fidelity_and_diversity(
-    net: Tokenizer,
-    train: RealImages,
-    held_out: RealImages,
-    samples: SampleImages,
-    classes: list[str],
-    length: int,
-    batch: int,
-    seed: int,
-) -> tuple[dict, dict]:
-    """Measures fidelity and diversity over the classes that samples, held-out images and training images all have.
+@dataclass(frozen=True)
+class Judged:
+    """The classifier's judgement of one source of images.
+
+    Attributes:
+        labels: True or requested labels, [N]; none is -1.
+        probabilities: Probability of each class, [N, K].
+        groups: The lesion of each image, [N].
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    groups: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The likeliest label of each image, [N]."""
+        return self.probabilities.argmax(1)
+
+    def within(self, labels: list[int]) -> "Judged":
+        """Returns the images with these labels."""
+        kept = np.isin(self.labels, labels)
+        return Judged(self.labels[kept], self.probabilities[kept], self.groups[kept])
+
+
+def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int]) -> dict:
+    """Measures how often the classifier sees the true or requested class, over the classes that all sources have.
 
     Args:
-        net: The tokenizer.
-        train: Training images of the classifier.
-        held_out: Held-out images.
-        samples: Generated images.
+        judged: The judgement of "real" held-out images, "reconstructions" of them in the same order, and "samples".
         classes: Class names in the order of their labels.
-        length: Training length of the classifier, in images.
-        batch: Images that are reconstructed at once.
-        seed: Seed of the classifier.
+        trained_on: Labels that training images have.
 
     Returns:
-        Two dicts as `classifier.compare` returns them. If nothing can be measured, each has "ratio" None and a "reason".
+        "chance", "reason", "balanced_accuracy", "recall", "confusion", "classes" and "flips", the share of images whose
+        reconstruction gets another label. If nothing can be measured, "reason" says why, and the others are None.
     """
-    common = sorted(set(samples.labels.tolist()) & set(held_out.labels.tolist()) & set(train.labels.tolist()) - {-1})
+    common = sorted(set(trained_on).intersection(*(set(j.labels.tolist()) for j in judged.values())))
     reason = None
-    if len(set(train.labels.tolist()) - {-1}) < 2:
+    if len(trained_on) < 2:
         reason = "the training images have fewer than two classes, so there is nothing to tell apart"
     elif not common:
         reason = "no class has both samples and held-out images"
     if reason:
-        return {"ratio": None, "reason": reason}, {"ratio": None, "reason": reason}
-    device = next(net.parameters()).device
-    with progress_bar(length // classifier.BATCH * classifier.BATCH, "classifier") as progress:
-        trained = classifier.train_classifier(train.images, train.labels, len(classes), length, seed, progress, device)
-    subset = classifier.first_of_each_class(held_out.labels, PER_CLASS)
-    reconstructions = _reconstruct(net, held_out, subset, batch)
-    images = {"samples": samples.images, "real": held_out.images, "reconstructions": reconstructions}
-    labels = {"samples": samples.labels, "real": held_out.labels, "reconstructions": held_out.labels[subset]}
-    return classifier.compare(trained, images, labels, classes, common, PER_CLASS)
+        keys = ("balanced_accuracy", "recall", "confusion", "flips")
+        return {"chance": 1 / max(1, len(classes)), "reason": reason, "classes": classes} | dict.fromkeys(keys)
+    same = {source: j.within(common) for source, j in judged.items()}
+    samples = same["samples"]
+    confusion = np.zeros((len(classes), len(classes)), int)
+    np.add.at(confusion, (samples.labels, samples.predicted), 1)
+    flipped = judged["real"].predicted != judged["reconstructions"].predicted
+    return {
+        "chance": 1 / len(classes),
+        "reason": None,
+        "classes": classes,
+        "balanced_accuracy": {source: balanced_accuracy(j) for source, j in same.items()},
+        "recall": {classes[label]: {source: _recall(j, label) for source, j in same.items()} for label in common},
+        "confusion": confusion.tolist(),
+        "flips": bootstrap(lambda w: float((w * flipped).sum() / w.sum()), judged["real"].groups),
+    }
 
 
-@torch.no_grad()
-def _reconstruct(net: Tokenizer, real: RealImages, indices: torch.Tensor, batch: int) -> torch.Tensor:
-    """Returns thumbnails of the reconstructions of the images at `indices`."""
-    device, out = next(net.parameters()).device, []
-    with progress_bar(len(indices), "reconstruct") as progress:
-        for part in indices.split(batch):
-            out.append(classifier.shrink(to_uint8(net(to_float(real.full(part).to(device)))[0]).cpu()))
-            progress.update(len(part))
-    return torch.cat(out)
+def balanced_accuracy(judged: Judged, seed: int = 0) -> Figure:
+    """Measures the mean recall of the classes that occur, with an interval by a bootstrap over lesions.
+
+    Args:
+        judged: The images.
+        seed: Seed of the bootstrap.
+    """
+    right = judged.predicted == judged.labels
+    present = np.unique(judged.labels)
+
+    def measure(weights: np.ndarray) -> float:
+        recalls = []
+        for label in present:
+            w = weights * (judged.labels == label)
+            recalls.append((w * right).sum() / w.sum() if w.sum() else np.nan)
+        return float(np.nanmean(recalls))
+
+    return bootstrap(measure, judged.groups, seed=seed)
+
+
+def _recall(judged: Judged, label: int) -> dict:
+    """Returns the recall of a class, with the number of images."""
+    mine = judged.within([label])
+    right = mine.predicted == label
+    if len(np.unique(mine.groups)) == len(right):
+        return share(int(right.sum()), len(right)) | {"number": len(right)}
+    return bootstrap(lambda w: float((w * right).sum() / w.sum()), mine.groups) | {"number": len(right)}
+
+
+def diversity(features: dict[str, np.ndarray], labels: np.ndarray, classes: list[str], seed: int = 0) -> dict:
+    """Measures the mean distance of two images of a class, relative to that of real images.
+
+    Args:
+        features: Features [N, D] of "real" held-out images, "reconstructions" and "samples". Image n has the same label in all.
+        labels: The labels, [N].
+        classes: Class names in the order of their labels.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        "all" and "classes" {class: …}, each with a figure for each source and "ratio", samples / real; and "reason", which says
+        why there is nothing to measure. "all" is the mean over classes.
+    """
+    spread: dict[str, dict[str, tuple[float, np.ndarray]]] = {}
+    for label in np.unique(labels).tolist():
+        members = np.flatnonzero(labels == label)[:PER_CLASS]
+        if len(members) > 2:
+            name = classes[label] if label >= 0 else ""
+            spread[name] = {source: _spread(values[members], seed) for source, values in features.items()}
+    if not spread:
+        return {"all": None, "classes": {}, "reason": "no class has three samples and three held-out images"}
+    mean = {
+        source: (
+            float(np.mean([by_source[source][0] for by_source in spread.values()])),
+            np.mean([by_source[source][1] for by_source in spread.values()], axis=0),
+        )
+        for source in features
+    }
+    return {"all": _spread_figures(mean), "classes": {k: _spread_figures(v) for k, v in spread.items()}, "reason": None}
+
+
+def _spread(features_ND: np.ndarray, seed: int) -> tuple[float, np.ndarray]:
+    """Returns the mean distance of two different images, and the same in each resample of a bootstrap."""
+    x = torch.from_numpy(features_ND).double()
+    distance_NN = torch.cdist(x, x).numpy()
+    # Images of rare classes occur several times in a set; a distance of 0 between repetitions says nothing about diversity.
+    different_NN = (distance_NN > 1e-9).astype(float)
+
+    def mean(w: np.ndarray) -> float:
+        pairs = w @ different_NN @ w
+        return float(w @ distance_NN @ w / pairs) if pairs else math.nan
+
+    weights = resampled_weights(np.arange(len(x)), ROUNDS, seed).astype(float)
+    return mean(np.ones(len(x))), np.array([mean(w) for w in weights])
+
+
+def _spread_figures(spread: dict[str, tuple[float, np.ndarray]]) -> dict:
+    figures: dict = {source: from_rounds(value, rounds) for source, (value, rounds) in spread.items()}
+    (samples, of_samples), (real, of_real) = spread["samples"], spread["real"]
+    figures["ratio"] = from_rounds(samples / real, of_samples / of_real) if real else figure(math.nan)
+    return figures

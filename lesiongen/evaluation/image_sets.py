@@ -1,121 +1,117 @@
-"""Sets of images for the evaluate stage: real images from shards, and samples from their directory.
+"""Sets of images that the evaluation compares: real images from shards, and samples from their directory.
 
-A set holds thumbnails of all its images in memory, 12 kB each, for the metrics. Images for the report are read again at full
-size.
+A set knows the label and the lesion of each of its images and reads images when they are asked for, so its memory does not grow
+with the size of the images. Of a real image it keeps about 20 bytes.
 """
 
 import contextlib
 import csv
+import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hpc.data.shards import BadSample
 from hpc.errors import UserError
-from hpc.run.progress import progress_bar
 from lesiongen.data import images
 from lesiongen.data.augment import centre
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
-from lesiongen.evaluation import classifier
+from lesiongen.evaluation import feature_cache
+from lesiongen.evaluation.feature_cache import Source
+
+BATCH = 64  # images that are read at once
 
 
 class ImageSet(ABC):
-    """A set of images with labels. A subclass sets its own attributes first and then calls __init__, which reads all images.
+    """A set of images with labels.
 
     Attributes:
-        size: Side of the images at full size, in pixels.
-        images: Thumbnails, uint8 [N, C, h, w], at most 64 px.
+        size: Side of the images, in pixels.
         labels: Labels, int64 [N]; -1 for unlabelled images.
+        groups: The lesion of each image, int64 [N]. Equal numbers mean one lesion.
     """
 
-    def __init__(self, size: int, channels: int, number: int, what: str):
-        """Reads all images.
+    size: int
+    labels: torch.Tensor
+    groups: np.ndarray
 
-        Args:
-            size: Side of the images at full size, in pixels.
-            channels: 1 or 3.
-            number: Number of images.
-            what: Text of the progress bar.
-        """
-        self.size, side = size, min(size, classifier.SIDE)
-        self.images = torch.empty(number, channels, side, side, dtype=torch.uint8)
-        self.labels = torch.full((number,), -1)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress_bar(number, what) as progress:
-            for first in range(0, number, 256):
-                rows = range(first, min(first + 256, number))
-                raw = [self.raw(i) for i in rows]  # a shard reader serves one thread; decoding, which takes longer, is shared
-                for i, (image, facts) in zip(rows, pool.map(self._thumbnail, raw), strict=True):
-                    self.images[i], self.labels[i] = image, self.label(i, facts)
-                progress.update(len(rows))
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @abstractmethod
     def raw(self, i: int) -> Any:
         """Reads what decode() needs of image i. Called from one thread."""
 
     @abstractmethod
-    def decode(self, raw: Any) -> tuple[torch.Tensor, dict]:
-        """Decodes an image. Called from several threads.
+    def decode(self, raw: Any) -> torch.Tensor:
+        """Decodes what raw() returned to an image, uint8 [C, size, size]. Called from several threads."""
 
-        Args:
-            raw: What raw() returned.
+    def images(self, indices: Sequence[int] | torch.Tensor | np.ndarray) -> torch.Tensor:
+        """Reads images, uint8 [B, C, size, size]."""
+        raw = [self.raw(int(i)) for i in indices]  # a shard reader serves one thread; decoding, which takes longer, is shared
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return torch.stack(list(pool.map(self.decode, raw)))
 
-        Returns:
-            The image, uint8 [C, size, size], and its facts.
-        """
-
-    @abstractmethod
-    def label(self, i: int, facts: dict) -> int:
-        """Returns the label of image i, or -1. Called once for each image, in order."""
-
-    def _thumbnail(self, raw: Any) -> tuple[torch.Tensor, dict]:
-        image, facts = self.decode(raw)
-        return classifier.shrink(image), facts
-
-    def full(self, indices: Iterable[int | torch.Tensor]) -> torch.Tensor:
-        """Reads images again at full size, uint8 [B, C, size, size]."""
-        return torch.stack([self.decode(self.raw(int(i)))[0] for i in indices])
+    def batches(self, indices: Sequence[int] | torch.Tensor | np.ndarray) -> Iterator[torch.Tensor]:
+        """Reads images batch by batch, uint8 [B, C, size, size]."""
+        for first in range(0, len(indices), BATCH):
+            yield self.images(indices[first : first + BATCH])
 
 
 class RealImages(ImageSet):
-    """All images of one or more splits, unaugmented, in the order of the shards.
+    """All images of some splits, unaugmented, in the order of the shards.
 
     Attributes:
-        groups: The split of each group. A group is a lesion, or the images that are kept together with it.
+        name: Names of the splits, for progress bars.
+        splits: The splits.
+        rows: Index of the split, shard and ordinal of each image, int32 [N, 3].
     """
 
-    def __init__(self, shards: Packed, names: list[str]):
-        """Reads the splits `names` of the shards. Raises UserError for damaged shards, or a group in two splits."""
+    def __init__(self, shards: Packed, names: Sequence[str]):
+        """Reads labels and groups of the splits `names` from the catalogs of the shards."""
         self.splits = [ImageShards(shards, name) for name in names]
         self.readers = [split.reader() for split in self.splits]
-        self.label_numbers = {name: label for label, name in enumerate(self.splits[0].classes)}
-        self.positions = [
-            (k, shard, ordinal)
-            for k, split in enumerate(self.splits)
-            for shard, count in enumerate(split.counts)
-            for ordinal in range(count)
-        ]
-        self.groups: dict[str, str] = {}
-        first = self.splits[0]
-        super().__init__(first.size, first.channels, len(self.positions), f"read {' + '.join(names)}")
+        self.name, self.size, self.channels = " + ".join(names), shards.size, shards.channels
+        counts = [(k, shard, count) for k, split in enumerate(self.splits) for shard, count in enumerate(split.counts)]
+        blocks = [np.array([(k, shard, ordinal) for ordinal in range(count)], np.int32) for k, shard, count in counts]
+        self.rows = np.concatenate(blocks) if blocks else np.empty((0, 3), np.int32)
+        starts = np.concatenate([[0], np.cumsum([count for *_, count in counts])])
+        begin = {(k, shard): int(start) for (k, shard, _), start in zip(counts, starts, strict=False)}
+        self._read_catalogs(shards, begin)
+
+    def _read_catalogs(self, shards: Packed, begin: dict[tuple[int, int], int]) -> None:
+        """Fills labels and groups. `begin` is the index of the first image of each (split, shard)."""
+        label_of = {name: label for label, name in enumerate(shards.classes)}
+        number_of = {
+            (self.splits[k].sets[shard], self.splits[k].entries[shard]["name"]): first for (k, shard), first in begin.items()
+        }
+        labels, self.groups = np.full(len(self.rows), -1), np.zeros(len(self.rows), np.int64)
+        for number, row in shards.numbered_catalog():
+            first = number_of.get((number, row["shard"]))
+            if first is not None:
+                labels[first + int(row["ordinal"])] = label_of.get(row["dx"], -1)
+                self.groups[first + int(row["ordinal"])] = group_number(row["group"])
+        self.labels = torch.from_numpy(labels)
 
     def raw(self, i: int) -> tuple[int, dict]:
         """Reads the members of image i from its shard. Returns the index of its split, and the members."""
-        k, shard, ordinal = self.positions[i]
+        k, shard, ordinal = self.rows[i].tolist()
         with self._damage_reported(k):
             return k, self.readers[k].read(shard, ordinal)
 
-    def decode(self, raw: tuple[int, dict]) -> tuple[torch.Tensor, dict]:
+    def decode(self, raw: tuple[int, dict]) -> torch.Tensor:
         """Decodes an image from its members."""
         k, members = raw
         with self._damage_reported(k):
-            image, facts = self.splits[k].image(members)
-        return centre(image, self.size), facts
+            return centre(self.splits[k].image(members)[0], self.size)
 
     @contextlib.contextmanager
     def _damage_reported(self, k: int) -> Iterator[None]:
@@ -126,27 +122,55 @@ class RealImages(ImageSet):
             name = self.splits[k].packed.name
             raise UserError(f"The shards in {name} are damaged: {error}. See `lesiongen verify`.") from None
 
-    def label(self, i: int, facts: dict) -> int:
-        """Returns the label of image i, and records the split of its group."""
-        group = facts["group"]
-        split = self.splits[self.positions[i][0]].split
-        refuse_shared({group: split}, self.groups)
-        self.groups[group] = split
-        return self.label_numbers.get(facts.get("dx", ""), -1)
+    def in_split(self, name: str) -> np.ndarray:
+        """Returns which images are in a split, bool [N]."""
+        return np.isin(self.rows[:, 0], [k for k, split in enumerate(self.splits) if split.split == name])
+
+    def groups_by_shard(self) -> dict[str, list[np.ndarray]]:
+        """Returns the lesions of each split's images, an array [S] for each shard, as the code store numbers the shards."""
+        found, first = {}, 0
+        for split in self.splits:
+            ends = first + np.cumsum(split.counts)
+            found[split.split] = np.split(self.groups[first : ends[-1]], ends[:-1] - first)
+            first = int(ends[-1])
+        return found
+
+    def sources(self, locations: Sequence[str | Path], run: Path) -> tuple[list[Path], list[Source]]:
+        """Returns the shards as sources for the feature cache, in the order of the images, and the folder for each.
+
+        Args:
+            locations: Directory or URL of each packed set. The cache lies in the directory.
+            run: Directory for the cache of sets that cannot be written.
+        """
+        folders, sources, first = [], [], 0
+        for split in self.splits:
+            for shard, (number, entry) in enumerate(zip(split.sets, split.entries, strict=True)):
+                indices = range(first, first + split.counts[shard])
+                name, checksum = f"{split.split}-{shard:06d}", f"{entry['crc32']:08x}"
+                sources.append(Source(name, checksum, len(indices), partial(self.batches, indices)))
+                folders.append(feature_cache.cache_folder(locations[number], run))
+                first = indices.stop
+        return folders, sources
 
 
-def refuse_shared(a: dict[str, str], b: dict[str, str]) -> None:
-    """Raises UserError if a group is in two splits: metrics on held-out images would then be meaningless.
+def group_number(group: str) -> int:
+    """Returns a number for a group, which is the same wherever the group occurs.
 
-    Args:
-        a: Group → split.
-        b: Group → split, of other images.
+    Two of 1,000,000 groups have the same number with a probability of 1 in 10,000,000.
     """
-    for group in a.keys() & b.keys():
-        if a[group] != b[group]:
-            raise UserError(
-                f"Lesion '{group}' is in two splits, {a[group]} and {b[group]}. Pack the images again (--fresh shards)."
-            )
+    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def refuse_shared(a: RealImages, b: RealImages) -> None:
+    """Raises UserError if a lesion is in both sets: figures on held-out images would then be meaningless."""
+    if len(shared := np.intersect1d(a.groups, b.groups)):
+        first = int(np.flatnonzero(np.isin(a.groups, shared))[0])
+        k, shard, ordinal = a.rows[first].tolist()
+        image = f"{a.splits[k].entries[shard]['name']}[{ordinal}]"
+        raise UserError(
+            f"{len(shared)} lesions are in the training split and in a held-out split, such as that of {image}. Pack the "
+            "images again (--fresh shards)."
+        )
 
 
 class SampleImages(ImageSet):
@@ -157,7 +181,7 @@ class SampleImages(ImageSet):
     """
 
     def __init__(self, folder: Path, classes: list[str], size: int, channels: int):
-        """Reads all samples. Raises UserError for one that cannot be read.
+        """Reads the table of the samples.
 
         Args:
             folder: Directory of the samples.
@@ -165,25 +189,38 @@ class SampleImages(ImageSet):
             size: Side of the images, in pixels.
             channels: 1 or 3.
         """
-        self.folder, self.channels = folder, channels
+        self.folder, self.size, self.channels = folder, size, channels
         with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
             self.rows = list(csv.DictReader(file))
-        self.label_numbers = {name: label for label, name in enumerate(classes)}
-        super().__init__(size, channels, len(self.rows), "read samples")
+        label_of = {name: label for label, name in enumerate(classes)}
+        self.labels = torch.tensor([label_of.get(row["label"], -1) for row in self.rows], dtype=torch.int64)
+        self.groups = np.arange(len(self.rows))
 
-    def raw(self, i: int) -> dict:
-        """Returns the row of sample i in metadata.csv."""
-        return self.rows[i]
+    def raw(self, i: int) -> Path:
+        """Returns the path of sample i."""
+        return self.folder / self.rows[i]["file"]
 
-    def decode(self, raw: dict) -> tuple[torch.Tensor, dict]:
-        """Reads and decodes the file that a row names."""
-        path = self.folder / raw["file"]
+    def decode(self, raw: Path) -> torch.Tensor:
+        """Reads and decodes a file. Raises UserError if it cannot be read."""
         try:
-            image = images.read(path, self.channels)
+            image = images.read(raw, self.channels)
         except (OSError, images.BadImage) as error:
-            raise UserError(f"{path} cannot be read ({error}). Sample again (--fresh samples).") from None
-        return centre(images.to_tensor(image), self.size), raw
+            raise UserError(f"{raw} cannot be read ({error}). Sample again (--fresh samples).") from None
+        return centre(images.to_tensor(image), self.size)
 
-    def label(self, i: int, facts: dict) -> int:
-        """Returns the label of sample i."""
-        return self.label_numbers.get(facts["label"], -1)
+
+class ArrayImages(ImageSet):
+    """Images that are in memory already."""
+
+    def __init__(self, images_NCHW: torch.Tensor, labels_N: torch.Tensor):
+        """Keeps the images, uint8, and their labels."""
+        self.pixels, self.labels, self.size = images_NCHW, labels_N, images_NCHW.shape[-1]
+        self.groups = np.arange(len(images_NCHW))
+
+    def raw(self, i: int) -> torch.Tensor:
+        """Returns image i."""
+        return self.pixels[i]
+
+    def decode(self, raw: torch.Tensor) -> torch.Tensor:
+        """Returns the image unchanged."""
+        return raw

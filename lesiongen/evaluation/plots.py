@@ -1,7 +1,4 @@
-"""Plots of the report, as PNG bytes: learning curves, confusion matrix, and histogram of distances.
-
-The training stages draw the learning curves too, at each evaluation.
-"""
+"""Learning curves, as PNG bytes. The training stages draw them at each evaluation, and the report shows them."""
 
 import io
 from typing import TYPE_CHECKING
@@ -37,7 +34,7 @@ def curves(stages: dict[str, list[dict]]) -> bytes | None:
         return None
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = _figure(11 if columns == 3 else 5.2 * columns, (2.7 if columns > 1 else 3.6) * rows, rows, columns)
+    figure, axes = new_figure(11 if columns == 3 else 5.2 * columns, (2.7 if columns > 1 else 3.6) * rows, rows, columns)
     for axis, (stage, title, metrics) in zip(axes, panels, strict=False):
         lines = [(metric, *look, 1.4) for metric, look in zip(metrics, LOOKS, strict=False)]
         classes = sorted({key for row in stages[stage] for key in row if key.startswith(f"{metrics[1]}/")})
@@ -51,7 +48,7 @@ def curves(stages: dict[str, list[dict]]) -> bytes | None:
         axis.tick_params(labelsize=8)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _panels(stages: dict[str, list[dict]]) -> list[Panel]:
@@ -69,58 +66,7 @@ def _panels(stages: dict[str, list[dict]]) -> list[Panel]:
     return panels + [(name, f"bits per token: {name.removeprefix('prior-')}", bits) for name in priors]
 
 
-def confusion(fidelity: dict, classes: list[str]) -> bytes | None:
-    """Draws the classes that the classifier predicts for the samples of each class, as shares of a row.
-
-    Args:
-        fidelity: The fidelity metrics.
-        classes: Class names.
-
-    Returns:
-        PNG bytes; None if fidelity was not measured.
-    """
-    if fidelity["ratio"] is None:
-        return None
-    requested = [i for i, row in enumerate(fidelity["confusion"]) if sum(row)]
-    shares = [[n / sum(fidelity["confusion"][i]) for n in fidelity["confusion"][i]] for i in requested]
-    figure, (axis,) = _figure(5.2, 1.6 + 0.42 * len(requested))
-    axis.grid(False)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for y, row in enumerate(shares):
-        for x, share in enumerate(row):
-            if share >= 0.005 and len(classes) <= 12:
-                axis.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=8, color="w" if share > 0.5 else "k")
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(len(requested)), [classes[i] for i in requested], fontsize=8)
-    return _png(figure)
-
-
-def histogram(samples: list[float], held_out: list[float], threshold: float) -> bytes:
-    """Draws the distances of samples and held-out images to their nearest training image, and the threshold for copies.
-
-    Args:
-        samples: Distances of the samples.
-        held_out: Distances of the held-out images.
-        threshold: Distance below which an image is a copy.
-
-    Returns:
-        PNG bytes.
-    """
-    figure, (axis,) = _figure(5.2, 3.6)
-    top = sorted(samples + held_out)[int(0.995 * (len(samples) + len(held_out) - 1))]
-    bins = [top * i / 40 for i in range(41)]
-    for values, label, colour in ((held_out, "held-out images", HELD_OUT), (samples, "samples", TRAIN)):
-        weights = [100 / len(values)] * len(values)
-        axis.hist([min(v, top) for v in values], bins, weights=weights, alpha=0.55, color=colour, label=label)
-    axis.axvline(threshold, color="#d0413b", linestyle="--", linewidth=1.2, label="copies are left of this line")
-    axis.set_xlabel("distance to the nearest training image", fontsize=9)
-    axis.set_ylabel("share in %", fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.legend(fontsize=8, frameon=False)
-    return _png(figure)
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> "tuple[Figure, np.ndarray]":
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> "tuple[Figure, np.ndarray]":
     """Returns a figure of `width` × `height` inches, and its panels."""
     from matplotlib.figure import Figure  # not pyplot, which would keep every figure in memory and may need a display
 
@@ -132,7 +78,8 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> "tu
     return figure, axes
 
 
-def _png(figure: "Figure") -> bytes:
+def to_png(figure: "Figure") -> bytes:
+    """Returns a figure as PNG bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

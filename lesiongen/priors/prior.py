@@ -192,6 +192,7 @@ class Prior(nn.Module, ABC):
         uniform_BT: torch.Tensor,
         choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         guidance: Callable[[int], float] = lambda t: 1.0,
+        prompt_BP: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Samples codes one token at a time. A cache avoids computing earlier tokens again.
 
@@ -203,9 +204,10 @@ class Prior(nn.Module, ABC):
             guidance: Maps t to the strength of classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) at token t.
                 Guidance computes each position with and without the facts, so it doubles the work. If the strength is 1 at
                 all tokens, there is no guidance and no extra work.
+            prompt_BP: The first P tokens, which are given and not sampled. None samples all tokens.
 
         Returns:
-            Codes [B, h, w].
+            Codes [B, h, w], which begin with the prompt.
         """
         batch, length = uniform_BT.shape
         strengths = [guidance(t) for t in range(length)]
@@ -215,9 +217,15 @@ class Prior(nn.Module, ABC):
             context_BTD = torch.cat([context_BTD, self.context(torch.full_like(facts_BF, -1), upper)])
         cache = self.new_cache(context_BTD)
         codes_BT = torch.zeros(batch, length, dtype=torch.long, device=facts_BF.device)
+        given = 0 if prompt_BP is None else prompt_BP.shape[1]
+        if given:
+            codes_BT[:, :given] = prompt_BP
         for t, strength in enumerate(strengths):
             previous_B = codes_BT[:, t - 1].repeat(1 + guided) if t else None
-            logits_BK = self.head(self.step(previous_B, context_BTD, cache, t)).float()
+            features_BD = self.step(previous_B, context_BTD, cache, t)  # also for a given token: it fills the cache
+            if t < given:
+                continue
+            logits_BK = self.head(features_BD).float()
             if guided:
                 with_facts_BK, without_BK = logits_BK.chunk(2)
                 logits_BK = without_BK + strength * (with_facts_BK - without_BK)

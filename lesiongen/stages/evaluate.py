@@ -1,76 +1,101 @@
 """evaluate: samples + real images + trained models → report/.
 
-The stage writes metrics.json, report.html, and a metrics log with pictures, which MLflow follows. Samples are compared with two
-sets of real images: the training split, and the held-out images (val and test together).
+The stage asks three questions: are the samples like real images, does it help to train with them, and do they reveal training
+images? It writes metrics.json, report.html, share.html (the report without real images), private/neighbours.csv, and a metrics
+log with pictures, which MLflow follows. docs/report.md describes the figures. Samples are compared with two sets of real
+images: the training split, and the held-out images (val and test together).
 """
 
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hpc import dist
 from hpc.config import digest, read_yaml, to_plain
+from hpc.data.codestore import CodeStore
 from hpc.dist import Topology
+from hpc.run import rundir
 from hpc.run.metrics_log import MetricsLog, metric_name, read_metrics
-from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
-from lesiongen.data.augment import dihedral
-from lesiongen.data.packed import Packed
+from lesiongen.data.facts import PriorFacts
 from lesiongen.data.stream import ImageShards
-from lesiongen.evaluation import classifier, plots, report
-from lesiongen.evaluation.fidelity import fidelity_and_diversity
+from lesiongen.evaluation import parts, plots
+from lesiongen.evaluation.fidelity import fidelity
 from lesiongen.evaluation.held_out import evaluate_tokenizer
-from lesiongen.evaluation.image_sets import ImageSet, RealImages, SampleImages, refuse_shared
-from lesiongen.evaluation.intervals import wilson
-from lesiongen.evaluation.privacy import copies
-from lesiongen.evaluation.privacy.nearest import Nearest, nearest_images
-from lesiongen.evaluation.privacy.views import thumbnails
+from lesiongen.evaluation.privacy.candidates import Candidates
+from lesiongen.evaluation.privacy.copies import Copies, write_neighbours
+from lesiongen.evaluation.privacy.views import TrainingViews, training_views
+from lesiongen.evaluation.report import charts
+from lesiongen.evaluation.report.page import page
+from lesiongen.evaluation.report.pictures import nearest_pairs, strips
+from lesiongen.evaluation.report.verdict import verdict
+from lesiongen.evaluation.report.words import verdict_line
+from lesiongen.evaluation.subject import Subject
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.licences import merge_counts
-from lesiongen.stages.base import Stage, packed, require
+from lesiongen.priors.export import load_prior
+from lesiongen.priors.generator import Generator
+from lesiongen.priors.level_sampler import LevelSampler
+from lesiongen.priors.sampling import TokenChooser, guidance
+from lesiongen.stages.base import Stage, digest_of, packed, packed_locations, require
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
-HELD_OUT = 2_000  # held-out images, at most, whose distances to the training images set the threshold for copies
-TILES = 8  # images in a strip, and pairs in the picture of nearest neighbours
+SCHEMA = 2  # of metrics.json
 
 
 def stage(config: Experiment) -> Stage:
     """Returns the stage that compares the run's samples with real images."""
-    needs = ("shards", "tokenizer", "codes", *(f"prior-{level}" for level in config.levels), "samples")
     identity = {"evaluate": to_plain(config.evaluate, volatile=False), "seed": config.seed}
-    return Stage("report", needs, identity, run, parallel=False)
+    return Stage("report", _inputs(config), identity, run)
+
+
+def _inputs(config: Experiment) -> tuple[str, ...]:
+    """Returns the names of the artefacts that the stage reads."""
+    return "shards", "tokenizer", "codes", *(f"prior-{level}" for level in config.levels), "samples"
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """Evaluates the run and returns the digest of all metrics. Collective.
 
-    All ranks measure the tokenizer; rank 0 does the rest.
+    All ranks measure the tokenizer, and compute features of real images and of training views; rank 0 does the rest.
     """
-    net, facts = load_tokenizer(require(config, "tokenizer"), topology.device)
-    test = ImageShards(packed(config), "test")
+    shards, store = packed(config), CodeStore(require(config, "codes"))
+    net, about = load_tokenizer(require(config, "tokenizer"), topology.device)
+    test = ImageShards(shards, "test")
     if topology.leader:
         print(f"reconstructing {len(test):,} test images")
-    metrics, pictures = evaluate_tokenizer(net, test, config.evaluate.batch)
-    return dist.run_on_leader(_evaluate, config, folder, net, facts["data"], metrics, pictures)
+    quality, pictures = evaluate_tokenizer(net, test, config.evaluate.batch)
+    samples, locations = require(config, "samples"), packed_locations(config)
+    subject = Subject(config.evaluate, config.seed, topology, shards, locations, store, net, samples, config.directory)
+    made_by = digest_of(config, "tokenizer")
+    views = training_views(config.directory, store, net, made_by, subject.backbone, topology)
+    return dist.run_on_leader(_finish, config, folder, subject, views, about["data"], quality, pictures)
 
 
-def _evaluate(
-    config: Experiment, folder: Path, net: Tokenizer, tokenizer_data: dict, quality: dict, pictures: dict[str, bytes]
+def _finish(
+    config: Experiment,
+    folder: Path,
+    subject: Subject,
+    views: TrainingViews,
+    tokenizer_data: dict,
+    quality: dict,
+    pictures: dict[str, bytes],
 ) -> str:
-    """Measures the samples, collects the metrics of the models, and writes the report.
+    """Measures everything and writes the report.
 
     Args:
         config: The run's config.
         folder: Directory of the report.
-        net: The tokenizer.
+        subject: The images and models.
+        views: The views that the priors were trained on.
         tokenizer_data: Licences, attributions and sources of the images that the tokenizer was trained on.
         quality: The tokenizer's metrics on the test split.
         pictures: The tokenizer's pictures on the test split (name → PNG).
@@ -78,41 +103,62 @@ def _evaluate(
     Returns:
         The digest of all metrics.
     """
-    # Read the images.
-    shards = packed(config)
-    train = RealImages(shards, ["train"])
-    held_out = RealImages(shards, [split for split in shards.splits if split != "train"])
-    refuse_shared(train.groups, held_out.groups)
-    samples = SampleImages(require(config, "samples"), shards.classes, shards.size, shards.channels)
-
-    # Collect the metrics. floor_psnr is the PSNR of a tokenizer that gives all pixels one colour.
+    shards, generator = subject.shards, _generator(config, subject)
+    candidates = Candidates(require(config, "samples"))
+    # floor_psnr is the PSNR of a tokenizer that gives all pixels one colour.
     floor_psnr = -10 * math.log10(max(shards.moments["data_variance"], 1e-10))
-    metrics = {"tokenizer": quality | {"floor_psnr": floor_psnr, "entries": net.entries}}
-    metrics["priors"] = _prior_metrics(config, net)
-    length, batch = config.evaluate.classifier_samples, config.evaluate.batch
-    metrics["fidelity"], metrics["diversity"] = fidelity_and_diversity(
-        net, train, held_out, samples, shards.classes, length, batch, config.seed
-    )
-    of_samples, of_held_out = _nearest_training_images(train, held_out, samples, config.seed)
-    threshold = copies.threshold(of_held_out.distance)
-    metrics["copies"] = _copy_metrics(of_samples.distance, of_held_out.distance, threshold)
-    metrics["data"] = _data_metrics(shards, samples) | merge_counts(shards.about, tokenizer_data)
-    metrics = _without_nan(metrics)
-
-    # Draw the pictures, and write everything.
-    closest = of_samples.distance.argsort()[:TILES].tolist()
-    trainings = {name: require(config, name) for name in ("tokenizer", *(f"prior-{level}" for level in config.levels))}
-    drawn = {
-        "neighbours": _neighbours(of_samples, closest, train, samples),
-        "curves": plots.curves({name: read_metrics(path) for name, path in trainings.items()}),
-        "confusion": plots.confusion(metrics["fidelity"], shards.classes),
-        "distances": plots.histogram(of_samples.distance.tolist(), of_held_out.distance.tolist(), threshold),
+    copies = parts.copies_of(subject, views, candidates)
+    metrics: dict = {
+        "schema": SCHEMA,
+        "made": _made(config, subject),
+        "tokenizer": quality | {"floor_psnr": floor_psnr, "entries": subject.net.entries},
+        "priors": _prior_metrics(config, subject.net),
+        "likeness": parts.likeness_part(subject),
+        "classifier": fidelity(subject.judged, subject.classes, subject.trained_on)
+        | {"about": f"{subject.judge.recipe.name}, images at {subject.judge.recipe.size} px"},
+        "diversity": parts.diversity_part(subject),
+        "utility": parts.utility_part(subject),
+        "privacy": {"copies": copies.metrics(), **parts.audit_parts(subject, generator)},
+        "gate": parts.gate_part(subject, candidates),
+        "fairness": parts.fairness_part(subject, generator),
+        "data": _data_metrics(subject) | merge_counts(shards.about, tokenizer_data),
     }
-    pictures = {name: png for name, png in (pictures | drawn).items() if png}
-    strips = _strips(samples, train, shards.classes)
-    page = report.page(config.name, metrics, pictures, strips, [float(of_samples.distance[i]) for i in closest])
-    _write(folder, metrics, pictures, strips, page)
+    metrics = _without_nan(metrics)
+    metrics["verdict"] = verdict(metrics)
+    pictures |= _pictures(config, metrics, copies)
+    _write(config.name, folder, metrics, pictures, subject, copies, candidates)
+    print(verdict_line(metrics["verdict"]))
     return digest(metrics)
+
+
+def _generator(config: Experiment, subject: Subject) -> Generator:
+    """Loads the priors of all levels."""
+    samplers, facts = {}, {}
+    for level in config.levels:
+        prior, about = load_prior(require(config, f"prior-{level}"), subject.device)
+        without_guidance = guidance(1.0, "constant", prior.length)
+        samplers[level] = LevelSampler(prior, TokenChooser(), without_guidance, config.sample.seed, subject.device)
+        facts[level] = PriorFacts(about["facts"], about["training_facts"])
+    return Generator(samplers, facts)
+
+
+def _made(config: Experiment, subject: Subject) -> dict:
+    """Returns how the samples and the report were made."""
+    environment = rundir.environment()
+    settings = ("seed", "guidance", "temperature", "top_k", "top_p", "number")
+    return {
+        "name": config.name,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": environment["versions"].get("commit", ""),
+        "version": environment["versions"].get("lesiongen", ""),
+        "command": f"lesiongen run {config.directory / 'config.yaml'}",
+        **{key: getattr(config.sample, key) for key in settings},
+        "gate": config.sample.gate is not None,
+        "config": to_plain(config),
+        "digests": {name: digest_of(config, name) for name in _inputs(config)},
+        "backbone": subject.backbone.name,
+        "backbone_digest": subject.backbone.digest,
+    }
 
 
 def _prior_metrics(config: Experiment, net: Tokenizer) -> dict[str, dict[str, float]]:
@@ -122,82 +168,62 @@ def _prior_metrics(config: Experiment, net: Tokenizer) -> dict[str, dict[str, fl
     return {level: read_yaml(path)["held_out"] | uniform for level, path in exports.items()}
 
 
-def _nearest_training_images(
-    train: RealImages, held_out: RealImages, samples: SampleImages, seed: int
-) -> tuple[Nearest, Nearest]:
-    """Finds the nearest training image of each sample, and of up to HELD_OUT held-out images."""
-    drawn = torch.randperm(len(held_out.images), generator=torch.Generator().manual_seed(seed))[:HELD_OUT]
-    queries = torch.cat([samples.images, held_out.images[drawn]])
-    with progress_bar(len(train.images), "copies") as progress:
-        found = nearest_images(thumbnails(queries), thumbnails(train.images), progress)
-    number = len(samples.images)
-    return found.select(slice(number)), found.select(slice(number, None))
-
-
-def _copy_metrics(samples_N: np.ndarray, held_out_N: np.ndarray, threshold: float) -> dict:
-    """Returns copy rate and distances of the samples, and below "held_out" those of the held-out images."""
-
-    def measure(distance_N: np.ndarray) -> dict:
-        hits, number = int((distance_N < threshold).sum()), len(distance_N)
-        low, high = wilson(hits, number)
-        rate = {"copies": hits, "number": number, "rate": hits / number, "low": low, "high": high}
-        return rate | {"median_distance": float(np.median(distance_N)), "least_distance": float(distance_N.min())}
-
-    return measure(samples_N) | {"threshold": threshold, "held_out": measure(held_out_N)}
-
-
-def _data_metrics(shards: Packed, samples: SampleImages) -> dict:
+def _data_metrics(subject: Subject) -> dict:
     """Returns sizes and counts of the real images and the samples."""
+    shards = subject.shards
     return {
         "size": shards.size,
         "channels": shards.channels,
         "counts": shards.counts,
         **shards.members,
         "sets": shards.sets,
-        "lesions_in_two_splits": 0,  # refuse_shared has raised if there is one
+        "lesions_in_two_splits": 0,  # Subject has raised if there is one
         "rejected": shards.rejected,
-        "generated": dict(Counter(row["label"] for row in samples.rows)),
+        "generated": dict(Counter(row["label"] for row in subject.samples.rows)),
     }
 
 
-def _neighbours(nearest: Nearest, closest: list[int], train: RealImages, samples: SampleImages) -> bytes:
-    """Draws the samples `closest` to the training images as PNG, each above its nearest training image, turned to match."""
-    training = [dihedral(train.full([nearest.row[i, 2]]), int(nearest.form[i])) for i in closest]
-    return images.encode_png(images.tile_images(torch.cat([samples.full(closest), *training]), len(closest)))
+def _pictures(config: Experiment, metrics: dict, copies: Copies) -> dict[str, bytes]:
+    """Draws learning curves, the confusion of classes, and the histogram of each kind of distance. Returns name → PNG."""
+    trainings = {name: require(config, name) for name in ("tokenizer", *(f"prior-{level}" for level in config.levels))}
+    drawn = {"curves": plots.curves({name: read_metrics(path) for name, path in trainings.items()})}
+    if confusion := charts.confusion(metrics["classifier"]):
+        drawn["confusion"], _ = confusion
+    for kind, threshold in copies.thresholds.items():
+        sides = copies.samples[kind].distance.tolist(), copies.held_out[kind].distance.tolist()
+        drawn[f"distances {kind}"] = charts.histogram(*sides, threshold)
+    return {name: png for name, png in drawn.items() if png}
 
 
-def _strips(samples: SampleImages, train: RealImages, classes: list[str]) -> report.Strips:
-    """Returns a strip of samples and one of training images for each class. If no sample has a label, one pair for all."""
-    strips = {name: (_strip(samples, label), _strip(train, label)) for label, name in enumerate(classes)}
-    if not any(strip is not None for strip, _ in strips.values()):
-        strips = {"": (_strip(samples, None), _strip(train, None))}
-    return strips
-
-
-def _strip(image_set: ImageSet, label: int | None) -> torch.Tensor | None:
-    """Returns the first images of a class in one row, filled up with white, uint8 [C, H, W]. Label None means all images."""
-    labels = image_set.labels
-    rows = torch.arange(len(labels)) if label is None else torch.nonzero(labels == label).flatten()
-    if not len(rows):
-        return None
-    tiles = classifier.shrink(image_set.full(rows[:TILES]), 128)
-    blank = torch.full((TILES - len(tiles), *tiles.shape[1:]), 255, dtype=torch.uint8)
-    return images.tile_images(torch.cat([tiles, blank]), TILES)
-
-
-def _write(folder: Path, metrics: dict, pictures: dict[str, bytes], strips: report.Strips, page: str) -> None:
-    """Writes the metrics log with its pictures, then metrics.json, and report.html last."""
+def _write(
+    name: str,
+    folder: Path,
+    metrics: dict,
+    pictures: dict[str, bytes],
+    subject: Subject,
+    copies: Copies,
+    candidates: Candidates,
+) -> None:
+    """Writes the metrics log with its pictures and the private table, then metrics.json, and the two pages last."""
+    shown = strips(subject.samples, subject.train, subject.classes)
+    first = candidates.first_attempts()
+    pairs = list(nearest_pairs(copies, first.codes, subject.store, subject.net))
     log = MetricsLog(folder)
     log.resume(-1)  # removes all lines and pictures of a killed evaluation: an evaluation starts from the beginning
     log.log(0, 0, dict(_flatten(metrics)))
-    for name, png in pictures.items():
-        log.image(name, 0, png)
-    for side, name in enumerate(("samples", "training")):
-        rows = [pair[side] for pair in strips.values() if pair[side] is not None]
+    for key, png in pictures.items():
+        log.image(metric_name(key.replace(" ", "-")), 0, png)
+    for side, key in enumerate(("samples", "training")):
+        rows = [pair[side] for pair in shown.values() if pair[side] is not None]
         if rows:
-            log.image(name, 0, images.encode_png(torch.cat(rows, 1)))
+            log.image(key, 0, images.encode_png(torch.cat(rows, 1)))
+    if pairs:
+        neighbours = torch.stack([*(pair.sample_CHW for pair in pairs), *(pair.real_CHW for pair in pairs)])
+        log.image("neighbours", 0, images.encode_png(images.tile_images(neighbours, len(pairs))))
+    write_neighbours(folder / "private" / "neighbours.csv", [str(i) for i in first.members], copies, subject.shards)
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
-    atomic_write(folder / "report.html", page.encode())
+    atomic_write(folder / "share.html", page(name, metrics, pictures, shown, share=True).encode())
+    atomic_write(folder / "report.html", page(name, metrics, pictures, shown, pairs).encode())
 
 
 def _without_nan(value: Any) -> Any:
@@ -208,10 +234,18 @@ def _without_nan(value: Any) -> Any:
 
 
 def _flatten(metrics: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yields the numbers of nested metrics under names that MLflow accepts, such as "copies/held_out/rate"."""
+    """Yields the numbers of nested metrics under names that MLflow accepts, such as "privacy/copies/any/copies".
+
+    Of a figure with an interval, the value has the name of the figure. How the report was made is left out: those are settings.
+    """
     for key, item in metrics.items():
-        name = prefix + "/".join(metric_name(part) for part in key.split("/"))
-        if isinstance(item, dict):
+        name = prefix + "/".join(metric_name(part) for part in str(key).split("/"))
+        if key == "made":
+            continue
+        if isinstance(item, dict) and {"value", "low", "high"} <= item.keys():
+            if item["value"] is not None:
+                yield name, float(item["value"])
+        elif isinstance(item, dict):
             yield from _flatten(item, f"{name}/")
         elif isinstance(item, (int, float)):
             yield name, float(item)

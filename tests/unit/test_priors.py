@@ -123,6 +123,27 @@ class TestPrior:
         alone = net.sample(facts[1:2], [a[1:2] for a in above], numbers[1:2], TokenChooser())
         assert torch.equal(together[1:2], alone)
 
+    @pytest.mark.parametrize("given", [0, 1, 5, 11, 12])
+    def test_a_prompt_of_its_own_first_tokens_gives_the_same_sample(self, name, upper, given):
+        net = prior(name, upper).eval()
+        facts, above = condition(upper)
+        numbers = uniform_numbers(0, range(3), (4, 3))
+
+        def strength(t: int) -> float:
+            return 3.0
+
+        free = net.sample(facts, above, numbers, TokenChooser(), strength)
+        numbers[:, :given] = 0.0  # the numbers of given tokens are not used
+        assert torch.equal(free, net.sample(facts, above, numbers, TokenChooser(), strength, free.flatten(1)[:, :given]))
+        if 0 < given < 12:  # another prompt is kept, and what follows depends on it
+            other = (free.flatten(1)[:, :given] + 1) % 11
+            found = net.sample(facts, above, numbers, TokenChooser(), strength, other).flatten(1)
+            assert torch.equal(found[:, :given], other)
+            logits = net(found, net.context(facts, above))
+            without = net(found, net.context(torch.full_like(facts, -1), above))
+            chosen = [TokenChooser()((without + 3 * (logits - without))[:, t], numbers[:, t]) for t in range(given, 12)]
+            assert torch.equal(found[:, given:], torch.stack(chosen, 1))
+
     def test_gradients_reach_every_parameter(self, name, upper):
         facts, above = condition(upper)
         _, found = gradients(prior(name, upper).train(), torch.randint(0, 11, (3, 4, 3)), facts, above)

@@ -123,10 +123,9 @@ def image_ids(packed: Packed, rows_N3: np.ndarray) -> list[str]:
     wanted = {(int(shard), int(ordinal)) for _, shard, ordinal in rows_N3}
     places = {(split.sets[shard], split.entries[shard]["name"], ordinal): (shard, ordinal) for shard, ordinal in wanted}
     ids = {}
-    for index in {split.sets[shard] for shard, _ in wanted}:
-        for row in packed.catalog_of(index):
-            if row["split"] == "train" and (place := places.get((index, row["shard"], int(row["ordinal"])))):
-                ids[place] = row["image_id"]
+    for number, row in packed.numbered_catalog():
+        if row["split"] == "train" and (place := places.get((number, row["shard"], int(row["ordinal"])))):
+            ids[place] = row["image_id"]
     return [ids[int(shard), int(ordinal)] for _, shard, ordinal in rows_N3]
 
 
