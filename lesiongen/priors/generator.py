@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hpc.data.codestore import code_dtype
 from lesiongen.data.facts import PriorFacts
 from lesiongen.priors.level_sampler import LevelSampler
 
@@ -23,7 +24,7 @@ class Codes:
 
     Attributes:
         members: Index of each sample, int64 [B].
-        codes: Codes of each level, coarse to fine, [B, h, w].
+        codes: Codes of each level, [B, h, w], of the type in which the code store holds them.
         bits: For each level the mean bits per token of each sample, float32 [B].
     """
 
@@ -60,7 +61,9 @@ class Generator:
             upper = list(codes.values())
             codes[level] = sampler(numbers, upper, members, attempt)
             bits[level] = self._bits(level, codes[level], numbers, upper)
-        grids = {level: grid.cpu().numpy() for level, grid in codes.items()}
+        grids = {
+            level: grid.cpu().numpy().astype(code_dtype(self.samplers[level].prior.entries)) for level, grid in codes.items()
+        }
         return Codes(np.asarray(members, np.int64), grids, bits)
 
     @torch.no_grad()

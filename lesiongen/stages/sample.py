@@ -88,7 +88,8 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     work = _Sampling(config, topology, folder, net, Generator(samplers, prior_facts), facts, provenance)
     kept = work.with_gate() if sampling.gate else work.without_gate()
     dist.barrier()
-    readme = card("samples", config.name, provenance, data, {})
+    gate = {"gate": "samples that copied a training image or were unlikely were replaced"} if sampling.gate else {}
+    readme = card("samples", config.name, provenance | gate, data, {})
     return dist.run_on_leader(_finish, folder, config, {i: facts[i] for i in kept}, provenance, readme)
 
 
@@ -171,7 +172,7 @@ class _Sampling:
         codes = self.candidates.load(attempt, members)
         if codes is None:
             codes = self.generator.sample([self.facts[i] for i in members], members, attempt)
-            self.candidates.save(attempt, codes, self.net.entries)
+            self.candidates.save(attempt, codes)
         return codes
 
     def _decode(self, codes: Codes) -> torch.Tensor:

@@ -4,12 +4,14 @@ see other samples than before."""
 import hashlib
 
 import pytest
+import torch
 
 from hpc.config import digest
 from hpc.data.order import SampleOrder, sample_seed
 from hpc.data.shards import write_shard
 from lesiongen.ingest.splits import split_of
-from lesiongen.priors.sampling import uniform_numbers
+from lesiongen.priors.level_sampler import LevelSampler
+from lesiongen.priors.sampling import TokenChooser, uniform_numbers
 
 
 def test_splits():
@@ -28,6 +30,25 @@ def test_seeds():
     assert [sample_seed(0, 0), sample_seed(1, 2)] == [3119036373970289394, 9211167930615000173]
     expected = [0.923966109752655, 0.3991045355796814, 0.42691266536712646]
     assert uniform_numbers(7, [41], (1, 3))[0].tolist() == pytest.approx(expected)
+
+
+def test_the_random_numbers_of_attempts():
+    """The first attempt has the numbers of samples without a gate; each replacement has others."""
+    drawn = []
+
+    class Recorder:
+        grid = (1, 3)
+
+        def sample(self, facts, upper, uniform, *rest):
+            drawn.append(uniform[0].tolist())
+            return uniform
+
+    sampler = LevelSampler(Recorder(), TokenChooser(), lambda t: 1.0, 7, torch.device("cpu"))
+    for attempt in range(3):
+        sampler([[]], [], [41], attempt)
+    assert drawn[0] == uniform_numbers(7, [41], (1, 3))[0].tolist()
+    assert drawn[1] == pytest.approx([0.5400559306144714, 0.8550886511802673, 0.3637058138847351])
+    assert drawn[2] == pytest.approx([0.1835334300994873, 0.1406598687171936, 0.6484649777412415])
 
 
 def test_digests():

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from hpc.data.codestore import code_dtype
 from hpc.errors import UserError
 from hpc.run.rundir import atomic_write
 from lesiongen.evaluation.privacy.copies import write_table
@@ -46,16 +45,10 @@ class Candidates:
         codes = _read(path) if path.exists() else None
         return codes if codes is not None and codes.members.tolist() == list(members) else None
 
-    def save(self, attempt: int, batch: Codes, entries: int) -> None:
-        """Writes the codes of a batch.
-
-        Args:
-            attempt: The attempt.
-            batch: The codes.
-            entries: Number of codes in a codebook, K.
-        """
+    def save(self, attempt: int, batch: Codes) -> None:
+        """Writes the codes of a batch of candidates."""
         arrays = {"index": batch.members} | {f"bits.{level}": bits for level, bits in batch.bits.items()}
-        arrays |= {f"codes.{level}": codes.astype(code_dtype(entries)) for level, codes in batch.codes.items()}
+        arrays |= {f"codes.{level}": codes for level, codes in batch.codes.items()}
         content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         atomic_write(self._codes_path(attempt, batch.members[0]), content)
 
@@ -98,7 +91,11 @@ class Candidates:
         )
 
     def first_attempts(self) -> Codes:
-        """Reads the codes of the first attempt at each sample: the generator's samples before any gate."""
+        """Reads the codes of the first attempt at each sample: the generator's samples before any gate.
+
+        Raises:
+            UserError: The folder holds no codes.
+        """
         paths = sorted(self.folder.glob("codes/000-*.safetensors"))
         return self.read({member: 0 for path in paths for member in _read(path).members.tolist()} or {0: 0})
 

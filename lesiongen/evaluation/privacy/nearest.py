@@ -27,10 +27,7 @@ from lesiongen.evaluation.privacy.views import SIDE, Described, TrainingViews
 
 QUERIES, VIEWS = 1024, 512  # queries and views that are compared at once
 TOKENS = 255  # codes whose matches one byte can count
-# The symmetries (see augment.dihedral) of x and of x transposed, each: unchanged, flipped left to right, top to bottom, both.
-FORMS = np.array([[0, 4, 6, 2], [7, 3, 1, 5]])
-SIGNS = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
-SLACK = 0.01  # rounding errors of squared distances that the products may make
+SLACK = 1000.0  # more than the rounding errors of the products, as a sum of squared grey levels
 
 
 @dataclass
@@ -146,7 +143,8 @@ class _PixelQueries:
         self.norms = np.concatenate([parts.square().sum((0, 2)).cpu().numpy() for _, parts in self.parts] or [np.empty(0)])
 
     def _centred(self, pixels_NCHW: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(pixels_NCHW).to(self.device).float() / 255 - 0.5
+        # Whole grey levels around 0: their parts have at most 10 bits, so TF32 products, which a GPU uses, do not round them.
+        return torch.from_numpy(pixels_NCHW).to(self.device).float() - 128
 
     def search(self, found: Nearest, pixels_SCHW: np.ndarray, file: tuple[int, int], progress: tqdm | None) -> None:
         """Compares the queries with the thumbnails of one file, and updates `found`."""
@@ -157,7 +155,7 @@ class _PixelQueries:
             for rows, query in self.parts:
                 least, view = (norms - 2 * self._products(query, forms)).min(1)
                 squared = least.cpu().numpy() + self.norms[rows]
-                best = found.distance[rows] ** 2 * pixels_SCHW[0].size
+                best = (found.distance[rows] * 255) ** 2 * pixels_SCHW[0].size
                 maybe = np.flatnonzero(squared < best + SLACK)
                 if len(maybe):
                     ordinals = view.cpu().numpy()[maybe] + block.start
@@ -168,21 +166,21 @@ class _PixelQueries:
 
     def _products(self, query_4Nd: torch.Tensor, forms: list[torch.Tensor]) -> torch.Tensor:
         """Returns the largest product of each query with the 8 symmetries of each view, [N, S]."""
-        signs = SIGNS.to(self.device)
-        largest = None
+        largest = []
         for view_4Sd in forms:
-            products = torch.bmm(query_4Nd, view_4Sd.transpose(1, 2)).flatten(1)
-            best = (signs @ products).amax(0).view(query_4Nd.shape[1], -1)
-            largest = best if largest is None else torch.maximum(largest, best)
-        return largest
+            even, left, top, both = torch.bmm(query_4Nd, view_4Sd.transpose(1, 2))
+            # The largest of even ± left ± top ± both with the four patterns of signs in _parities.
+            largest += [even + left + (top + both).abs_(), even - left + (top - both).abs_()]
+        return torch.stack(largest).amax(0)
 
 
 def _parities(x_NCHW: torch.Tensor) -> torch.Tensor:
     """Splits images into parts that are even or odd from left to right and from top to bottom, [4, N, C·H·W / 4]."""
     half = SIDE // 2
     corners = [x_NCHW.flip(dims)[..., :half, :half].flatten(1) for dims in ([], [-1], [-2], [-2, -1])]
-    stacked = torch.stack(corners)
-    return torch.einsum("pc,cnd->pnd", SIGNS.to(x_NCHW.device), stacked) / 2
+    plain, left, top, both = corners
+    signs = ((1, 1, 1), (-1, 1, -1), (1, -1, -1), (-1, -1, 1))
+    return torch.stack([plain + a * left + b * top + c * both for a, b, c in signs]) / 2
 
 
 def _exact(queries_nCHW: np.ndarray, views_nCHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
