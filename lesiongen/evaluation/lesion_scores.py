@@ -20,7 +20,7 @@ class TestLesions:
 
     Attributes:
         labels_L: The class of each lesion.
-        weights: How often each lesion occurs, float [1 + R, L]; the first row is the test set itself, all ones.
+        weights: How often each lesion occurs, [1 + R, L]; the first row is the test set itself, all ones.
         classes: Number of classes, K.
     """
 
@@ -41,7 +41,8 @@ class TestLesions:
         keys_L, self._lesion_N = np.unique(group_N * classes + labels_N, return_inverse=True)
         self._photographs_L = np.bincount(self._lesion_N)
         self.labels_L, self.classes = keys_L % classes, classes
-        self.weights = np.ones((1 + rounds, len(keys_L)))
+        # The rows of the transpose lie together in memory, which is what average_precision() reads fastest.
+        self.weights = np.ones((len(keys_L), 1 + rounds), np.float32).T
         for label in np.unique(self.labels_L).tolist():
             members = np.flatnonzero(self.labels_L == label)
             self.weights[1:, members] = resampled_weights(np.arange(len(members)), rounds, seed + label)
@@ -89,12 +90,15 @@ def average_precision(positive_L: np.ndarray, scores_L: np.ndarray, weights: np.
         The average precision in each resample, [R].
     """
     order = np.argsort(-scores_L, kind="stable")
-    # Lesions of equal scores pass the threshold together: only the last of them is a point of the curve.
-    ends = np.append(np.flatnonzero(np.diff(scores_L[order])), len(order) - 1)
-    chosen = weights[:, order]
-    hits = np.cumsum(chosen * positive_L[order], 1)[:, ends]
-    precision = hits / np.maximum(np.cumsum(chosen, 1)[:, ends], 1e-12)
-    return (np.diff(hits, axis=1, prepend=0.0) * precision).sum(1) / hits[:, -1]
+    chosen_LR = weights.T[order]
+    # Only thresholds at which lesions of the class are found count. Lesions of equal scores pass a threshold together.
+    places = np.flatnonzero(positive_L[order])
+    found = scores_L[order][places]
+    last = np.append(np.flatnonzero(np.diff(found)), len(found) - 1)  # of the lesions of the class with the same score
+    ends = np.searchsorted(-scores_L[order], -found[last], side="right") - 1
+    hits_PR = np.cumsum(chosen_LR[places], 0)[last]
+    precision_PR = hits_PR / np.maximum(np.cumsum(chosen_LR, 0)[ends], 1)
+    return (np.diff(hits_PR, axis=0, prepend=0) * precision_PR).sum(0, dtype=np.float64) / hits_PR[-1]
 
 
 def drawn_seeds(seeds: int, rounds: int, seed: int) -> np.ndarray:
