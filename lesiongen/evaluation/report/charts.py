@@ -68,8 +68,8 @@ def histogram(samples: Sequence[float], held_out: Sequence[float], threshold: fl
     for values, label, colour, style in ((held_out, "held-out images", HELD_OUT, "-"), (samples, "samples", TRAIN, "--")):
         weights = [100 / len(values)] * len(values)
         shown = np.minimum(values, top)
-        axis.hist(shown, 40, (0, top), weights=weights, alpha=0.45, color=colour)
-        axis.hist(shown, 40, (0, top), weights=weights, histtype="step", color=colour, linestyle=style, label=label)
+        axis.hist(shown, bins=40, range=(0, top), weights=weights, alpha=0.45, color=colour)
+        axis.hist(shown, bins=40, range=(0, top), weights=weights, histtype="step", color=colour, linestyle=style, label=label)
     axis.axvline(threshold, color="#b3261e", linestyle=":", linewidth=1.8, label="left of this: copies")
     axis.set_xlabel("distance to the nearest training image", fontsize=LABELS)
     axis.set_ylabel("share in %", fontsize=LABELS)

@@ -93,7 +93,7 @@ def percent(value: float) -> str:
 
 def points(value: float) -> str:
     """Returns a difference of shares in percentage points, with its sign."""
-    return f"{100 * value:+.1f} points"
+    return f"{100 * value:+.1f} points".replace("-", "−")
 
 
 def number(value: float) -> str:
