@@ -4,11 +4,15 @@ A chart is 4.6 inches wide, so that its letters are still 11 px high on a teleph
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lesiongen.evaluation.plots import HELD_OUT, TRAIN, new_figure, to_png
-from lesiongen.evaluation.report.words import ARMS, diagnosis, interval, joined, number, percent
+from lesiongen.evaluation.report.words import ARMS, interval, joined, number, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WIDTH = 4.6  # inches
 LABELS, TICKS = 10.5, 10  # font sizes in points
@@ -63,19 +67,24 @@ def histogram(samples: Sequence[float], held_out: Sequence[float], threshold: fl
     Returns:
         PNG bytes.
     """
-    figure, (axis,) = new_figure(WIDTH, 3.3)
+    figure, (axis,) = new_figure(WIDTH, 3.7)
     top = max(float(np.quantile([*samples, *held_out], 0.995)), 1e-12)
     for values, label, colour, style in ((held_out, "held-out images", HELD_OUT, "-"), (samples, "samples", TRAIN, "--")):
         weights = [100 / len(values)] * len(values)
         shown = np.minimum(values, top)
-        axis.hist(shown, 40, (0, top), weights=weights, alpha=0.45, color=colour)
-        axis.hist(shown, 40, (0, top), weights=weights, histtype="step", color=colour, linestyle=style, label=label)
+        axis.hist(shown, bins=40, range=(0, top), weights=weights, alpha=0.45, color=colour)
+        axis.hist(shown, bins=40, range=(0, top), weights=weights, histtype="step", color=colour, linestyle=style, label=label)
     axis.axvline(threshold, color="#b3261e", linestyle=":", linewidth=1.8, label="left of this: copies")
     axis.set_xlabel("distance to the nearest training image", fontsize=LABELS)
     axis.set_ylabel("share in %", fontsize=LABELS)
     axis.tick_params(labelsize=TICKS)
-    axis.legend(fontsize=TICKS, frameon=False)
+    _legend_above(axis)
     return to_png(figure)
+
+
+def _legend_above(axis: "Axes") -> None:
+    """Places the legend above the panel, where it hides nothing."""
+    axis.legend(fontsize=TICKS, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1), borderaxespad=0)
 
 
 def histogram_in_words(found: dict) -> str:
@@ -96,7 +105,7 @@ def utility(found: dict) -> tuple[bytes, str]:
     Returns:
         PNG bytes and what is seen.
     """
-    figure, (axis,) = new_figure(WIDTH, 3.7)
+    figure, (axis,) = new_figure(WIDTH, 4.4)
     sizes, said = [int(size) for size in found["sizes"]], []
     for arm, by_size in found["arms"].items():
         colour, style = LOOKS.get(arm, ("#6b7280", "-"))
@@ -117,7 +126,7 @@ def utility(found: dict) -> tuple[bytes, str]:
     axis.set_xlabel("real training images of each class", fontsize=LABELS)
     axis.set_ylabel("balanced accuracy in %", fontsize=LABELS)
     axis.tick_params(labelsize=TICKS)
-    axis.legend(fontsize=TICKS, frameon=False, loc="best")
+    _legend_above(axis)
     return to_png(figure), "Balanced accuracy over the number of real training images of each class. " + " ".join(said)
 
 
@@ -126,8 +135,3 @@ def _ends(points: dict[int, dict]) -> str:
     first, last = min(points), max(points)
     (begin, _), (end, _) = interval(points[first], percent), interval(points[last], percent)
     return begin if begin == end else f"{begin} with {first}, {end} with {last}"
-
-
-def names_in_words(names: Sequence[str]) -> str:
-    """Returns classes as a clinician says them, in one list."""
-    return joined([diagnosis(name) for name in names])

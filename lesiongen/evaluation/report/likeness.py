@@ -68,11 +68,11 @@ def _classifier(found: dict | None) -> list[Html]:
     ]
     rows += [["Chance", element("b", words.percent(found["chance"]))]]
     rows += [["Flips by the tokenizer", figure_cell(found.get("flips"), words.percent)]]
-    parts.append(markup.table("What the classifier sees", ["Figure", "Value"], rows))
+    shown = [markup.table("What the classifier sees", ["Figure", "Value"], rows)]
     if drawn := charts.confusion(found):
         caption = "Rows: the diagnosis that was requested. Columns: the diagnosis that the classifier sees."
-        parts.append(markup.chart(*drawn, caption))
-    return parts
+        shown.append(markup.chart(*drawn, caption))
+    return [*parts, markup.side_by_side(shown)]
 
 
 def _by_class(metrics: dict) -> list[Html]:

@@ -21,7 +21,9 @@ Text = str | Html | int
 
 def escape(text: Text) -> Html:
     """Returns text in which HTML's special characters are escaped. Html stays as it is."""
-    return text if isinstance(text, Html) else Html(html.escape(str(text)))
+    if isinstance(text, Html):
+        return text
+    return Html(html.escape(str(text)).replace(" %", "\u00a0%"))  # no line ends before a percent sign
 
 
 def join(parts: Iterable[Text], between: str = "\n") -> Html:
@@ -64,7 +66,8 @@ def sign(mark: str) -> Html:
 
 def terms(*names: str) -> Html:
     """Returns the explanations of terms, each a key of words.TERMS. The page explains a term where it first stands."""
-    return element("dl", join(join([element("dt", dfn(name)), element("dd", words.TERMS[name])], "") for name in names))
+    pairs = (join([element("dt", dfn(name)), element("dd", words.TERMS[name])], "") for name in names)
+    return element("dl", join(element("div", pair) for pair in pairs))
 
 
 def dfn(name: str) -> Html:

@@ -102,7 +102,8 @@ def _pairs(copies: dict, pairs: Sequence[Pair], share: bool) -> list[Html]:
         verdict = [element("b", f"✗ counts as a copy in {words.joined(list(map(words.kind_name, near)))}")] if near else []
         caption = element("figcaption", join([f"Pair {place}", *lines, *verdict], Html("<br>")))
         figures.append(element("figure", join([*parts, caption]), class_="pair"))
-    note = "The samples that are nearest to the training data, each beside its nearest training image, turned to match. "
+    note = "The samples that are nearest to the training data (left), each beside its nearest training image (right), "
+    note += "turned to match. "
     note += "Look at the first pair first: is it the same lesion?"
     return [title, markup.paragraph(note), element("div", join(figures), class_="pairs")]
 
@@ -115,12 +116,16 @@ def _membership(found: dict | None) -> list[Html]:
         f"An attacker who has the priors scores {found['members']:,} training images and {found['non_members']:,} images "
         f"that no model saw. {found['how'].rstrip('.')}."
     )
+    scores = (
+        "Likelihood: how probable a prior finds the codes of an image, by level. Contrast: the same, minus what it is without "
+    )
+    scores += "the diagnosis. Reference: the same, minus that of a simpler model."
     rows = [
         [score.capitalize(), figure_cell(about.get("auc")), figure_cell(about.get("tpr_at_1_fpr"), words.percent)]
         for score, about in found["scores"].items()
     ]
     table = markup.table("Attack by each score", ["Score", "AUC", "TPR at 1 % FPR"], rows)
-    return [title, markup.paragraph(note), markup.terms("AUC", "TPR at 1 % FPR"), table]
+    return [title, markup.paragraph(note), markup.paragraph(scores), markup.terms("AUC", "TPR at 1 % FPR"), table]
 
 
 def _extraction(found: dict | None) -> list[Html]:
@@ -157,7 +162,7 @@ def gate(found: dict | None) -> Html | None:
     ]
     note = (
         f"A gate judged {found['candidates']:,} candidates before they became samples: {words.joined(counts)}. The verdict on "
-        "privacy is about the generator before the gate, because who has the generator has no gate."
+        "privacy is about the generator before the gate, because whoever has the generator can leave the gate out."
     )
     rules = words.joined([f"{name.replace('_', ' ')} {value}" for name, value in (found.get("rules") or {}).items()])
     parts = [markup.paragraph(note), markup.paragraph(f"Settings: {rules or 'none'}.", "note")]

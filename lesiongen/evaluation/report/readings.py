@@ -8,7 +8,7 @@ from typing import Any
 
 from lesiongen.evaluation.card import statement
 from lesiongen.evaluation.intervals import Figure, wilson
-from lesiongen.evaluation.report.words import diagnosis, joined, kind_name
+from lesiongen.evaluation.report.words import diagnosis, kind_name, percent
 
 NOT_MEASURED = "the evaluation did not measure it"
 
@@ -139,7 +139,7 @@ def class_recognised(metrics: dict) -> list[Reading]:
     real, samples = read(accuracy.get("real")), read(accuracy.get("samples"))
     if real.value < chance + 0.1:
         raise NotMeasured("The classifier hardly recognises real images either, so it cannot judge samples")
-    facts = {"samples": f"{samples.value:.0%}", "real": f"{real.value:.0%}", "chance": f"{chance:.0%}"}
+    facts = {"samples": percent(samples.value), "real": percent(real.value), "chance": percent(chance)}
     return [replace(read(accuracy["samples"], base=real.value - chance, shift=chance), facts=facts)]
 
 
@@ -175,7 +175,7 @@ def synthetic_alone(metrics: dict) -> list[Reading]:
     alone = read(measured(arms, "synthetic", "all", "balanced_accuracy"))
     if real.low is None or real.low <= chance:
         raise NotMeasured("Training on real images is hardly better than chance, so there is nothing to compare with")
-    facts = {"alone": f"{alone.value:.0%}", "real": f"{real.value:.0%}", "most": most}
+    facts = {"alone": percent(alone.value), "real": percent(real.value)}
     shares = read(arms["synthetic"]["all"]["balanced_accuracy"], base=real.value - chance, shift=chance)
     return [replace(shares, facts=facts)]
 
@@ -255,8 +255,3 @@ def licence(metrics: dict) -> list[Reading]:
     licences = measured(data, "licences")
     stated = all(name for name in licences)
     return [Reading(1, 1, 1, mark="good" if stated else "fair", facts={"licence": statement(data)})]
-
-
-def listed(readings: list[Reading]) -> str:
-    """Returns what readings are about, as a list in words."""
-    return joined([reading.what for reading in readings])

@@ -91,8 +91,8 @@ RULES = (
         readings.class_recognised,
         "A tenth is within what the choice of held-out lesions changes. Below six tenths, more labels are lost than kept in "
         "some classes.",
-        "A classifier that was trained on real images recognises the requested diagnosis in {samples} of the samples, in "
-        "{real} of real held-out images, and in {chance} by guessing.",
+        "A classifier trained on real images recognises the requested diagnosis in {samples} of samples and {real} of real "
+        "held-out images; {chance} is guessing. Above guessing, that is {value} of real images (95 % interval {low} to {high}).",
         {
             "good": "Samples show their diagnosis as clearly as real images.",
             "fair": "Samples show their diagnosis less clearly than real images, or there are too few to be sure.",
@@ -138,8 +138,7 @@ RULES = (
         "use",
         "balanced accuracy on real test images: real images and samples, minus real images with augmentation, at each size",
         readings.gains,
-        "0: an interval that includes 0 shows neither benefit nor harm. Half of the sizes must agree, because one of several "
-        "intervals may miss 0 by chance.",
+        "An interval that includes 0 shows neither benefit nor harm. Half of the sizes must agree: one may miss 0 by chance.",
         "Samples added to real training images change the accuracy on real test images by {value} (95 % interval {low} to "
         "{high}; {what}).",
         {
@@ -158,7 +157,8 @@ RULES = (
         "(balanced accuracy after training on samples alone − chance) / (the same on all real images)",
         readings.synthetic_alone,
         "A tenth is within what seeds change. Below a half, most of what real images teach is not in the samples.",
-        "Trained on samples alone, a classifier reaches {alone} on real test images; trained on real images, {real}.",
+        "Trained on samples alone, a classifier reaches {alone} on real test images; trained on real images, {real}. Above "
+        "guessing, that is {value} of what real images teach (95 % interval {low} to {high}).",
         {
             "good": "Samples teach about as much as real images.",
             "fair": "Samples teach less than real images.",

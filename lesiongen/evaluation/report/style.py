@@ -30,8 +30,8 @@ p,ul{max-width:74ch}
 .mark>span{display:inline-block;width:1.2em}
 dl{margin:.7rem 0;padding:.6rem .9rem;background:var(--panel);border-radius:6px;font-size:.93rem;
  columns:2 24rem;column-gap:2rem}
-dl>*{break-inside:avoid}
-dt{display:inline}dd{display:inline;margin:0}dd::after{content:"";display:block;margin-bottom:.3rem}
+dl>div{break-inside:avoid;margin-bottom:.3rem}
+dt,dd{display:inline;margin:0}
 dfn{font-style:normal;font-weight:700}dt dfn::after{content:": "}
 .scroll{overflow-x:auto;margin:.9rem 0}
 .scroll:focus-visible,pre:focus-visible,summary:focus-visible{outline:3px solid var(--link);outline-offset:2px}
@@ -69,6 +69,7 @@ footer{margin-top:3rem;border-top:1px solid var(--line);color:var(--soft)}
 @media (max-width:620px){
  h1{font-size:1.5rem}h2{font-size:1.25rem}
  .findings li{grid-template-columns:1fr}
+ .track{width:20vw}
  .halves{grid-template-columns:1fr}
  .pairs{grid-template-columns:1fr}
  th,td{padding:.35rem .5rem}

@@ -8,6 +8,7 @@ METHODS = {
     "probe": "a linear classifier on fixed features of a network",
     "finetune": "a network of which all weights are trained",
 }
+SIZE = "Real images of each class"
 GAINS = {"gain": "Real and samples, minus real augmented", "gain_over_real": "Real and samples, minus real"}
 
 
@@ -42,10 +43,10 @@ def _gains(found: dict) -> Html:
         for size in _sizes(found.get(key) or {}):
             gain = found[key][size]
             cells = [figure_cell(gain.get("balanced_accuracy"), words.points), figure_cell(gain.get("auprc"), words.points)]
-            rows.append([f"{title}, {size} a class", *cells])
+            rows.append([title, size, *cells])
     return markup.table(
         "What samples add. An interval that includes 0 shows neither benefit nor harm",
-        ["Difference", "Balanced accuracy", "AUPRC"],
+        ["Difference", SIZE, "Balanced accuracy", "AUPRC"],
         rows,
     )
 
@@ -55,10 +56,10 @@ def _accuracy(found: dict) -> Html:
     for arm, by_size in found["arms"].items():
         for size in _sizes(by_size):
             about = by_size[size]
-            title = words.ARMS.get(arm, arm) + ("" if size == "all" else f", {size} a class")
             figures = [figure_cell(about.get(key), words.percent) for key in ("balanced_accuracy", "auprc")]
-            rows.append([title, f"{about.get('images', 0):,}", *figures])
-    return markup.table("Accuracy on real test images", ["Trained on", "Images", "Balanced accuracy", "AUPRC"], rows)
+            size = "none" if size == "all" else size
+            rows.append([words.ARMS.get(arm, arm), size, f"{about.get('images', 0):,}", *figures])
+    return markup.table("Accuracy on real test images", ["Trained on", SIZE, "Images", "Balanced accuracy", "AUPRC"], rows)
 
 
 def _classes(found: dict) -> Html | None:

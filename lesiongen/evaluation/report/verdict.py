@@ -110,7 +110,13 @@ def _judged(rule: Rule, found: str, reading: Reading, hits: str) -> Finding:
     """Returns a finding in words. A comparison without an interval says so."""
     show = {"percent": words.percent, "points": words.points, "number": words.number, "count": "{:.0f}".format}[rule.shows]
     low, high = ("unknown" if bound is None else show(bound) for bound in (reading.low, reading.high))
-    fields = {"value": show(reading.value), "low": low, "high": high, "what": reading.what, "hits": hits} | reading.facts
+    fields = {
+        "value": show(reading.value),
+        "low": words.without_unit(low, high),
+        "high": high,
+        "what": reading.what,
+        "hits": hits,
+    } | reading.facts
     conclusion = reading.alarm or rule.says.get(found, "").format(**fields)
     return _finding(rule, found, f"{rule.sentence.format(**fields)} {conclusion}".strip())
 

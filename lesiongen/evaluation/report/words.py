@@ -93,7 +93,7 @@ def percent(value: float) -> str:
 
 def points(value: float) -> str:
     """Returns a difference of shares in percentage points, with its sign."""
-    return f"{100 * value:+.1f} points"
+    return f"{100 * value:+.1f} points".replace("-", "−")
 
 
 def number(value: float) -> str:
@@ -101,6 +101,17 @@ def number(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def between_words(low: str, high: str) -> str:
+    """Returns "low to high", with a unit that both have only once."""
+    return f"{without_unit(low, high)} to {high}"
+
+
+def without_unit(low: str, high: str) -> str:
+    """Returns the text of a number without its unit if `high` has the same."""
+    value, _, unit = low.partition(" ")
+    return value if unit == high.partition(" ")[2] else low
 
 
 def interval(figure: Figure | None, show: Callable[[float], str] = number) -> tuple[str, str]:
@@ -114,7 +125,7 @@ def interval(figure: Figure | None, show: Callable[[float], str] = number) -> tu
         return "not measured", ""
     between = ""
     if figure.get("low") is not None and figure.get("high") is not None:
-        between = f"{show(figure['low'])} to {show(figure['high'])}"
+        between = between_words(show(figure["low"]), show(figure["high"]))
     return show(figure["value"]), between
 
 
