@@ -99,6 +99,7 @@ def _add_stage_verbs(verbs: Verbs) -> None:
 
     evaluate = _add_verb(verbs, "evaluate", "compute the metrics and write the report")
     _add_config(evaluate)
+    evaluate.add_argument("--share", metavar="FILE", type=_path, help="write a copy of the report without real images to FILE")
     _add_fresh(evaluate)
 
 

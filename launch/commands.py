@@ -5,6 +5,7 @@ imported inside its function.
 """
 
 import argparse
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,8 +160,13 @@ def encode(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Computes the metrics and writes the report."""
-    return run_only(experiment.load(options.config, options.overrides), ["report"], options.fresh)
+    """Computes the metrics and writes the report, and a copy of the report without real images if the user asks for one."""
+    config = experiment.load(options.config, options.overrides)
+    code = run_only(config, ["report"], options.fresh)
+    if code == errors.DONE and options.share:
+        shutil.copyfile(config.directory / "report" / "share.html", options.share)
+        print(f"{options.share} shows no real image")
+    return code
 
 
 def sample(options: argparse.Namespace) -> int:

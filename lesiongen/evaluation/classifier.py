@@ -60,9 +60,18 @@ def small_recipe(size: int, images: int) -> Recipe:
     return Recipe("small", min(size, SMALL_SIDE), (127.5,), (127.5,), 3e-3, images)
 
 
-def fine_tuning_recipe(config: FeaturesConfig, images: int) -> Recipe:
-    """Returns the recipe that fine-tunes EfficientNet-Lite0."""
-    return Recipe("fine-tuned", config.size, config.mean, config.std, 1e-3, images)
+def fine_tuning_recipe(config: FeaturesConfig, size: int, images: int) -> Recipe:
+    """Returns the recipe that fine-tunes EfficientNet-Lite0.
+
+    Images of 64 px or less are enlarged to 96 px only, which nearly halves the time of training.
+
+    Args:
+        config: The settings of the backbone.
+        size: Side of the real images, in pixels.
+        images: Length of the training, in images.
+    """
+    side = min(config.size, 96) if size <= SMALL_SIDE else config.size
+    return Recipe("fine-tuned", side, config.mean, config.std, 1e-3, images)
 
 
 def small_network() -> nn.Module:
@@ -112,7 +121,7 @@ class Classifier:
 
     @torch.inference_mode()
     def probabilities(self, batches: Iterable[torch.Tensor], number: int, what: str) -> torch.Tensor:
-        """Computes the probability of each class.
+        """Computes the probability of each class, as the mean over the four rotations of an image.
 
         Args:
             batches: Batches of images, uint8.
@@ -125,8 +134,9 @@ class Classifier:
         parts = [torch.empty(0, self.head.out_features)]
         with progress_bar(number, what) as progress:
             for batch in batches:
-                features = self.backbone.network(self.backbone.prepare(batch))
-                parts.append(self.head(features).softmax(-1).cpu())
+                x = self.backbone.prepare(batch)
+                logits = [self.head(self.backbone.network(torch.rot90(x, k, (-2, -1)))) for k in range(4)]
+                parts.append(torch.stack(logits).softmax(-1).mean(0).cpu())
                 progress.update(len(batch))
         return torch.cat(parts)
 

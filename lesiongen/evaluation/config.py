@@ -12,7 +12,7 @@ class EvaluateConfig:
 
     features: FeaturesConfig = field(default_factory=FeaturesConfig)  # the network whose features compare images
     classifier_samples: int = 60_000  # training length, in images, of the small classifier, which learns from lesions alone
-    fine_tuning_samples: int = 20_000  # training length, in images, of the classifier that starts from ImageNet weights
+    fine_tuning_samples: int = 40_000  # training length, in images, of the classifier that starts from ImageNet weights
     utility: UtilityConfig = field(default_factory=UtilityConfig)  # does training with the samples help?
     audited: int = 1_000  # images on each side of the tests whether the priors reveal training images
     batch: int = 64  # images that a rank reconstructs at once

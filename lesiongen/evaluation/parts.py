@@ -6,6 +6,7 @@ fairness.py and the folder privacy/.
 Shapes: N images.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from hpc.run.progress import progress_bar
 from lesiongen.data.images import to_float, to_unit
 from lesiongen.data.similarity import psnr
-from lesiongen.evaluation.classifier import Classifier, Recipe, fine_tuning_recipe, fit, small_recipe
+from lesiongen.evaluation.classifier import Classifier, fit
 from lesiongen.evaluation.distances import compare
 from lesiongen.evaluation.fairness import FACTS, HeldOut, Slices, fairness, tones
 from lesiongen.evaluation.fidelity import diversity
@@ -86,11 +87,8 @@ def utility_part(subject: Subject) -> dict:
 
 def _fine_tuned(subject: Subject, test_NCHW: np.ndarray, classes: int) -> Fit:
     """Returns a function that trains the judge's network on images and scores the test images."""
-    config = subject.config
-    recipe: Recipe = subject.judge.recipe
-    make = small_recipe if recipe.name == "small" else fine_tuning_recipe
-    length = min(recipe.images, config.utility.fine_tuning_samples)
-    recipe = make(subject.shards.size, length) if recipe.name == "small" else make(config.features, length)
+    used = subject.judge.recipe
+    recipe = replace(used, images=min(used.images, subject.config.utility.fine_tuning_samples))
 
     def fit_and_score(images_NCHW: np.ndarray, labels_N: np.ndarray, seed: int) -> np.ndarray:
         with torch.random.fork_rng():

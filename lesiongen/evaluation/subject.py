@@ -113,7 +113,7 @@ class Subject:
         """The classifier that judges whether images show their class: the fine-tuned one, or the small one without weights."""
         if not has_lite0() or self.config.features.resolved() == "lesions":
             return self.small
-        return self._classifier(fine_tuning_recipe(self.config.features, self.config.fine_tuning_samples))
+        return self._classifier(fine_tuning_recipe(self.config.features, self.shards.size, self.config.fine_tuning_samples))
 
     def _classifier(self, recipe: Recipe) -> Classifier:
         digest = self.shards.digest()

@@ -91,8 +91,8 @@ RULES = (
         readings.class_recognised,
         "A tenth is within what the choice of held-out lesions changes. Below six tenths, more labels are lost than kept in "
         "some classes.",
-        "A classifier trained on real images recognises the requested diagnosis in {samples} of samples and {real} of real "
-        "held-out images; {chance} is guessing. Above guessing, that is {value} of real images (95 % interval {low} to {high}).",
+        "A classifier trained on real images recognises the requested diagnosis in {samples} of samples and in {real} of "
+        "real held-out images; {chance} is guessing. Above guessing, that is {value} of real images (95 % interval {low} to {high}).",
         {
             "good": "Samples show their diagnosis as clearly as real images.",
             "fair": "Samples show their diagnosis less clearly than real images, or there are too few to be sure.",
