@@ -10,7 +10,6 @@ from lesiongen.data.augment import dihedral
 from lesiongen.data.similarity import psnr, ssim
 from lesiongen.evaluation import classifier, copies
 from lesiongen.evaluation.codes import bigram_bits, usage_and_perplexity
-from lesiongen.evaluation.verdict import verdict
 from lesiongen.ingest.licences import strictest
 
 
@@ -153,19 +152,3 @@ def test_usage_and_perplexity():
 def test_strictest_licence(licences: list[str], worst: str):
     assert strictest(licences) == worst
     assert "not stated" in strictest([*licences, ""])
-
-
-def test_verdict_does_not_praise_what_was_not_shown():
-    far = {"median_distance": 0.1, "least_distance": 0.05}
-    metrics = {
-        "data": {"attributions": {}},
-        "fidelity": {"ratio": 1.0, "samples": 0.9, "real": 0.9, "chance": 0.2, "reason": None},
-        "diversity": {"ratio": 1.0, "reason": None},
-        "copies": {**copies.copy_rate(torch.ones(8), 0.5), **far, "threshold": 0.5, "held_out": far},
-        "priors": {"top": {"bits_per_token": 4.0, "train_bits_per_token": 3.9, "bigram_bits": 5.0}},
-    }
-    assert [mark for mark, _ in verdict(metrics)] == ["good", "good", "fair"]  # eight samples are too few to rule out copies
-    metrics["fidelity"]["samples"] = 0.25
-    metrics["priors"]["top"] = {"bits_per_token": 6.0, "train_bits_per_token": 1.0, "bigram_bits": 5.0}
-    metrics["copies"]["least_distance"] = 0.001
-    assert [mark for mark, _ in verdict(metrics)] == ["poor", "none", "poor", "poor"]
