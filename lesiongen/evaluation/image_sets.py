@@ -11,7 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,12 @@ class ImageSet(ABC):
     def images(self, indices: Sequence[int] | torch.Tensor | np.ndarray) -> torch.Tensor:
         """Reads images, uint8 [B, C, size, size]."""
         raw = [self.raw(int(i)) for i in indices]  # a shard reader serves one thread; decoding, which takes longer, is shared
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return torch.stack(list(pool.map(self.decode, raw)))
+        return torch.stack(list(self._threads.map(self.decode, raw)))
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """The threads that decode."""
+        return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
     def batches(self, indices: Sequence[int] | torch.Tensor | np.ndarray) -> Iterator[torch.Tensor]:
         """Reads images batch by batch, uint8 [B, C, size, size]."""

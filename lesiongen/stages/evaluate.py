@@ -36,7 +36,7 @@ from lesiongen.evaluation.report import charts
 from lesiongen.evaluation.report.page import page
 from lesiongen.evaluation.report.pictures import nearest_pairs, strips
 from lesiongen.evaluation.report.verdict import verdict
-from lesiongen.evaluation.report.words import verdict_line
+from lesiongen.evaluation.report.words import verdict_lines
 from lesiongen.evaluation.subject import Subject
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.licences import merge_counts
@@ -127,7 +127,7 @@ def _finish(
     metrics["verdict"] = verdict(metrics)
     pictures |= _pictures(config, metrics, copies)
     _write(config.name, folder, metrics, pictures, subject, copies, candidates)
-    print(verdict_line(metrics["verdict"]))
+    print(verdict_lines(metrics["verdict"]))
     return digest(metrics)
 
 

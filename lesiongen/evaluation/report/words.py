@@ -66,6 +66,7 @@ ARMS = {
     "mixed": "Real images and samples",
 }
 SOURCES = {"real": "Real", "reconstructions": "Reconstructions", "samples": "Samples"}
+REASONS = 5  # of the verdict, that the terminal shows
 FACTS = {"site": "body site", "sex": "sex", "age_band": "age", "skin_tone": "skin tone (ITA)"}
 
 
@@ -88,7 +89,8 @@ def joined(names: list[str]) -> str:
 
 def percent(value: float) -> str:
     """Returns a share in percent, with one digit after the point where it is small."""
-    return f"{value * 100:.0f} %" if abs(value) >= 0.0995 or value == 0 else f"{value * 100:.1f} %"
+    text = f"{value * 100:.0f} %" if abs(value) >= 0.0995 or value == 0 else f"{value * 100:.1f} %"
+    return text.replace("-", "−")
 
 
 def decimals(value: float | None, digits: int, unit: str = "") -> str:
@@ -139,11 +141,14 @@ def is_known(name: str) -> bool:
     return name.lower().replace(" ", "_") in DIAGNOSES
 
 
-def verdict_line(found: dict) -> str:
-    """Returns the verdict and its reasons as text for the terminal.
+def verdict_lines(found: dict) -> str:
+    """Returns the verdict and its gravest reasons as text for the terminal.
 
     Args:
         found: metrics["verdict"].
     """
-    against = [f["sentence"] for f in found["findings"] if f["mark"] in ("poor", "fair")]
-    return "\n  - ".join([f"verdict: {found['overall']}", *against])
+    against = sorted((f for f in found["findings"] if f["mark"] in ("poor", "fair")), key=lambda f: f["mark"] == "fair")
+    lines = [f"verdict: {found['overall']}", *(f"- {finding['sentence']}" for finding in against[:REASONS])]
+    if len(against) > REASONS:
+        lines.append(f"- and {len(against) - REASONS} more reasons, see the report")
+    return "\n  ".join(lines)
