@@ -1,8 +1,11 @@
 """A complete metrics.json of schema 2, and pictures of drawn lesions, for tests of the report. The numbers are made up."""
 
+import copy
+
 import torch
 
 from lesiongen.data import images
+from lesiongen.evaluation import plots
 from lesiongen.evaluation.report import Pair, Strips, charts
 from lesiongen.ingest import phantom
 
@@ -141,7 +144,7 @@ def utility() -> dict:
         "sizes": sizes,
         "arms": arms,
         "gain": gains,
-        "gain_over_real": gains,
+        "gain_over_real": copy.deepcopy(gains),
         "chance": 1 / 7,
     }
 
@@ -161,7 +164,6 @@ def privacy() -> dict:
             "held_out_least": 0.75 * scale,
         }
     any_kind = {"copies": 19, "number": 1008, "rate": fig(0.019, 0.012, 0.029), "held_out_rate": fig(0.03, 0.023, 0.039)}
-    score = {"auc": fig(0.51, 0.48, 0.54), "tpr_at_1_fpr": fig(0.012, 0.004, 0.025)}
     names = [f"{kind} {level}" for kind in ("likelihood", "contrast", "reference") for level in ("top", "bottom", "all")]
     return {
         "copies": {"views": 63_040, "draws": 8, "held_out": 2000, "kinds": kinds, "any": any_kind},
@@ -169,7 +171,7 @@ def privacy() -> dict:
             "members": 1000,
             "non_members": 1000,
             "how": "Both sides are test-like: the same augmentation draws, one image of each lesion",
-            "scores": {name: score for name in names},
+            "scores": {name: {"auc": fig(0.51, 0.48, 0.54), "tpr_at_1_fpr": fig(0.012, 0.004, 0.025)} for name in names},
         },
         "extraction": {
             "prompt": 64,
@@ -255,8 +257,6 @@ def shown() -> tuple[dict[str, bytes], Strips, list[Pair]]:
     strips["df"] = (strips["df"][0], None)
     real = torch.stack([drawn(label, 100) for label in (*LABELS, "nv")])
     pictures["reconstructions"] = images.encode_png(images.tile_images(torch.cat([real, real // 2 + 60]), 8))
-    from lesiongen.evaluation import plots
-
     rows = [
         {
             "samples": 1000 * i,

@@ -89,7 +89,10 @@ def _legend_above(axis: "Axes") -> None:
 
 def histogram_in_words(found: dict) -> str:
     """Returns what a histogram of distances shows, from metrics["privacy"]["copies"]["kinds"][kind]."""
-    middle = [f"{who} {number(found[key])}" for key, who in (("median", "samples"), ("held_out_median", "held-out images"))]
+    middle = [
+        f"{who} {number(found[key])}" if found.get(key) is not None else f"{who} not measured"
+        for key, who in (("median", "samples"), ("held_out_median", "held-out images"))
+    ]
     return (
         f"Histogram of the distances to the nearest training image. Medians: {joined(middle)}. "
         f"{found['copies']} of {found['number']:,} samples are left of the line at {number(found['threshold'])}."

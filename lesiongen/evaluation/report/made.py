@@ -26,12 +26,13 @@ FIELDS = {
 LISTS = {"sources": "Sources", "licences": "Licences", "attributions": "Attributions"}
 
 
-def made(found: dict | None, data: dict | None) -> Html:
+def made(found: dict | None, data: dict | None, share: bool = False) -> Html:
     """Returns the section.
 
     Args:
         found: metrics["made"].
         data: metrics["data"], for licences and attributions.
+        share: Whether the page is for others: settings that hold paths are left out.
     """
     parts: list[Html] = []
     if reason := why_missing(found):
@@ -40,14 +41,30 @@ def made(found: dict | None, data: dict | None) -> Html:
         rows = [[title, _said(found[key])] for key, title in FIELDS.items() if key in found]
         parts.append(markup.table("Settings of the samples and of this report", ["Setting", "Value"], rows))
         parts.append(markup.paragraph("Command:"))
-        parts.append(_code(found.get("command") or "not recorded", "Command"))
+        command = found.get("command") or "not recorded"
+        parts.append(_code(" ".join(map(_name, command.split())) if share else command, "Command"))
         digests = [[name, element("code", digest)] for name, digest in (found.get("digests") or {}).items()]
         if digests:
             parts.append(markup.table("Digests of what it was made from", ["Result", "Digest"], digests))
-        config = yaml.safe_dump(found.get("config") or {}, sort_keys=False, allow_unicode=True)
+        config = found.get("config") or {}
+        config = yaml.safe_dump(_without_paths(config) if share else config, sort_keys=False, allow_unicode=True)
         parts.append(markup.details("The whole config", _code(config, "Config")))
     parts += _licences(data or {})
     return markup.section("made", "How this was made", element("div", join(parts), class_="box"))
+
+
+def _without_paths(value: Any) -> Any:
+    """Returns a config in which each path is replaced by its last part, because folders may name clinics and people."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(item) for item in value]
+    return _name(value) if isinstance(value, str) else value
+
+
+def _name(text: str) -> str:
+    """Returns the last part of a path or an address, and any other text unchanged."""
+    return text.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _code(text: str, name: str) -> Html:

@@ -3,6 +3,7 @@
 from lesiongen.evaluation.report import markup
 from lesiongen.evaluation.report.markup import Html
 from lesiongen.evaluation.report.readings import why_missing
+from lesiongen.evaluation.report.words import decimals
 
 
 def models(metrics: dict, pictures: dict[str, bytes], share: bool) -> Html:
@@ -41,12 +42,16 @@ def _tokenizer(found: dict | None, levels: list[str]) -> list[Html]:
         return [title, markup.not_measured(reason)]
     names = ["PSNR", "SSIM", "NMSE", "Codebook", "Perplexity"]
     rows = [
-        ["PSNR", f"{found['psnr']:.2f} dB", f"{found['floor_psnr']:.2f} dB if all pixels have one colour"],
-        ["SSIM", f"{found['ssim']:.3f}", "1 for equal images"],
-        ["NMSE", f"{found['nmse']:.4f}", "1 if all pixels have one colour"],
+        [
+            "PSNR",
+            decimals(found.get("psnr"), 2, " dB"),
+            f"{decimals(found.get('floor_psnr'), 2, ' dB')} if all pixels have one colour",
+        ],
+        ["SSIM", decimals(found.get("ssim"), 3), "1 for equal images"],
+        ["NMSE", decimals(found.get("nmse"), 4), "1 if all pixels have one colour"],
     ]
     for level in (level for level in levels if f"usage/{level}" in found):
-        compared = f"perplexity {found[f'perplexity/{level}']:.0f} of at most {found['entries']:,}"
+        compared = f"perplexity {decimals(found.get(f'perplexity/{level}'), 0)} of at most {found['entries']:,}"
         rows.append([f"Codebook of level {level}", f"{found[f'usage/{level}'] * 100:.0f} % used", compared])
     note = "The tokenizer turns an image into codes and back. It was judged on test images."
     table = markup.table("Quality of reconstructions", ["Figure", "Value", "For comparison"], rows)
@@ -58,14 +63,10 @@ def _priors(found: dict | None) -> list[Html]:
     if reason := why_missing(found):
         return [title, markup.not_measured(reason)]
     keys = ("bits_per_token", "train_bits_per_token", "bigram_bits", "uniform_bits")
-    rows = [[level, *(_bits(bits.get(key)) for key in keys)] for level, bits in found.items()]
+    rows = [[level, *(decimals(bits.get(key), 3) for key in keys)] for level, bits in found.items()]
     head = ["Level", "Held-out images", "Training images", "Bigram", "Uniform guess"]
     note = (
         "Priors invent the codes of a new image, level by level. If training images need far fewer bits, the prior memorises."
     )
     parts = [title, markup.paragraph(note), markup.terms("Bits per token", "Bigram")]
     return [*parts, markup.table("Bits per token", head, rows)]
-
-
-def _bits(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f}"

@@ -61,7 +61,7 @@ def page(
         fairness(metrics.get("fairness")),
         models(metrics, pictures, share),
         data(metrics.get("data")),
-        made(metrics.get("made"), metrics.get("data")),
+        made(metrics.get("made"), metrics.get("data"), share),
     ]
     body = join(
         [

@@ -218,14 +218,20 @@ def extraction(metrics: dict) -> list[Reading]:
 def against_bigram(metrics: dict) -> list[Reading]:
     """Reads each prior's bits per token over those of a bigram, on held-out codes."""
     levels = measured(metrics, "priors").items()
-    return [_exact(bits["bits_per_token"] / bits["bigram_bits"], f"level {level}") for level, bits in levels]
+    return [_exact(_bits(bits, "bits_per_token") / _bits(bits, "bigram_bits"), f"level {level}") for level, bits in levels]
 
 
 def memorising(metrics: dict) -> list[Reading]:
     """Reads by which share each prior's bits per token are higher on held-out codes than on training codes."""
     levels = measured(metrics, "priors").items()
-    gaps = {level: 1 - bits["train_bits_per_token"] / bits["bits_per_token"] for level, bits in levels}
+    gaps = {level: 1 - _bits(bits, "train_bits_per_token") / _bits(bits, "bits_per_token") for level, bits in levels}
     return [_exact(gap, f"level {level}") for level, gap in gaps.items()]
+
+
+def _bits(bits: dict, key: str) -> float:
+    if not bits.get(key):
+        raise NotMeasured(NOT_MEASURED)
+    return bits[key]
 
 
 def _exact(value: float, what: str) -> Reading:

@@ -1,16 +1,13 @@
 """The rules of the verdict, in one table: what each reads, its limits with a reason, and its sentences.
 
-`rule.py` explains the columns, and `verdict.py` applies the rules.
-
-    python -m lesiongen.evaluation.report.rules
-
-prints the table for docs/report.md.
+`rule.py` explains the columns, and `verdict.py` applies the rules. `python -m lesiongen.evaluation.report` prints the table for
+docs/report.md.
 """
 
 from functools import partial
 
 from lesiongen.evaluation.report import readings
-from lesiongen.evaluation.report.rule import Limits, Rule, as_markdown
+from lesiongen.evaluation.report.rule import Limits, Rule
 
 RULES = (
     Rule(
@@ -19,8 +16,8 @@ RULES = (
         "likeness",
         "KID of samples against real images, over the upper bound of the KID of real against real; main ruler",
         readings.distance,
-        "The floor's upper bound is how far real images are from one another by chance. Twice that can hardly be seen; ten "
-        "times that is what a wrong sharpness or colour of all images gives.",
+        "The floor's upper bound is how far two sets of real images are from one another by chance. Twice that is of the same "
+        "order; ten times that is an order of magnitude beyond. Both are choices.",
         "Samples are {value} times as far from real images as real images may be from one another by chance "
         "(95 % interval {low} to {high}).",
         {
@@ -58,7 +55,7 @@ RULES = (
         "likeness",
         "recall of samples against real images, over that of real against real; main ruler",
         partial(readings.relative_to_floor, figure="recall"),
-        "Below half, most kinds of real images have no counterpart. A fifth is within what the choice of k changes.",
+        "Below half, more kinds of real images lack a counterpart than have one. 0.8 leaves room for noise.",
         "Samples cover the variety of real images to {value} of what other real images do (95 % interval {low} to {high}).",
         {
             "good": "Hardly any kind of image is missing.",
@@ -89,10 +86,9 @@ RULES = (
         "likeness",
         "(balanced accuracy of the classifier on samples − chance) / (the same on real held-out images)",
         readings.class_recognised,
-        "A tenth is within what the choice of held-out lesions changes. Below six tenths, more labels are lost than kept in "
-        "some classes.",
-        "A classifier trained on real images recognises the requested diagnosis in {samples} of samples and in {real} of "
-        "real held-out images; {chance} is guessing. Above guessing, that is {value} of real images (95 % interval {low} to {high}).",
+        "0.9 leaves room for the interval of 1,000 samples. Below 0.6, nearly as much is lost as kept; a choice.",
+        "A classifier trained on real images recognises the requested diagnosis in {samples} of samples and {real} of "
+        "real held-out images; guessing: {chance}. Above guessing, that is {value} of it (95 % interval {low} to {high}).",
         {
             "good": "Samples show their diagnosis as clearly as real images.",
             "fair": "Samples show their diagnosis less clearly than real images, or there are too few to be sure.",
@@ -122,7 +118,7 @@ RULES = (
         "likeness",
         "mean distance of two samples of a class in the classifier's features, over that of real images",
         readings.diversity,
-        "0.9 and 0.7: sampling at a low temperature or a strong guidance goes below 0.7.",
+        "0.9 leaves room for the interval. Below 0.7, three tenths of the differences between images are gone; a choice.",
         "Within a class, the spread of the samples is {value} of that of real images (95 % interval {low} to {high}).",
         {
             "good": "They are as diverse as real images.",
@@ -156,7 +152,7 @@ RULES = (
         "use",
         "(balanced accuracy after training on samples alone − chance) / (the same on all real images)",
         readings.synthetic_alone,
-        "A tenth is within what seeds change. Below a half, most of what real images teach is not in the samples.",
+        "0.9 leaves room for the interval. Below a half, most of what real images teach is not in the samples.",
         "Trained on samples alone, a classifier reaches {alone} on real test images; trained on real images, {real}. Above "
         "guessing, that is {value} of what real images teach (95 % interval {low} to {high}).",
         {
@@ -189,8 +185,8 @@ RULES = (
         "privacy",
         "AUC of every score that tells training images from images the model never saw",
         partial(readings.membership, figure="auc"),
-        "0.5 is guessing. 0.6 is where the prior starts to tell patients apart. Any interval wholly above 0.5 is a leak, "
-        "though a small one; of many scores, one may be so by chance.",
+        "0.5 is guessing. An interval wholly above 0.5 shows a leak, if a small one; of many scores one may do so by chance. "
+        "Above 0.6, three of five pairs are ranked right; a choice.",
         "From the prior's likelihoods, an attacker ranks a training image above an unseen one in {value} of the cases "
         "(95 % interval {low} to {high}; guessing: 50 %; score {what}).",
         {
@@ -253,7 +249,7 @@ RULES = (
         "model",
         "1 − bits per token on training codes / on held-out codes, each prior",
         readings.memorising,
-        "A tenth is beyond what augmentation and the choice of split explain. It is a warning; the rules of privacy judge.",
+        "Some gap is normal, because training codes were seen; a tenth is a choice. It warns; the rules of privacy judge.",
         "The prior of {what} needs {value} fewer bits for training images than for held-out images.",
         {"good": "It does not memorise.", "fair": "It memorises."},
         limits=Limits("above", good=0.1),
@@ -264,7 +260,7 @@ RULES = (
         "model",
         "share of held-out images whose reconstruction the classifier labels differently",
         readings.flips,
-        "A tenth changes between two photographs of one lesion. If a quarter changes, signs of a diagnosis are lost.",
+        "One in ten and one in four images are choices. An image near the border of two diagnoses flips easily.",
         "The classifier gives the reconstruction another label than the image in {value} of held-out images (95 % interval "
         "{low} to {high}).",
         {
@@ -307,6 +303,3 @@ RULES = (
         {"good": "Keep to it when you share samples.", "fair": "Ask the owner of the images before you share samples."},
     ),
 )
-
-if __name__ == "__main__":
-    print(as_markdown(RULES), end="")

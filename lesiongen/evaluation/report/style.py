@@ -7,7 +7,7 @@ STYLE = """
  --link:#8dbdf7;--bar:#6ea8ec;--good:#6fd08f;--fair:#f0bd55;--poor:#ff978c;--none:#b3bccb;--tag:#7a1f5c}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{font:16px/1.55 system-ui,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;color:var(--ink);background:var(--ground);
+body{font:1rem/1.55 system-ui,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;color:var(--ink);background:var(--ground);
  max-width:1080px;margin:0 auto;padding:1.4rem 1.1rem 3rem;overflow-wrap:break-word}
 .skip{position:absolute;left:-999px}
 .skip:focus{position:static;display:inline-block;padding:.4em .7em}
@@ -79,19 +79,23 @@ footer{margin-top:3rem;border-top:1px solid var(--line);color:var(--soft)}
  :root{--ink:#000;--soft:#333;--ground:#fff;--panel:#f1f1f1;--line:#999;--link:#000;--bar:#444;
  --good:#146c37;--fair:#7a5200;--poor:#a81c14;--none:#333}
  @page{margin:14mm}
- body{font-size:10pt;max-width:none;padding:0}
+ html{font-size:9.5pt}
+ body{max-width:none;padding:0}
  *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
  .skip{display:none}
- .scroll{overflow:visible}
- table{font-size:8pt;width:100%;min-width:0}
+ .scroll{overflow:visible;break-inside:avoid}
+ table{font-size:.86rem;width:100%;min-width:0}
  th,td{padding:.25rem .35rem}
  td small,td b{white-space:normal}
  thead{display:table-header-group}
  h2,h3,caption,dl{break-after:avoid}
  tr,figure,.findings li,.group{break-inside:avoid}
- .chart{max-width:11cm}
+ .chart{max-width:8.6cm}
+ .columns{grid-template-columns:1fr 1fr}
+ details::details-content{content-visibility:visible;height:auto}
  .chart.wide img{min-width:0}
  .strip .halves{grid-template-columns:1fr 1fr}
+ .group .columns{grid-template-columns:1fr}
  .pairs{grid-template-columns:repeat(4,1fr)}
  tbody th{position:static;max-width:none;min-width:0}
  pre{white-space:pre-wrap;max-height:none;overflow:visible}

@@ -91,6 +91,11 @@ def percent(value: float) -> str:
     return f"{value * 100:.0f} %" if abs(value) >= 0.0995 or value == 0 else f"{value * 100:.1f} %"
 
 
+def decimals(value: float | None, digits: int, unit: str = "") -> str:
+    """Returns a number with a fixed number of digits after the point. None is "not measured"."""
+    return "not measured" if value is None else f"{value:,.{digits}f}{unit}"
+
+
 def points(value: float) -> str:
     """Returns a difference of shares in percentage points, with its sign."""
     return f"{100 * value:+.1f} points".replace("-", "−")
