@@ -4,7 +4,7 @@
 
 Lesions are drawn, packed, and tokenized by tiny models; all stages are the project's own. A set of N training images is made of
 links to one packed shard, each under a name of its own and with images and lesions of its own in the catalog; its held-out
-images are always the same. The evaluation is `lesiongen evaluate`, a process that this one watches through /proc, so Linux only.
+images are always the same. The evaluation is `lesiongen evaluate`, a process that is watched through /proc, so Linux only.
 
 Anonymous memory is what the process has allocated. The whole resident memory also counts the pages of the code store's files
 that are mapped, at most 256 files; the system takes these pages back when it needs them. A phase begins with a progress bar and
@@ -182,20 +182,23 @@ def measure(runs: Path, images: int, backbone: Path) -> tuple[int, Watched]:
 
 
 def print_table(found: dict[int, Watched]) -> bool:
-    """Prints the phases of the smallest and the largest run. Returns whether memory is flat in the number of images."""
-    (few, small), (many, large) = min(found.items()), max(found.items())
-    print(f"\nPeak of anonymous memory in MB, bytes for each further training image, and seconds\n{'':28}{few:>12,}{many:>12,}")
-    print(f"{'phase':28}{'MB':>6}{'s':>6}{'MB':>6}{'s':>6}{'B/image':>9}{'with mapped files':>24}")
-    for phase in large.peaks:
-        before = small.peaks.get(phase, 0)
-        cells = f"{before / 1e6:6.0f}{small.seconds.get(phase, 0):6.0f}{large.peaks[phase] / 1e6:6.0f}{large.seconds[phase]:6.0f}"
-        growth = (large.peaks[phase] - before) / (many - few)
-        mapped = f"{small.resident.get(phase, 0) / 1e6:.0f} → {large.resident[phase] / 1e6:.0f} MB"
-        print(f"{phase:28}{cells}{growth:9.0f}{mapped:>24}")
+    """Prints the phases of the smaller and the larger run. Returns whether memory is flat in the number of images."""
+    (few, small), (many, large) = sorted(found.items())
+    print("\nPeak of anonymous memory, growth for each further training image, time, and peak with mapped files")
+    print(f"{'training images':22}{few:>11,}{many:>11,}{'B/image':>9}{few:>9,}{many:>9,}{few:>11,}{many:>11,}")
+    peak = resident = 0
+    for phase in large.peaks:  # the smaller run may pass a phase faster than the memory is read: the one before counts
+        peak, resident = small.peaks.get(phase, peak), small.resident.get(phase, resident)
+        growth = (large.peaks[phase] - peak) / (many - few)
+        memory = f"{peak / 1e6:8.0f} MB{large.peaks[phase] / 1e6:8.0f} MB{growth:9.0f}"
+        seconds = f"{small.seconds.get(phase, 0):7.0f} s{large.seconds[phase]:7.0f} s"
+        print(f"{phase:22}{memory}{seconds}{resident / 1e6:8.0f} MB{large.resident[phase] / 1e6:8.0f} MB")
     low, high = (max(run.peaks.values()) for run in (small, large))
     growth = (high - low) / (many - few)
-    print(f"peak {low / 1e6:.0f} MB and {high / 1e6:.0f} MB: ratio {high / low:.2f}, {growth:.0f} bytes for each training image")
-    print(f"time {sum(small.seconds.values()):.0f} s and {sum(large.seconds.values()):.0f} s; limit {LIMIT} bytes an image")
+    print(
+        f"peak {low / 1e6:.0f} MB and {high / 1e6:.0f} MB, ratio {high / low:.2f}; {growth:.0f} bytes an image, limit {LIMIT}"
+    )
+    print(f"time {sum(small.seconds.values()):.0f} s and {sum(large.seconds.values()):.0f} s")
     return growth <= LIMIT
 
 
