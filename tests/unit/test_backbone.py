@@ -24,5 +24,5 @@ def test_a_torchscript_file_computes_what_its_network_computes(tmp_path):
 
 def test_a_network_that_returns_no_vectors_is_refused(tmp_path):
     torch.jit.script(nn.Conv2d(3, 2, 1)).save(str(tmp_path / "map.pt"))
-    with pytest.raises(UserError, match="4 dimensions"):
+    with pytest.raises(UserError, match="returns an array"):
         load_backbone(FeaturesConfig(str(tmp_path / "map.pt"), size=32), lambda: None)
