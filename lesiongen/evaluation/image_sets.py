@@ -6,7 +6,6 @@ with the size of the images. Of a real image it keeps about 20 bytes.
 
 import contextlib
 import csv
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from hpc.data.shards import BadSample
 from hpc.errors import UserError
 from lesiongen.data import images
 from lesiongen.data.augment import centre
-from lesiongen.data.packed import Packed
+from lesiongen.data.packed import Packed, name_number
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation import feature_cache
 from lesiongen.evaluation.feature_cache import Source
@@ -102,7 +101,7 @@ class RealImages(ImageSet):
             first = number_of.get((number, row["shard"]))
             if first is not None:
                 labels[first + int(row["ordinal"])] = label_of.get(row["dx"], -1)
-                self.groups[first + int(row["ordinal"])] = group_number(row["group"])
+                self.groups[first + int(row["ordinal"])] = name_number(row["group"])
         self.labels = torch.from_numpy(labels)
 
     def raw(self, i: int) -> tuple[int, dict]:
@@ -155,14 +154,6 @@ class RealImages(ImageSet):
                 folders.append(feature_cache.cache_folder(locations[number], run))
                 first = indices.stop
         return folders, sources
-
-
-def group_number(group: str) -> int:
-    """Returns a number for a group, which is the same wherever the group occurs.
-
-    Two of 1,000,000 groups have the same number with a probability of 1 in 10,000,000.
-    """
-    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def refuse_shared(a: RealImages, b: RealImages) -> None:

@@ -27,7 +27,7 @@ from lesiongen.evaluation.privacy.copies import Copies, measure
 from lesiongen.evaluation.privacy.extraction import extraction
 from lesiongen.evaluation.privacy.gate import gate_metrics
 from lesiongen.evaluation.privacy.membership import membership
-from lesiongen.evaluation.privacy.views import TrainingViews, decode
+from lesiongen.evaluation.privacy.views import TrainingViews, decode_batches
 from lesiongen.evaluation.skin_tone import skin_tone, tone_index
 from lesiongen.evaluation.subject import Subject
 from lesiongen.evaluation.training_sets import Pool, classical_views
@@ -105,7 +105,7 @@ def _fine_tuned(subject: Subject, test_NCHW: np.ndarray, classes: int) -> Fit:
 def copies_of(subject: Subject, views: TrainingViews, candidates: Candidates) -> Copies:
     """Compares the first attempts at all samples, before any gate, with every training view."""
     codes = candidates.first_attempts().codes
-    return measure(views, decode(subject.net, codes), codes, subject.seed)
+    return measure(views, decode_batches(subject.net, codes), codes, subject.seed)
 
 
 def audit_parts(subject: Subject, generator: Generator) -> dict:
@@ -129,7 +129,7 @@ def gate_part(subject: Subject, candidates: Candidates) -> dict | None:
     features = next(iter(subject.features.values()))
     kept = [int(subject.samples.rows[i]["index"]) for i in subject.selection.samples]
     codes = candidates.read(dict.fromkeys(kept, 0)).codes
-    before = backbone.over(decode(subject.net, codes).split(BATCH))
+    before = backbone.over(decode_batches(subject.net, codes))
     groups = subject.held_out.groups[subject.selection.held_out]
     for name, of_samples in (("before", before), ("after", features["samples"])):
         figures = compare(of_samples, features["held_out"], np.arange(len(of_samples)), groups, subject.seed)

@@ -36,7 +36,7 @@ from lesiongen.data.facts import PriorFacts, refuse_unknown
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.privacy.candidates import Candidates
 from lesiongen.evaluation.privacy.gate import Gate, add_attempt, gate_backbone, prepare
-from lesiongen.evaluation.privacy.views import decode, training_views
+from lesiongen.evaluation.privacy.views import BATCH, decode, training_views
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
 from lesiongen.ingest.licences import merge_counts, strictest
 from lesiongen.priors.export import load_prior
@@ -132,7 +132,10 @@ class _Sampling:
                     progress(batch)
             reasons = judged.get(attempt, {})
             if list(reasons) != pending:
-                described = {n: (codes, gate.views.describe(self._decode(codes), codes.codes)) for n, codes in sampled.items()}
+                described = {
+                    n: (codes, gate.views.describe(self._decode(codes).split(BATCH), codes.codes))
+                    for n, codes in sampled.items()
+                }
                 verdicts = gate.judge(described, [fact["label"] for fact in self.facts], self.topology)
                 dist.run_on_leader(add_attempt, self.candidates, attempt, verdicts, shards)
                 reasons = verdicts.reasons

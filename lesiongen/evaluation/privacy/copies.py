@@ -9,7 +9,7 @@ The evaluate stage calls measure(); the gate of the sample stage uses the same t
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,7 @@ class Copies:
 
 def measure(
     views: TrainingViews,
-    sample_images: torch.Tensor,
+    sample_images: Iterable[torch.Tensor],
     sample_codes: dict[str, np.ndarray],
     seed: int,
     topology: Topology | None = None,
@@ -80,15 +80,16 @@ def measure(
 
     Args:
         views: The training views, from training_views().
-        sample_images: The samples, uint8 [N, C, H, W].
+        sample_images: The samples, batch by batch, uint8 [B, C, H, W].
         sample_codes: For each level, the samples' codes [N, h, w], from candidates.read_codes().
         seed: Seed that draws the held-out images.
         topology: None: this process does all the work. Otherwise the ranks share it, and the function is collective.
     """
     held_out, _ = views.held_out(seed)
-    number = len(sample_images)
-    found = nearest_views(views, joined([views.describe(sample_images, sample_codes), held_out]), topology)
-    samples, others = ({kind: f.select(part) for kind, f in found.items()} for part in (slice(number), slice(number, None)))
+    described = views.describe(sample_images, sample_codes)
+    sides = slice(len(described)), slice(len(described), None)
+    found = nearest_views(views, joined([described, held_out]), topology)
+    samples, others = ({kind: nearest.select(side) for kind, nearest in found.items()} for side in sides)
     return Copies(samples, others, thresholds(others), len(views), views.draws)
 
 

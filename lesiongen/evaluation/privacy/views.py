@@ -10,7 +10,7 @@ Thumbnails and features of the views are computed once and cached file by file b
 Shapes: S views of a file, N images, C channels, D features, h × w codes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,14 +113,14 @@ class TrainingViews:
         draw, shard = self.files[index]
         return self._read(self._train, index, self.store.arrays("train", draw, shard))
 
-    def describe(self, images_NCHW: torch.Tensor, codes: dict[str, np.ndarray]) -> Described:
+    def describe(self, batches: Iterable[torch.Tensor], codes: dict[str, np.ndarray]) -> Described:
         """Describes images that are to be compared with the views.
 
         Args:
-            images_NCHW: The images as the tokenizer decodes them, uint8.
-            codes: Their codes of each level.
+            batches: The images as the tokenizer decodes them, batch by batch, uint8 [B, C, H, W].
+            codes: Codes of each level of all images.
         """
-        parts = [describe(batch, self.backbone) for batch in images_NCHW.split(BATCH)]
+        parts = [describe(batch, self.backbone) for batch in batches]
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return Described(columns["pixels"], columns.get("features"), {level: codes[level] for level in self.levels})
 
@@ -194,30 +194,30 @@ def _source(store: CodeStore, net: Tokenizer, split: str, draw: int, shard: int)
     return Source(Path(entry["name"]).stem, f"{entry['crc32']:08x}", entry["count"], batches)
 
 
-@torch.no_grad()
 def _decoded(store: CodeStore, net: Tokenizer, split: str, draw: int, shard: int) -> Iterator[torch.Tensor]:
     """Decodes the codes of a file. Yields batches, uint8 [B, C, H, W]."""
     arrays = store.arrays(split, draw, shard)
-    for first in range(0, len(arrays["index"]), BATCH):
-        yield decode(net, {level["name"]: arrays[f"codes.{level['name']}"][first : first + BATCH] for level in store.levels})
+    yield from decode_batches(net, {level["name"]: arrays[f"codes.{level['name']}"] for level in store.levels})
 
 
 @torch.no_grad()
-def decode(net: Tokenizer, codes: dict[str, np.ndarray], batch: int = BATCH) -> torch.Tensor:
-    """Decodes codes to images.
+def decode_batches(net: Tokenizer, codes: dict[str, np.ndarray], batch: int = BATCH) -> Iterator[torch.Tensor]:
+    """Decodes codes to images, batch by batch.
 
     Args:
         net: The tokenizer.
         codes: Codes of each level, [N, h, w].
         batch: Images that are decoded at once.
 
-    Returns:
-        uint8 [N, C, H, W], on the CPU.
+    Yields:
+        uint8 [B, C, H, W], on the CPU.
     """
     device = next(net.parameters()).device
-    number = len(next(iter(codes.values())))
-    decoded = []
-    for first in range(0, number, batch):
+    for first in range(0, len(next(iter(codes.values()))), batch):
         part = {name: torch.from_numpy(array[first : first + batch].astype(np.int64)) for name, array in codes.items()}
-        decoded.append(to_uint8(net.decode_codes({name: levels.to(device) for name, levels in part.items()})).cpu())
-    return torch.cat(decoded)
+        yield to_uint8(net.decode_codes({name: levels.to(device) for name, levels in part.items()})).cpu()
+
+
+def decode(net: Tokenizer, codes: dict[str, np.ndarray], batch: int = BATCH) -> torch.Tensor:
+    """Decodes codes to images, uint8 [N, C, H, W], on the CPU. Arguments as for decode_batches()."""
+    return torch.cat(list(decode_batches(net, codes, batch)))
