@@ -22,6 +22,7 @@ SETTINGS = {
     "sample.number": 28,
     "sample.batch": 14,
     "evaluate.classifier_samples": 320,
+    "evaluate.fine_tuning_samples": 32,
     "evaluate.utility.sizes": "[5]",
 } | {f"priors.{level}.train.{key}": 64 for level in ("top", "bottom") for key in ("samples", "eval_every", "save_every")}
 
