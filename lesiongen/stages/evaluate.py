@@ -44,7 +44,7 @@ from lesiongen.priors.export import load_prior
 from lesiongen.priors.generator import Generator
 from lesiongen.priors.level_sampler import LevelSampler
 from lesiongen.priors.sampling import TokenChooser, guidance
-from lesiongen.stages.base import Stage, digest_of, packed, packed_locations, require
+from lesiongen.stages.base import Stage, check_codes, digest_of, packed, packed_locations, require
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
@@ -67,16 +67,18 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
 
     All ranks measure the tokenizer, and compute features of real images and of training views; rank 0 does the rest.
     """
-    shards, store = packed(config), CodeStore(require(config, "codes"))
+    shards, store, samples = packed(config), CodeStore(require(config, "codes")), require(config, "samples")
+    # Refuse what cannot be evaluated before the long work begins. Subject loads the networks before it computes features.
+    dist.run_on_leader(check_codes, config, store)
+    dist.run_on_leader(Candidates(samples).check)
     net, about = load_tokenizer(require(config, "tokenizer"), topology.device)
+    locations, made_by = packed_locations(config), digest_of(config, "tokenizer")
+    subject = Subject(config.evaluate, config.seed, topology, shards, locations, store, net, samples, config.directory)
+    views = training_views(config.directory, store, net, made_by, subject.backbone, topology)
     test = ImageShards(shards, "test")
     if topology.leader:
         print(f"reconstructing {len(test):,} test images")
     quality, pictures = evaluate_tokenizer(net, test, config.evaluate.batch)
-    samples, locations = require(config, "samples"), packed_locations(config)
-    subject = Subject(config.evaluate, config.seed, topology, shards, locations, store, net, samples, config.directory)
-    made_by = digest_of(config, "tokenizer")
-    views = training_views(config.directory, store, net, made_by, subject.backbone, topology)
     return dist.run_on_leader(_finish, config, folder, subject, views, about["data"], quality, pictures)
 
 
@@ -230,6 +232,8 @@ def _without_nan(value: Any) -> Any:
     """Replaces non-finite numbers in nested metrics by None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from hpc.errors import UserError
@@ -108,6 +109,11 @@ class Candidates:
         attempts = {int(row["index"]): int(row["attempt"]) for row in self.rows() if not row["reason"]}
         return self.read({index: attempts.get(index, 0) for index in indices})
 
+    def check(self) -> None:
+        """Raises UserError if the codes of a sample are missing, as they are beside samples of older versions."""
+        with open(self.folder.parent / "metadata.csv", newline="", encoding="utf-8") as file:
+            self.read({int(row["index"]): 0 for row in csv.DictReader(file)})
+
     # The gate's verdicts
 
     def rows(self) -> list[dict[str, str]]:
@@ -143,7 +149,10 @@ class Candidates:
 
 
 def _read(path: Path) -> Codes:
-    """Reads a file of codes."""
-    arrays = load_file(path)
+    """Reads a file of codes. Raises UserError if it is damaged."""
+    try:
+        arrays = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}). Sample again (--fresh samples).") from None
     of = {kind: {n.removeprefix(kind): a for n, a in arrays.items() if n.startswith(kind)} for kind in ("codes.", "bits.")}
     return Codes(arrays["index"], of["codes."], of["bits."])
