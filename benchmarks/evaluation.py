@@ -8,7 +8,8 @@ images are always the same. The evaluation is `lesiongen evaluate`, a process th
 
 Anonymous memory is what the process has allocated. The whole resident memory also counts the pages of the code store's files
 that are mapped, at most 256 files; the system takes these pages back when it needs them. A phase begins with a progress bar and
-lasts until the next one. The process keeps freed memory, so a phase cannot be below the phases before it.
+lasts until the next one. The process returns freed memory at once, unlike in use (hpc/train/allocator.py): otherwise the table
+would show by how much the heap happens to be fragmented, which is up to 100 MB at any number of images.
 
 Fails if the peak of anonymous memory grows by more than LIMIT bytes for each training image.
 """
@@ -28,9 +29,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.resident import FREE_AT_ONCE
 from hpc.config import to_yaml
 from hpc.data import manifest
 from hpc.data.shards import index_path
+from hpc.train import allocator
+from launch.__main__ import main as launch_main
 from launch.commands import run_only
 from lesiongen import experiment
 from lesiongen.data.packed import CATALOG, rows
@@ -140,7 +144,7 @@ class Watched:
         self.resident: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.phase, self.text = "start", b"\n"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | FREE_AT_ONCE | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         reader = threading.Thread(target=self._read, args=(process.stdout.fileno(),), daemon=True)
         reader.start()
@@ -178,7 +182,13 @@ def measure(runs: Path, images: int, backbone: Path) -> tuple[int, Watched]:
     inputs = {"shards": [str(shards)], "tokenizer": str(runs / "base")}
     config, path = write_config(runs, settings(runs, f"run-{images}", inputs, backbone))
     make(config, ["codes", "prior-top", "prior-bottom", "samples"])
-    return number, Watched([sys.executable, "-m", "launch", "evaluate", str(path)])
+    return number, Watched([sys.executable, "-m", "benchmarks.evaluation", "--evaluate", str(path)])
+
+
+def evaluate(path: Path) -> int:
+    """Runs `lesiongen evaluate`, with freed memory returned to the system. Returns the exit code."""
+    allocator.keep_freed_memory = lambda device: None
+    return launch_main(["evaluate", str(path)])
 
 
 def print_table(found: dict[int, Watched]) -> bool:
@@ -207,7 +217,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, nargs=2, default=[10_000, 100_000], help="training images of the two runs")
     parser.add_argument("--folder", type=Path, help="where the runs are written; they are removed in the end")
+    parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.evaluate:
+        return evaluate(arguments.evaluate)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         runs = Path(folder)
