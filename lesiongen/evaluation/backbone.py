@@ -79,7 +79,9 @@ class Backbone:
             weights: Digest of the network's weights.
         """
         self.name, self.size = name, size
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.eval()
+        for weights_of_layer in network.parameters():  # a TorchScript module lacks Module.requires_grad_()
+            weights_of_layer.requires_grad_(False)
         self.mean, self.std = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
         self.digest = digest({"weights": weights, "size": size, "mean": list(mean), "std": list(std), "kind": name})
         self.device = torch.device("cpu")
