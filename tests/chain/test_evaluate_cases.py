@@ -151,7 +151,7 @@ def test_remote_sets_are_cached_in_the_run(two_sets, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         urls = [f"http://127.0.0.1:{server.server_port}/{name}/shards" for name in ("a", "b")]
-        assert evaluate(copy, f"inputs.shards=[{', '.join(urls)}]") == 0
+        evaluate(copy, f"inputs.shards=[{', '.join(urls)}]")
         server.shutdown()
     assert figures_of(copy) == figures_of(two_sets)
     in_the_run = [name for name in cache_of(copy) if name.startswith("features/")]
