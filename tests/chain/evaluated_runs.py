@@ -54,9 +54,8 @@ def copy_of(run: Path, folder: Path, cache: bool = True) -> Path:
 
 
 def evaluate(run: Path, *changes: str) -> None:
-    """Evaluates a run again with its own config and these overrides, as a rank does, without MLflow."""
+    """Evaluates a run with its own config and these overrides, as a rank does, without MLflow. A started report continues."""
     config = experiment.load(run / "config.yaml", [f"runs={run.parent}", *changes])
-    shutil.rmtree(run / "report", ignore_errors=True)
     execute(config, stages(config)["report"], Topology())
 
 

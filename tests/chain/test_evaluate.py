@@ -42,9 +42,9 @@ from tests.dist import cases
 
 # Runs in a process of its own: evaluates a run, and is killed after it has written its third cache file.
 KILLED = """
-import os, signal, sys
-from launch.__main__ import main
+import os, pathlib, signal, sys
 from lesiongen.evaluation import feature_cache
+from tests.chain.evaluated_runs import evaluate
 written, write = [], feature_cache._write
 def write_and_die(path, columns):
     write(path, columns)
@@ -52,7 +52,7 @@ def write_and_die(path, columns):
     if len(written) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 feature_cache._write = write_and_die
-main(["evaluate", *sys.argv[1:]])
+evaluate(pathlib.Path(sys.argv[1]))
 """
 
 
@@ -180,13 +180,13 @@ def _flipped(content: bytes) -> bytes:
 
 def test_a_killed_evaluation_keeps_its_cache(run, tmp_path, quick):
     copy = copy_of(run, tmp_path, cache=False)
-    arguments = [str(copy / "config.yaml"), f"runs={copy.parent}"]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-c", KILLED, str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     before = cache_of(copy)
     assert sum("classifier" not in name for name in before) == 3
     assert not json.loads((copy / "report" / "stage.json").read_text())["done"]
-    assert main(["evaluate", *arguments]) == 0
+    evaluate(copy)
     assert {name: cache_of(copy)[name] for name in before} == before and set(cache_of(copy)) == set(cache_of(run))
     assert figures_of(copy) == figures_of(run)
 
@@ -286,7 +286,10 @@ def backbone(path: Path, architecture: str) -> list[str]:
     return [f"evaluate.features.backbone={path}", *([f"evaluate.features.architecture={architecture}"] * bool(architecture))]
 
 
-@pytest.mark.parametrize(("file", "architecture"), [("scripted.pt", ""), ("test_resnet.safetensors", "test_resnet")])
+@pytest.mark.parametrize(
+    ("file", "architecture"),
+    [("scripted.pt", ""), pytest.param("test_resnet.safetensors", "test_resnet", marks=pytest.mark.long)],
+)
 def test_a_network_of_the_users(run, tmp_path, quick, networks, file, architecture):
     copy = copy_of(run, tmp_path)
     features = backbone(networks / file, architecture)
