@@ -189,7 +189,8 @@ def _pictures(config: Experiment, metrics: dict, copies: Copies) -> dict[str, by
     """Draws learning curves, the confusion of classes, and the histogram of each kind of distance. Returns name → PNG."""
     trainings = {name: require(config, name) for name in ("tokenizer", *(f"prior-{level}" for level in config.levels))}
     drawn = {"curves": plots.curves({name: read_metrics(path) for name, path in trainings.items()})}
-    if confusion := charts.confusion(metrics["classifier"]):
+    measured = metrics["classifier"]["reason"] is None
+    if measured and (confusion := charts.confusion(metrics["classifier"])):
         drawn["confusion"], _ = confusion
     for kind, threshold in copies.thresholds.items():
         sides = copies.samples[kind].distance.tolist(), copies.held_out[kind].distance.tolist()

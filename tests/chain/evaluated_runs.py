@@ -8,9 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hpc.dist import Topology
 from launch.__main__ import main
+from lesiongen import experiment
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
+from lesiongen.stages import stages
+from lesiongen.stages.base import execute
 from tests.conftest import DEMO, tiny
 
 # Enough test lesions and samples that every part is measured; everything is trained as briefly as possible.
@@ -49,10 +53,10 @@ def copy_of(run: Path, folder: Path, cache: bool = True) -> Path:
     return shutil.copytree(run, folder / "runs" / "tiny", ignore=shutil.ignore_patterns(*left_out))
 
 
-def evaluate(run: Path, *changes: str) -> int:
-    """Evaluates a run with its own config and these overrides. Returns the exit code."""
-    command = ["evaluate", str(run / "config.yaml"), f"runs={run.parent}", *changes]
-    return main([*command, *(["--fresh", "report"] if (run / "report").exists() else [])])
+def evaluate(run: Path, *changes: str) -> None:
+    """Evaluates a run with its own config and these overrides, as a rank does, without MLflow. A started report continues."""
+    config = experiment.load(run / "config.yaml", [f"runs={run.parent}", *changes])
+    execute(config, stages(config)["report"], Topology())
 
 
 def metrics_of(run: Path) -> dict:

@@ -19,11 +19,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from hpc import errors
+from hpc.errors import UserError
 from hpc.run import metrics_log
 from launch.__main__ import main
 from lesiongen.evaluation import plots
-from lesiongen.evaluation.feature_cache import cached_columns
 from lesiongen.evaluation.privacy.candidates import Candidates
 from lesiongen.stages import evaluate as stage
 from tests.chain.evaluated_runs import (
@@ -43,9 +42,9 @@ from tests.dist import cases
 
 # Runs in a process of its own: evaluates a run, and is killed after it has written its third cache file.
 KILLED = """
-import os, signal, sys
-from launch.__main__ import main
+import os, pathlib, signal, sys
 from lesiongen.evaluation import feature_cache
+from tests.chain.evaluated_runs import evaluate
 written, write = [], feature_cache._write
 def write_and_die(path, columns):
     write(path, columns)
@@ -53,7 +52,7 @@ def write_and_die(path, columns):
     if len(written) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 feature_cache._write = write_and_die
-main(["evaluate", *sys.argv[1:]])
+evaluate(pathlib.Path(sys.argv[1]))
 """
 
 
@@ -149,7 +148,7 @@ def test_a_second_evaluation_reads_the_cache(run, tmp_path, quick):
     copy = copy_of(run, tmp_path)
     before = cache_of(copy)
     assert len(before) > 10 and sum("classifier" in name for name in before) == 1
-    assert evaluate(copy) == 0
+    evaluate(copy)
     assert cache_of(copy) == before and figures_of(copy) == figures_of(run)
 
 
@@ -168,7 +167,7 @@ def test_damaged_cache_files_are_computed_again(run, tmp_path, quick):
     for name, damage in damages.items():
         (copy / name).write_bytes(damage(sound[name]))
     before = cache_of(copy)
-    assert evaluate(copy) == 0
+    evaluate(copy)
     assert {name for name, time in cache_of(copy).items() if time != before[name]} == set(damages)
     assert {name: (copy / name).read_bytes() for name in damages} == sound
     assert figures_of(copy) == figures_of(run)
@@ -181,13 +180,13 @@ def _flipped(content: bytes) -> bytes:
 
 def test_a_killed_evaluation_keeps_its_cache(run, tmp_path, quick):
     copy = copy_of(run, tmp_path, cache=False)
-    arguments = [str(copy / "config.yaml"), f"runs={copy.parent}"]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-c", KILLED, str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     before = cache_of(copy)
     assert sum("classifier" not in name for name in before) == 3
     assert not json.loads((copy / "report" / "stage.json").read_text())["done"]
-    assert main(["evaluate", *arguments]) == 0
+    evaluate(copy)
     assert {name: cache_of(copy)[name] for name in before} == before and set(cache_of(copy)) == set(cache_of(run))
     assert figures_of(copy) == figures_of(run)
 
@@ -199,7 +198,7 @@ def test_few_samples(run, tmp_path, quick):
     copy = copy_of(run, tmp_path)
     few = "sample.number=7"
     assert main(["sample", str(copy / "config.yaml"), f"runs={copy.parent}", few, "--fresh", "samples"]) == 0
-    assert evaluate(copy, few) == 0
+    evaluate(copy, few)
     found = metrics_of(copy)
     check_schema(found)
     assert found["likeness"]["number"] == 7 and found["diversity"]["reason"]
@@ -211,7 +210,7 @@ def test_a_gate_is_described_and_privacy_is_that_of_the_first_attempts(run, tmp_
     copy = copy_of(run, tmp_path)
     gate = "sample.gate={features: false, pixels: false, likelihood: 0.6, attempts: 2}"
     assert main(["sample", str(copy / "config.yaml"), f"runs={copy.parent}", gate, "--fresh", "samples"]) == 0
-    assert evaluate(copy, gate) == 0
+    evaluate(copy, gate)
     found, rows = metrics_of(copy), Candidates(copy / "samples").rows()
     check_schema(found)
     assert found["gate"]["candidates"] == len(rows) > 28 and found["gate"]["rejected"] > 0 and found["made"]["gate"]
@@ -228,7 +227,7 @@ def test_a_gate_is_described_and_privacy_is_that_of_the_first_attempts(run, tmp_
 def test_fine_tuning_measures_utility(run, tmp_path, quick):
     copy = copy_of(run, tmp_path)
     changes = ["evaluate.utility.method=finetune", "evaluate.utility.fine_tuning_samples=1600"]
-    assert evaluate(copy, *changes, "evaluate.classifier_samples=1600") == 0
+    evaluate(copy, *changes, "evaluate.classifier_samples=1600")
     found = metrics_of(copy)
     check_schema(found)
     assert found["utility"]["method"] == "finetune" and len(found["utility"]["test"]["classes"]) == 7
@@ -287,11 +286,14 @@ def backbone(path: Path, architecture: str) -> list[str]:
     return [f"evaluate.features.backbone={path}", *([f"evaluate.features.architecture={architecture}"] * bool(architecture))]
 
 
-@pytest.mark.parametrize(("file", "architecture"), [("scripted.pt", ""), ("test_resnet.safetensors", "test_resnet")])
+@pytest.mark.parametrize(
+    ("file", "architecture"),
+    [("scripted.pt", ""), pytest.param("test_resnet.safetensors", "test_resnet", marks=pytest.mark.long)],
+)
 def test_a_network_of_the_users(run, tmp_path, quick, networks, file, architecture):
     copy = copy_of(run, tmp_path)
     features = backbone(networks / file, architecture)
-    assert evaluate(copy, *features) == 0
+    evaluate(copy, *features)
     found = metrics_of(copy)
     check_schema(found)
     assert list(found["likeness"]["rulers"]) == [file.partition(".")[0], "lesions"]
@@ -319,11 +321,11 @@ def test_a_network_of_the_users(run, tmp_path, quick, networks, file, architectu
         ("pair.pt", "", "cannot be applied to images of 64 px"),
     ],
 )
-def test_a_wrong_network_is_refused_before_the_work(run, bare, networks, capsys, file, architecture, expected):
-    features = backbone(networks / file, architecture)
-    assert evaluate(bare, *features) == errors.USAGE
-    said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert expected in said[-1] and file in said[-1] and len(said) == 1 and len(said[0]) < 700
+def test_a_wrong_network_is_refused_before_the_work(bare, networks, file, architecture, expected):
+    with pytest.raises(UserError) as refused:
+        evaluate(bare, *backbone(networks / file, architecture))
+    said = str(refused.value)
+    assert expected in said and file in said and "\n" not in said and len(said) < 700
     assert not cache_of(bare)
 
 
@@ -341,12 +343,11 @@ def bare(run, tmp_path, monkeypatch) -> Path:
         monkeypatch.setattr(stage, name, long_work)
     monkeypatch.setattr("lesiongen.evaluation.subject.trained_classifier", long_work)
     monkeypatch.setattr("lesiongen.evaluation.subject.cached_columns", long_work)
-    assert cached_columns is not long_work
     return copy_of(run, tmp_path, cache=False)
 
 
 @pytest.mark.parametrize("state", ["no codes", "a batch is missing", "a batch is damaged"])
-def test_samples_without_their_codes_are_refused_before_the_work(bare, capsys, state):
+def test_samples_without_their_codes_are_refused_before_the_work(bare, state):
     codes = sorted((bare / "samples" / "private" / "codes").iterdir())
     if state == "no codes":
         shutil.rmtree(bare / "samples" / "private")
@@ -354,14 +355,13 @@ def test_samples_without_their_codes_are_refused_before_the_work(bare, capsys, s
         codes[1].unlink()
     else:
         codes[1].write_bytes(codes[1].read_bytes()[:-50])
-    assert evaluate(bare) == errors.USAGE
-    said = capsys.readouterr().err
-    assert "--fresh samples" in said and "Traceback" not in said
+    with pytest.raises(UserError, match="--fresh samples"):
+        evaluate(bare)
     assert not cache_of(bare)
 
 
-def test_codes_of_another_tokenizer_are_refused_before_the_work(bare, capsys):
+def test_codes_of_another_tokenizer_are_refused_before_the_work(bare):
     manifest = bare / "codes" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"tokenizer": "another"}))
-    assert evaluate(bare) == errors.USAGE
-    assert "has changed since the codes were made" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has changed since the codes were made"):
+        evaluate(bare)

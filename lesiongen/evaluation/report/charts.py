@@ -26,8 +26,10 @@ def confusion(classifier: dict) -> tuple[bytes, str] | None:
         classifier: metrics["classifier"].
 
     Returns:
-        PNG bytes and what is seen; None if no class has samples.
+        PNG bytes and what is seen; None if it was not measured, or no class has samples.
     """
+    if not classifier["confusion"]:
+        return None
     names, counts = classifier["classes"], np.asarray(classifier["confusion"], float)
     rows = [i for i, row in enumerate(counts) if row.sum()]
     if not rows:
