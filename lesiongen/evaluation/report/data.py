@@ -17,12 +17,13 @@ def fairness(found: dict | None) -> Html:
         "The shares of each group among training images, held-out images and samples. For held-out images of the group: the "
         "quality of the reconstruction, the share that the classifier labels right, and the bits that the priors need."
     )
-    parts = [markup.paragraph(note), markup.terms("PSNR", "Bits per token", "ITA"), markup.paragraph(found.get("note") or "")]
-    head = ["Group", "Training", "Held-out", "Samples", "PSNR", "Labelled right", "Bits per token"]
+    parts = [markup.paragraph(note), markup.terms("PSNR", "Bits per image", "ITA"), markup.paragraph(found.get("note") or "")]
+    head = ["Group", "Training", "Held-out", "Samples", "PSNR", "Labelled right", "Bits per image"]
     for fact, values in found["slices"].items():
+        totals = {key: sum(about.get(key) or 0 for about in values.values()) for key in ("train", "held_out")}
         rows = []
         for value, about in values.items():
-            shares = [_share(about.get(key)) for key in ("train", "held_out", "samples")]
+            shares = [_counted(about.get(key), totals[key]) for key in totals] + [_share(about.get("samples"))]
             figures = [
                 figure_cell(about.get("psnr")),
                 figure_cell(about.get("recall"), words.percent),
@@ -34,10 +35,13 @@ def fairness(found: dict | None) -> Html:
 
 
 def _share(value: float | None) -> str:
-    """Returns a share in percent, or a count."""
-    if value is None:
-        return "not known"
-    return f"{value:,}" if isinstance(value, int) and value > 1 else words.percent(value)
+    """Returns a share in percent."""
+    return "not known" if value is None else words.percent(value)
+
+
+def _counted(number: int | None, total: int) -> str:
+    """Returns a number of images and its share."""
+    return "not known" if number is None else f"{number:,} ({words.percent(number / total if total else 0)})"
 
 
 def data(found: dict | None) -> Html:
@@ -80,7 +84,7 @@ def summary(found: dict | None) -> list[str]:
         return []
     sources = ", ".join(source or "unknown source" for source in found.get("sources") or {})
     listed = ", ".join(f"{sum(counts.values()):,} {split}" for split, counts in found["counts"].items())
-    members = ", ".join(f"{sum(found[kind].values()):,} {kind}" for kind in MEMBERS if kind in found)
+    members = ", ".join(f"{sum(found[kind].values()):,} {kind}" for kind in MEMBERS if any(found.get(kind, {}).values()))
     return [
         f"{sum(found['generated'].values()):,} samples of {found['size']} × {found['size']} px",
         f"Real data: {sources or 'unknown source'}; {listed} images" + (f" of {members}" if members else ""),

@@ -191,7 +191,9 @@ def copies(metrics: dict) -> list[Reading]:
         if least is not None and held_out and least < 0.5 * held_out:
             alarm = "The nearest sample is less than half as far from a training image as any held-out image is."
         rejected = " before the gate rejected any" if before.get(kind) else ""
-        readings.append(replace(reading, alarm=alarm, facts={"before": rejected}))
+        held_out_rate = (found.get("held_out_rate") or {}).get("value")
+        facts = {"before": rejected, "held_out": percent(0.01 if held_out_rate is None else held_out_rate)}
+        readings.append(replace(reading, alarm=alarm, facts=facts))
     return readings
 
 
@@ -225,7 +227,10 @@ def memorising(metrics: dict) -> list[Reading]:
     """Reads by which share each prior's bits per token are higher on held-out codes than on training codes."""
     levels = measured(metrics, "priors").items()
     gaps = {level: 1 - _bits(bits, "train_bits_per_token") / _bits(bits, "bits_per_token") for level, bits in levels}
-    return [_exact(gap, f"level {level}") for level, gap in gaps.items()]
+    return [
+        replace(_exact(gap, f"level {level}"), facts={"size": percent(abs(gap)), "direction": "fewer" if gap >= 0 else "more"})
+        for level, gap in gaps.items()
+    ]
 
 
 def _bits(bits: dict, key: str) -> float:

@@ -171,7 +171,7 @@ RULES = (
         "Thresholds are set so that 1 % of unrelated real images count as copies. 2 % allows for the interval of 1,000 "
         "samples. A sample that is less than half as far as any held-out image is poor whatever the rate.",
         "Measured in {what}, {value} of the samples count as copies{before} (95 % interval {low} to {high}); of unrelated real "
-        "images, 1 % do.",
+        "images, {held_out} do.",
         {
             "good": "This is no more than chance.",
             "fair": "There are too few samples to be sure: draw 1,000 or more.",
@@ -250,7 +250,7 @@ RULES = (
         "1 − bits per token on training codes / on held-out codes, each prior",
         readings.memorising,
         "Some gap is normal, because training codes were seen; a tenth is a choice. It warns; the rules of privacy judge.",
-        "The prior of {what} needs {value} fewer bits for training images than for held-out images.",
+        "The prior of {what} needs {size} {direction} bits for training images than for held-out images.",
         {"good": "It does not memorise.", "fair": "It memorises."},
         limits=Limits("above", good=0.1),
     ),

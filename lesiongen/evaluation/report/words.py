@@ -47,6 +47,7 @@ TERMS = {
     "Codebook": "the list of patterns from which the tokenizer builds images.",
     "Perplexity": "how many codes are used if each counts by its frequency.",
     "Bits per token": "how many bits a prior needs for one code of an image; lower is better.",
+    "Bits per image": "how many bits the priors need for all codes of an image; more bits mean a less expected image.",
     "Bigram": "a simple model that guesses each code from its left neighbour.",
     "ITA": "individual typology angle, a measure of skin tone from the pixels of an image; dermoscopy shows it badly.",
 }
@@ -95,7 +96,7 @@ def percent(value: float) -> str:
 
 def decimals(value: float | None, digits: int, unit: str = "") -> str:
     """Returns a number with a fixed number of digits after the point. None is "not measured"."""
-    return "not measured" if value is None else f"{value:,.{digits}f}{unit}"
+    return "not measured" if value is None else f"{value:,.{digits}f}{unit}".replace("-", "−")
 
 
 def points(value: float) -> str:
@@ -105,9 +106,8 @@ def points(value: float) -> str:
 
 def number(value: float) -> str:
     """Returns a number with three significant digits, and thousands separated."""
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}".replace("-", "−")
 
 
 def between_words(low: str, high: str) -> str:
