@@ -103,9 +103,9 @@ def _fine_tuned(subject: Subject, test_NCHW: np.ndarray, classes: int) -> Fit:
 
 
 def copies_of(subject: Subject, views: TrainingViews, candidates: Candidates) -> Copies:
-    """Compares the first attempts at all samples, before any gate, with every training view."""
+    """Compares the first attempts at all samples, before any gate, with every training view. Collective."""
     codes = candidates.first_attempts().codes
-    return measure(views, decode_batches(subject.net, codes), codes, subject.seed)
+    return measure(views, decode_batches(subject.net, codes), codes, subject.seed, subject.topology)
 
 
 def audit_parts(subject: Subject, generator: Generator) -> dict:

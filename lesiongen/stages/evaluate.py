@@ -31,7 +31,7 @@ from lesiongen.evaluation.fidelity import fidelity
 from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.evaluation.privacy.candidates import Candidates
 from lesiongen.evaluation.privacy.copies import Copies, write_neighbours
-from lesiongen.evaluation.privacy.views import TrainingViews, training_views
+from lesiongen.evaluation.privacy.views import training_views
 from lesiongen.evaluation.report import charts
 from lesiongen.evaluation.report.page import page
 from lesiongen.evaluation.report.pictures import nearest_pairs, strips
@@ -65,7 +65,8 @@ def _inputs(config: Experiment) -> tuple[str, ...]:
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """Evaluates the run and returns the digest of all metrics. Collective.
 
-    All ranks measure the tokenizer, and compute features of real images and of training views; rank 0 does the rest.
+    All ranks compute features of real images and of training views, search for copies and measure the tokenizer; rank 0 does
+    the rest.
     """
     shards, store, samples = packed(config), CodeStore(require(config, "codes")), require(config, "samples")
     # Refuse what cannot be evaluated before the long work begins. Subject loads the networks before it computes features.
@@ -75,18 +76,19 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     locations, made_by = packed_locations(config), digest_of(config, "tokenizer")
     subject = Subject(config.evaluate, config.seed, topology, shards, locations, store, net, samples, config.directory)
     views = training_views(config.directory, store, net, made_by, subject.backbone, topology)
+    copies = parts.copies_of(subject, views, Candidates(samples))
     test = ImageShards(shards, "test")
     if topology.leader:
         print(f"reconstructing {len(test):,} test images")
     quality, pictures = evaluate_tokenizer(net, test, config.evaluate.batch)
-    return dist.run_on_leader(_finish, config, folder, subject, views, about["data"], quality, pictures)
+    return dist.run_on_leader(_finish, config, folder, subject, copies, about["data"], quality, pictures)
 
 
 def _finish(
     config: Experiment,
     folder: Path,
     subject: Subject,
-    views: TrainingViews,
+    copies: Copies,
     tokenizer_data: dict,
     quality: dict,
     pictures: dict[str, bytes],
@@ -97,7 +99,7 @@ def _finish(
         config: The run's config.
         folder: Directory of the report.
         subject: The images and models.
-        views: The views that the priors were trained on.
+        copies: The training views that are nearest to the samples.
         tokenizer_data: Licences, attributions and sources of the images that the tokenizer was trained on.
         quality: The tokenizer's metrics on the test split.
         pictures: The tokenizer's pictures on the test split (name → PNG).
@@ -109,7 +111,6 @@ def _finish(
     candidates = Candidates(require(config, "samples"))
     # floor_psnr is the PSNR of a tokenizer that gives all pixels one colour.
     floor_psnr = -10 * math.log10(max(shards.moments["data_variance"], 1e-10))
-    copies = parts.copies_of(subject, views, candidates)
     metrics: dict = {
         "schema": SCHEMA,
         "made": _made(config, subject),
@@ -193,7 +194,7 @@ def _pictures(config: Experiment, metrics: dict, copies: Copies) -> dict[str, by
     if measured and (confusion := charts.confusion(metrics["classifier"])):
         drawn["confusion"], _ = confusion
     for kind, threshold in copies.thresholds.items():
-        sides = copies.samples[kind].distance.tolist(), copies.held_out[kind].distance.tolist()
+        sides = copies.samples[kind].closeness.tolist(), copies.held_out[kind].closeness.tolist()
         drawn[f"distances {kind}"] = charts.histogram(*sides, threshold)
     return {name: png for name, png in drawn.items() if png}
 

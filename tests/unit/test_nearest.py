@@ -78,4 +78,25 @@ def test_one_in_a_hundred_held_out_images_is_below_the_threshold():
 
 def test_duplicates_among_held_out_images_do_not_hide_copies():
     duplicates = Nearest(np.zeros(10), np.zeros((10, 3)), np.zeros(10))
-    assert copies.thresholds({"pixels": duplicates, "features": duplicates}) == {"pixels": copies.INVISIBLE, "features": 0}
+    limits = copies.thresholds({"pixels": duplicates, "features": duplicates})
+    assert limits == {"pixels": 0, "features": 0}
+    sample = Nearest(np.array([0.001]), np.zeros((1, 3)), np.zeros(1))
+    found = copies.below({"pixels": sample, "features": sample}, limits)
+    assert (found["pixels"].tolist(), found["features"].tolist()) == ([True], [False])  # less than one grey level
+
+
+def test_typical_samples_are_no_copies():
+    """They are nearer to the training views than any held-out image is, but as near to images that were never seen."""
+    rng = np.random.default_rng(0)
+    view, unseen = (rng.uniform(4, 6, 1000) for _ in range(2))
+    held_out = Nearest(view, np.zeros((1000, 3)), np.zeros(1000), unseen)
+    typical = Nearest(view / 4, np.zeros((1000, 3)), np.zeros(1000), unseen / 4)
+    copied = Nearest(np.full(3, 1.0), np.zeros((3, 3)), np.zeros(3), np.full(3, 5.0))
+    limits = copies.thresholds({"features": held_out})
+    assert copies.below({"features": typical}, limits)["features"].mean() == pytest.approx(0.01, abs=0.002)
+    assert copies.below({"features": copied}, limits)["features"].all()
+
+
+def test_an_image_that_equals_both_is_no_copy():
+    both = Nearest(np.array([0.0, 0.0, 0.5]), np.zeros((3, 3)), np.zeros(3), np.array([0.0, 0.5, 0.0]))
+    assert both.closeness[:2].tolist() == [1, 0] and both.closeness[2] > 1e6

@@ -1,8 +1,11 @@
 """Counts the samples that are copies of training views, and names the training images that they are nearest to.
 
-A sample is a copy by one kind of distance (see nearest.py) if it is nearer to its nearest training view than 99 % of the
-held-out images are to theirs. Both are decoded by the tokenizer. So about 1 % of the held-out images count as copies by
-definition, and a copy rate of 1 % is no evidence of copying.
+A sample's closeness, by one kind of distance (see nearest.py), is its distance to the nearest training view divided by its
+distance to the nearest of some held-out images. A sample is a copy if its closeness is below that of 99 % of other held-out
+images. All are decoded by the tokenizer. So about 1 % of the held-out images count as copies by definition, and a copy rate of
+1 % is no evidence of copying.
+
+The distance alone would not do: a typical, blurred sample is near to every image, and would count as a copy of each.
 
 The evaluate stage calls measure(); the gate of the sample stage uses the same thresholds.
 """
@@ -35,7 +38,7 @@ class Copies:
     Attributes:
         samples: For each kind of distance, the nearest training view of each sample.
         held_out: The same for the held-out images.
-        thresholds: For each kind, the distance below which an image is a copy.
+        thresholds: For each kind, the closeness below which an image is a copy.
         views: Number of training views that were compared.
         draws: Number of views of each training image.
     """
@@ -51,7 +54,7 @@ class Copies:
         samples, held_out = (below(found, self.thresholds) for found in (self.samples, self.held_out))
         kinds = {}
         for kind, threshold in self.thresholds.items():
-            distance, other = self.samples[kind].distance, self.held_out[kind].distance
+            distance, other = self.samples[kind].closeness, self.held_out[kind].closeness
             kinds[kind] = {
                 "threshold": threshold,
                 "rate": rate(samples[kind]),
@@ -85,27 +88,25 @@ def measure(
         seed: Seed that draws the held-out images.
         topology: None: this process does all the work. Otherwise the ranks share it, and the function is collective.
     """
-    held_out, _ = views.held_out(seed)
+    held_out, unseen = views.held_out(seed)[0], views.unseen(seed)
     described = views.describe(sample_images, sample_codes)
     sides = slice(len(described)), slice(len(described), None)
-    found = nearest_views(views, joined([described, held_out]), topology)
+    found = nearest_views(views, joined([described, held_out]), topology, unseen)
     samples, others = ({kind: nearest.select(side) for kind, nearest in found.items()} for side in sides)
     return Copies(samples, others, thresholds(others), len(views), views.draws)
 
 
 def thresholds(held_out: dict[str, Nearest]) -> dict[str, float]:
-    """Returns for each kind the distance below which an image is a copy, from the held-out images' distances."""
-    return {kind: threshold(found.distance, INVISIBLE if kind == "pixels" else 0.0) for kind, found in held_out.items()}
-
-
-def threshold(held_out_N: np.ndarray, least: float = INVISIBLE) -> float:
-    """Returns the 1st percentile of the held-out images' distances, but at least `least`."""
-    return max(float(np.quantile(held_out_N, PERCENTILE)), least)
+    """Returns for each kind the closeness below which an image is a copy: the 1st percentile of the held-out images'."""
+    return {kind: float(np.quantile(found.closeness, PERCENTILE)) for kind, found in held_out.items()}
 
 
 def below(found: dict[str, Nearest], limits: dict[str, float]) -> dict[str, np.ndarray]:
     """Returns for each kind which images are copies, bool [N]."""
-    return {kind: found[kind].distance < limit for kind, limit in limits.items()}
+    copied = {kind: found[kind].closeness < limit for kind, limit in limits.items()}
+    if "pixels" in copied:
+        copied["pixels"] |= found["pixels"].distance < INVISIBLE
+    return copied
 
 
 def rate(copies_N: np.ndarray) -> dict[str, float | None]:
@@ -131,7 +132,7 @@ def image_ids(packed: Packed, rows_N3: np.ndarray) -> list[str]:
 
 
 def neighbour_columns(found: dict[str, Nearest], packed: Packed) -> dict[str, list]:
-    """Returns the private columns of a table of samples: of each kind the distance, and the view's image id and draw.
+    """Returns private columns of a table of samples: of each kind distance and closeness, and the view's image id and draw.
 
     Args:
         found: For each kind, the nearest view of each sample.
@@ -142,6 +143,7 @@ def neighbour_columns(found: dict[str, Nearest], packed: Packed) -> dict[str, li
     columns = {}
     for i, (kind, nearest) in enumerate(found.items()):
         columns[f"distance-{kind}"] = nearest.distance.tolist()
+        columns[f"closeness-{kind}"] = nearest.closeness.tolist()
         columns[f"image-{kind}"] = ids[i * number : (i + 1) * number]
         columns[f"draw-{kind}"] = nearest.row[:, 0].tolist()
     return columns

@@ -21,7 +21,7 @@ from hpc.run.progress import progress_bar
 from lesiongen.data.packed import Packed
 from lesiongen.evaluation.backbone import Backbone, FeaturesConfig, load_backbone
 from lesiongen.evaluation.privacy.candidates import Candidates
-from lesiongen.evaluation.privacy.copies import below, neighbour_columns, rate, thresholds
+from lesiongen.evaluation.privacy.copies import INVISIBLE, below, neighbour_columns, rate, thresholds
 from lesiongen.evaluation.privacy.nearest import Nearest, nearest_views
 from lesiongen.evaluation.privacy.views import Described, TrainingViews, joined
 from lesiongen.priors.generator import Codes, Generator
@@ -76,13 +76,14 @@ class Gate:
     Attributes:
         config: The rules.
         views: The training views.
-        thresholds: For each kind of distance, the distance below which a candidate is a copy.
+        thresholds: For each kind of distance, the closeness below which a candidate is a copy.
+        unseen: Held-out images to which the distances are compared.
         bits: For each level, the bits per token above which a candidate is too unlikely.
     """
 
-    def __init__(self, config: GateConfig, views: TrainingViews, limits: dict):
+    def __init__(self, config: GateConfig, views: TrainingViews, unseen: Described, limits: dict):
         """Takes the thresholds from `limits`, the content of gate.json."""
-        self.config, self.views = config, views
+        self.config, self.views, self.unseen = config, views, unseen
         self.thresholds: dict[str, float] = limits["thresholds"]
         self.bits: dict[str, float] = limits["bits"]
 
@@ -98,7 +99,7 @@ class Gate:
         ordered = [gathered[number] for number in sorted(gathered)]
         members = np.concatenate([codes.members for codes, _ in ordered]).tolist()
         bits = {level: np.concatenate([codes.bits[level] for codes, _ in ordered]) for level in self.bits}
-        found = nearest_views(self.views, joined([described for _, described in ordered]), topology)
+        found = nearest_views(self.views, joined([described for _, described in ordered]), topology, self.unseen)
         broken = {kind: copies for kind, copies in below(found, self.thresholds).items() if self._is_rule(kind)}
         if self.config.likelihood < 1:
             broken |= {f"likelihood {level}": bits[level] > limit for level, limit in self.bits.items()}
@@ -134,10 +135,10 @@ def prepare(
         batch: Held-out images that a rank measures at once.
         topology: This process among the ranks.
     """
-    limits = dist.run_on_leader(candidates.limits)
+    limits, unseen = dist.run_on_leader(candidates.limits), views.unseen(seed)
     if limits is None:
         held_out, rows = views.held_out(seed)
-        found = nearest_views(views, held_out, topology)
+        found = nearest_views(views, held_out, topology, unseen)
         bits = _held_out_bits(views, held_out, rows, generator, batch, topology)
         limits = {
             "rules": to_plain(config),
@@ -148,7 +149,7 @@ def prepare(
             "backbone": views.backbone and views.backbone.name,
         }
         dist.run_on_leader(candidates.write_limits, limits)
-    return Gate(config, views, limits)
+    return Gate(config, views, unseen, limits)
 
 
 def _held_out_bits(
@@ -210,9 +211,10 @@ def gate_metrics(candidates: Candidates) -> dict | None:
 def _rates(rows: list[dict[str, str]], limits: dict) -> dict:
     """Returns the copy rate of each kind among some candidates, and their mean bits per token."""
     copied = {
-        kind: np.array([float(row[f"distance-{kind}"]) < limit for row in rows], bool)
+        kind: np.array([float(row[f"closeness-{kind}"]) < limit for row in rows], bool)
         for kind, limit in limits["thresholds"].items()
     }
+    copied["pixels"] |= np.array([float(row["distance-pixels"]) < INVISIBLE for row in rows], bool)
     rates = {kind: rate(copies) for kind, copies in copied.items()} | {"any": rate(np.any(list(copied.values()), 0))}
     bits = {level: float(np.mean([float(row[f"bits_per_token-{level}"]) for row in rows])) for level in limits["bits"] if rows}
     return {"copies": rates, "bits_per_token": bits}

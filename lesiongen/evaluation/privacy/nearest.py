@@ -38,11 +38,23 @@ class Nearest:
         distance: Distance to the view, float64 [N]; infinite if no view was searched.
         row: (draw, shard, ordinal) of the view in the code store's training split, int64 [N, 3].
         form: For pixels, the symmetry (see augment.dihedral) that brings the view nearest to the query; otherwise 0. int64 [N].
+        unseen: Distance to the nearest image that the priors have not seen, float64 [N]; None if it was not asked for.
     """
 
     distance: np.ndarray
     row: np.ndarray
     form: np.ndarray
+    unseen: np.ndarray | None = None
+
+    @property
+    def closeness(self) -> np.ndarray:
+        """Distance to the nearest training view, relative to that to the nearest unseen image, [N].
+
+        An image that equals both (a common grid of codes) has 1.
+        """
+        unseen = np.ones_like(self.distance) if self.unseen is None else self.unseen
+        both = (unseen == 0) & (self.distance == 0)
+        return np.where(both, 1.0, self.distance / np.maximum(unseen, 1e-12))
 
     @classmethod
     def empty(cls, number: int) -> "Nearest":
@@ -65,10 +77,13 @@ class Nearest:
 
     def select(self, members: slice | np.ndarray) -> "Nearest":
         """Returns the results of some of the queries."""
-        return Nearest(self.distance[members], self.row[members], self.form[members])
+        unseen = None if self.unseen is None else self.unseen[members]
+        return Nearest(self.distance[members], self.row[members], self.form[members], unseen)
 
 
-def nearest_views(views: TrainingViews, queries: Described, topology: Topology | None = None) -> dict[str, Nearest]:
+def nearest_views(
+    views: TrainingViews, queries: Described, topology: Topology | None = None, unseen: Described | None = None
+) -> dict[str, Nearest]:
     """Finds the nearest training view of each query, by each kind of distance.
 
     Args:
@@ -76,6 +91,7 @@ def nearest_views(views: TrainingViews, queries: Described, topology: Topology |
         queries: The images to compare with them; with several ranks, the same on every rank.
         topology: None: this process searches all files. Otherwise the files are divided among the ranks, and the function is
             collective.
+        unseen: Images that the priors have not seen, to compare the queries with too.
 
     Returns:
         {kind: the nearest views}, the same on every rank.
@@ -88,12 +104,30 @@ def nearest_views(views: TrainingViews, queries: Described, topology: Topology |
     total = sum(views.store.entry("train", *views.files[i])["count"] for i in files)
     with progress_bar(total, "nearest views", shown=topology.leader) as progress:
         for i in files:
-            part, file = views.part(i), views.files[i]
-            _search_codes(found, queries, part, file)
-            if views.backbone is not None:
-                _search_features(found["features"], queries.features, part.features, file, device)
-            pixels.search(found["pixels"], part.pixels, file, progress)
-    return found if topology.world_size == 1 else _combined(dist.gather(found))
+            _search(found, queries, pixels, views.part(i), views.files[i], device, progress)
+    found = found if topology.world_size == 1 else _combined(dist.gather(found))
+    if unseen is not None:
+        others = {kind: Nearest.empty(len(queries)) for kind in views.kinds}
+        _search(others, queries, pixels, unseen, (0, 0), device, None)
+        for kind, other in others.items():
+            found[kind].unseen = other.distance
+    return found
+
+
+def _search(
+    found: dict[str, Nearest],
+    queries: Described,
+    pixels: "_PixelQueries",
+    images: Described,
+    file: tuple[int, int],
+    device: torch.device,
+    progress: tqdm | None,
+) -> None:
+    """Compares the queries with the images of one file by all kinds of distance, and updates `found`."""
+    _search_codes(found, queries, images, file)
+    if "features" in found:
+        _search_features(found["features"], queries.features, images.features, file, device)
+    pixels.search(found["pixels"], images.pixels, file, progress)
 
 
 def nearest_images(queries_NCHW: np.ndarray, images_NCHW: np.ndarray, progress: tqdm | None = None) -> Nearest:

@@ -125,7 +125,9 @@ class TrainingViews:
         return Described(columns["pixels"], columns.get("features"), {level: codes[level] for level in self.levels})
 
     def held_out(self, seed: int) -> tuple[Described, np.ndarray]:
-        """Returns held-out images as the tokenizer decodes them, at most HELD_OUT, drawn by the seed.
+        """Returns held-out images as the tokenizer decodes them, whose distances set the thresholds.
+
+        At most HELD_OUT held-out images are drawn; these are one half of them, and unseen() returns the other half.
 
         Args:
             seed: Seed of the draw.
@@ -133,8 +135,19 @@ class TrainingViews:
         Returns:
             The description of the images, and (index in `held_out_files`, ordinal) of each, [N, 2].
         """
+        return self._held_out_images(self._halves(seed)[0])
+
+    def unseen(self, seed: int) -> Described:
+        """Returns the other half of the held-out images, to which the distances to training views are compared."""
+        return self._held_out_images(self._halves(seed)[1])[0]
+
+    def _halves(self, seed: int) -> list[np.ndarray]:
+        """Draws held-out images and divides them. Returns their indices, each half sorted; a single image is in both."""
         drawn = np.random.default_rng(seed).permutation(len(self._held_out))[:HELD_OUT]
-        drawn.sort()
+        return [np.sort(half) if len(half) else drawn for half in np.array_split(drawn, 2)]
+
+    def _held_out_images(self, drawn: np.ndarray) -> tuple[Described, np.ndarray]:
+        """Reads held-out images by their indices. Returns their description, and (file, ordinal) of each, [N, 2]."""
         rows = np.empty((len(drawn), 2), np.int64)
         rows[:, 0] = np.searchsorted(self._held_out.starts, drawn, side="right") - 1
         rows[:, 1] = drawn - self._held_out.starts[rows[:, 0]]

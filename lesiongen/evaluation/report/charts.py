@@ -59,12 +59,12 @@ def _row_in_words(names: list[str], row: int, shares: np.ndarray) -> str:
 
 
 def histogram(samples: Sequence[float], held_out: Sequence[float], threshold: float) -> bytes:
-    """Draws the distances of samples and held-out images to their nearest training image, and the threshold for copies.
+    """Draws how much closer samples and held-out images are to training images than to unseen ones, and the threshold.
 
     Args:
-        samples: Distances of the samples.
-        held_out: Distances of the held-out images.
-        threshold: Distance below which an image is a copy.
+        samples: Closeness of the samples (see evaluation/privacy/copies.py).
+        held_out: Closeness of the held-out images.
+        threshold: Closeness below which an image is a copy.
 
     Returns:
         PNG bytes.
@@ -77,7 +77,7 @@ def histogram(samples: Sequence[float], held_out: Sequence[float], threshold: fl
         axis.hist(shown, bins=40, range=(0, top), weights=weights, alpha=0.45, color=colour)
         axis.hist(shown, bins=40, range=(0, top), weights=weights, histtype="step", color=colour, linestyle=style, label=label)
     axis.axvline(threshold, color="#b3261e", linestyle=":", linewidth=1.8, label="left of this: copies")
-    axis.set_xlabel("distance to the nearest training image", fontsize=LABELS)
+    axis.set_xlabel("distance to the nearest training image ÷ to the nearest unseen one", fontsize=LABELS)
     axis.set_ylabel("share in %", fontsize=LABELS)
     axis.tick_params(labelsize=TICKS)
     _legend_above(axis)
@@ -90,13 +90,14 @@ def _legend_above(axis: "Axes") -> None:
 
 
 def histogram_in_words(found: dict) -> str:
-    """Returns what a histogram of distances shows, from metrics["privacy"]["copies"]["kinds"][kind]."""
+    """Returns what a histogram of closeness shows, from metrics["privacy"]["copies"]["kinds"][kind]."""
     middle = [
         f"{who} {number(found[key])}" if found.get(key) is not None else f"{who} not measured"
         for key, who in (("median", "samples"), ("held_out_median", "held-out images"))
     ]
     return (
-        f"Histogram of the distances to the nearest training image. Medians: {joined(middle)}. "
+        f"Histogram of the distance to the nearest training image, divided by that to the nearest unseen image. "
+        f"Medians: {joined(middle)}. "
         f"{found['copies']} of {found['number']:,} samples are left of the line at {number(found['threshold'])}."
     )
 

@@ -55,7 +55,7 @@ def shrink(images_BCHW: torch.Tensor) -> torch.Tensor:
 def nearest_pairs(found: Copies, samples: dict[str, np.ndarray], store: CodeStore, net: Tokenizer) -> Iterator[Pair]:
     """Yields the samples that are nearest to a training view, each with this view as the tokenizer decodes it.
 
-    Distances of different kinds are compared as multiples of their thresholds.
+    The closeness of different kinds is compared in multiples of its threshold.
 
     Args:
         found: The nearest training view of each sample, by kind of distance.
@@ -64,12 +64,12 @@ def nearest_pairs(found: Copies, samples: dict[str, np.ndarray], store: CodeStor
         net: The tokenizer.
     """
     kinds = [kind for kind, threshold in found.thresholds.items() if threshold > 0]
-    relative = np.stack([found.samples[kind].distance / found.thresholds[kind] for kind in kinds])
+    relative = np.stack([found.samples[kind].closeness / found.thresholds[kind] for kind in kinds])
     for i in relative.min(0).argsort(kind="stable")[:TILES].tolist():
         nearest = found.samples[kinds[int(relative[:, i].argmin())]]
         columns = [f"codes.{level}" for level in samples]
         codes = store.gather_rows("train", nearest.row[i : i + 1], columns, np.int64)
         view = decode(net, {level: codes[f"codes.{level}"] for level in samples})[0]
         sample = decode(net, {level: values[i : i + 1] for level, values in samples.items()})[0]
-        distances = {kind: float(found.samples[kind].distance[i]) for kind in found.samples}
+        distances = {kind: float(found.samples[kind].closeness[i]) for kind in found.samples}
         yield Pair(shrink(sample[None])[0], shrink(dihedral(view, int(nearest.form[i]))[None])[0], distances)

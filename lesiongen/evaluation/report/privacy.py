@@ -21,7 +21,7 @@ class Pair(NamedTuple):
 
     Attributes:
         sample_CHW, real_CHW: The images, uint8.
-        distances: Their distance by kind ("pixels", "features", "codes <level>").
+        distances: Their closeness by kind ("pixels", "features", "codes <level>").
     """
 
     sample_CHW: torch.Tensor
@@ -51,8 +51,10 @@ def _copies(found: dict | None, pictures: dict[str, bytes]) -> list[Html]:
         return [title, markup.not_measured(reason)]
     note = (
         f"Every sample is compared with {found['views']:,} views of the training images, as the priors were trained on them "
-        f"({found['draws']} of each image, cut and turned in different ways). {found['held_out']:,} held-out images are "
-        "compared in the same way; the 1 % of them that are nearest set the limit of each kind."
+        f"({found['draws']} of each image, cut and turned in different ways). Its distance to the nearest "
+        "view is divided by its distance to the nearest of some images that were never trained on, because typical images are "
+        f"near to all images. {found['held_out']:,} other held-out images are compared in the same way; the 1 % of them that "
+        "are closest set the limit of each kind."
     )
     rows = []
     for kind, about in found["kinds"].items():
@@ -66,15 +68,15 @@ def _copies(found: dict | None, pictures: dict[str, bytes]) -> list[Html]:
     head = ["Compared in", "Rate", "Copies", "Rate, held-out"]
     head += ["Limit", "Median", "Median, held-out", "Smallest", "Smallest, held-out"]
     parts = [title, markup.paragraph(note), markup.terms("Copy")]
-    parts += [markup.table("Copies, and distances to the nearest training image", head, rows)]
+    parts += [markup.table("Copies, and how close samples are to training images", head, rows)]
     drawn = {kind: pictures.get(f"distances {kind}") for kind in found["kinds"]}
     charts_of = [
-        markup.chart(png, charts.histogram_in_words(found["kinds"][kind]), f"Distances in {words.kind_name(kind)}.")
+        markup.chart(png, charts.histogram_in_words(found["kinds"][kind]), f"Closeness in {words.kind_name(kind)}.")
         for kind, png in drawn.items()
         if png
     ]
     if charts_of:
-        wanted = "Samples should be as far from the training images as held-out images are."
+        wanted = "Samples should be no closer to the training images than held-out images are."
         parts += [markup.paragraph(wanted), markup.side_by_side(charts_of)]
     return parts
 

@@ -37,7 +37,7 @@ TERMS = {
     "Flips": "the share of held-out images whose reconstruction gets another label from the classifier than the image itself.",
     "Spread": "the mean distance of two images of a class in features of the classifier. The ratio compares with real images.",
     "AUPRC": "area under the precision-recall curve: how well a class is found among all images; 0 to 1, higher is better.",
-    "Copy": "a sample that is nearer to a training image than 99 % of the held-out images are.",
+    "Copy": "a sample that is closer to a training image than 99 % of the held-out images are, relative to unseen images.",
     "AUC": "area under the curve: the chance that a training image scores higher than an image the model never saw; 0.5 is "
     "guessing, 1 is certainty.",
     "TPR at 1 % FPR": "the share of training images that are found if 1 % of the others are wrongly accused; 1 % is guessing.",
