@@ -99,7 +99,7 @@ def test_the_private_table_names_training_images(run):
     assert [row["sample"] for row in rows] == [str(i) for i in range(28)]
     for kind, about in metrics_of(run)["privacy"]["copies"]["kinds"].items():
         assert {row[f"image-{kind}"] for row in rows} <= catalog
-        assert min(float(row[f"distance-{kind}"]) for row in rows) == pytest.approx(about["least"])
+        assert min(float(row[f"closeness-{kind}"]) for row in rows) == pytest.approx(about["least"])
         assert sum(kind in row["copy"].split("; ") for row in rows) == about["copies"]
 
 
@@ -134,6 +134,7 @@ def test_the_pages_show_the_reader_no_missing_values(run):
 # Ranks, the cache, and a stage that is killed
 
 
+@pytest.mark.long
 def test_two_ranks_find_the_same(run, tmp_path, pools):
     copy = copy_of(run, tmp_path, cache=False)
     pools(2).run(cases.run_stages, [f"runs={copy.parent}"], str(copy / "config.yaml"), ["report"])
