@@ -84,8 +84,9 @@ def tiny(phantoms: Path, runs: Path, **more) -> list[str]:
         "sample.number": 14,
         "sample.batch": 7,
         "evaluate.features.backbone": "lesions",
-        "evaluate.classifier_samples": 640,
+        "evaluate.classifier_samples": 320,
         "evaluate.utility.seeds": 1,
+        "evaluate.utility.sizes": "[10]",
     }
     for level in ("top", "bottom"):
         settings |= {

@@ -6,8 +6,6 @@ Shapes: N training images, M test images, D features, K classes.
 import warnings
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 # Inverse strength of the regularisation, scikit-learn's C. It was chosen once, on HAM10000 at 64 px with features of
 # EfficientNet-Lite0: of the values from 1e-4 to 1e-1, this one gave the best balanced accuracy at 500 images a class, and one
@@ -43,6 +41,10 @@ class Probe:
         Returns:
             The probability of each class for each test image, [M, K]; 0 for a class without training images.
         """
+        # Importing scikit-learn takes a second, and every process of every stage reads the config, which imports this file.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
         features_ND = np.asarray(features_ND, np.float32)
         mean, scale = features_ND.mean(0), features_ND.std(0)
         scale[scale < 1e-6] = 1.0  # a feature that never varies says nothing
