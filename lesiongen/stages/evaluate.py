@@ -63,7 +63,7 @@ def _inputs(config: Experiment) -> tuple[str, ...]:
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
-    """Evaluates the run and returns the digest of all metrics. Collective.
+    """Evaluates the run and returns the digest of all figures. Collective.
 
     All ranks compute features of real images and of training views, search for copies and measure the tokenizer; rank 0 does
     the rest.
@@ -105,7 +105,7 @@ def _finish(
         pictures: The tokenizer's pictures on the test split (name → PNG).
 
     Returns:
-        The digest of all metrics.
+        The digest of all figures.
     """
     shards, generator = subject.shards, _generator(config, subject)
     candidates = Candidates(require(config, "samples"))
@@ -131,7 +131,7 @@ def _finish(
     pictures |= _pictures(config, metrics, copies)
     _write(config.name, folder, metrics, pictures, subject, copies, candidates)
     print(verdict_lines(metrics["verdict"]))
-    return digest(metrics)
+    return digest({part: content for part, content in metrics.items() if part != "made"})  # "made" has paths and the date
 
 
 def _generator(config: Experiment, subject: Subject) -> Generator:
