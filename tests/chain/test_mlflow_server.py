@@ -67,6 +67,7 @@ class Server:
             self.process = None
 
 
+@pytest.mark.long
 def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
     server = Server(tmp_path)
     run = make_run(tmp_path / "runs", "http", lines=1)

@@ -103,6 +103,7 @@ def test_where_the_codes_lie_changes_nothing(given, tmp_path):
     assert digests[0] == digests[1]
 
 
+@pytest.mark.long
 def test_training_ends_well_where_nothing_gets_better(given, tmp_path, capfd):
     """Patience runs out, because the learning rate is too small to change a weight.
 

@@ -88,6 +88,7 @@ def test_no_rollback_left_ends_as_diverged_with_the_way_on(pools, packed, tmp_pa
     assert json.loads((newest / "MANIFEST.json").read_text())["state"]["skipped"] == 0
 
 
+@pytest.mark.long
 def test_a_destroyed_model_is_not_done_and_the_advice_can_be_followed(phantoms, packed, tmp_path):
     """The learning rate of the last half destroys the weights. A lower one may be set after that, and only after that."""
     more = {"tokenizer.train.health.max_skipped": 3, "tokenizer.train.engine.clip": 0, "tokenizer.train.eval_every": 80}
