@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
 
 
+@pytest.mark.long
 def test_the_rehearsal_runs_every_section_and_resumes(tmp_path):
     done = subprocess.run([*COMMAND, str(tmp_path), "--rehearse"], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "results.md").read_text()

@@ -145,9 +145,7 @@ def test_a_run_on_two_sets_over_http(sets, served, tmp_path):
     assert main(["run", DEMO, *overrides]) == 0
     page = (tmp_path / "runs" / "tiny" / "report" / "report.html").read_text()
     assert all(re.search(rf"Set {n} \(.+\): \d+ images, \d+ lesions, \d+ patients, \d+ groups", page) for n in (1, 2))
-    assert re.search(r'<tr><th scope="row">Patients</th><td>\d', page) and re.search(
-        r"images of \d+ lesions, \d+ groups", page
-    )
+    assert re.search(r'<tr><th scope="row">Patients</th><td>\d', page) and re.search(r"images of \d+ lesions, \d+ groups", page)
     assert not (tmp_path / "runs" / "tiny" / "shards").exists()
 
 

@@ -18,6 +18,7 @@ def clinic(phantoms) -> Iterator[Clinic]:
     yield from make_clinic(phantoms)
 
 
+@pytest.mark.long
 def test_two_members_of_a_group_share_a_run(clinic):
     """umask 002 and a set-group-ID directory: whatever one member makes, another can read, go on with and replace."""
     start = ["train", "tokenizer", DEMO, *clinic.tiny(), "tokenizer.train.samples=160"]

@@ -82,6 +82,7 @@ def test_the_pipeline_as_jobs_makes_what_run_makes(cluster, phantoms, tmp_path):
     assert "everything is done" in lesiongen("submit", DEMO, "--cluster", LOCAL, *tiny(phantoms, tmp_path / "slurm"))
 
 
+@pytest.mark.long
 def test_two_nodes_stop_together_and_go_on_as_if_undisturbed(cluster, phantoms, packed, tmp_path):
     """Also tests that dependent jobs wait for a requeued job, and that a stage without training is requeued too."""
     own = {"inputs.shards": packed, "tokenizer.train.engine.zero": 2, "tokenizer.train.samples": 2560}
