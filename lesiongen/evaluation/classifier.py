@@ -8,23 +8,19 @@ Shapes: images are uint8 [N, C, H, W] with 1 or 3 channels; labels are int64 [N]
 D features.
 """
 
-import contextlib
 import math
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from hpc.config import digest
 from hpc.run.progress import progress_bar
-from hpc.run.rundir import atomic_write
 from lesiongen.evaluation.backbone import Backbone, FeaturesConfig, lite0_network
+from lesiongen.evaluation.feature_cache import read_arrays, write_arrays
 from lesiongen.evaluation.image_sets import ImageSet
 
 BATCH = 32
@@ -164,28 +160,14 @@ def trained_classifier(
         torch.manual_seed(seed)
         classifier = Classifier(recipe, key, classes, device)
     path = cache / f"classifier-{recipe.name}-{key}.safetensors"
-    # RuntimeError: the weights do not fit. TypeError and KeyError: the file has no checksum.
-    with contextlib.suppress(OSError, SafetensorError, RuntimeError, TypeError, KeyError):
-        with safe_open(path, framework="pt") as file:
-            names: list[str] = file.keys()
-            weights = {name: file.get_tensor(name) for name in names}
-            intact = file.metadata()["crc32"] == _checksum(weights)
-        if intact:
-            classifier.module().load_state_dict(weights)
-            return classifier
+    stored = read_arrays(path)
+    if stored is not None:
+        classifier.module().load_state_dict({name: torch.from_numpy(array) for name, array in stored.items()})
+        return classifier
     if (train.labels >= 0).any():
         fit(classifier, train, torch.arange(len(train)), seed)
-    weights = {k: v.cpu().contiguous() for k, v in classifier.module().state_dict().items()}
-    atomic_write(path, save(weights, {"crc32": _checksum(weights)}))
+    write_arrays(path, {name: weights.cpu().numpy() for name, weights in classifier.module().state_dict().items()})
     return classifier
-
-
-def _checksum(weights: dict[str, torch.Tensor]) -> str:
-    """Returns the checksum of all weights, in the order of their names."""
-    crc = 0
-    for name in sorted(weights):
-        crc = zlib.crc32(weights[name].numpy().tobytes(), crc)
-    return str(crc)
 
 
 def fit(classifier: Classifier, train: ImageSet, members: torch.Tensor, seed: int) -> None:

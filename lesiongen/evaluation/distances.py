@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lesiongen.evaluation.intervals import Figure, bootstrap, figure
+from lesiongen.evaluation.intervals import Figure, figure, mean
 
 NEIGHBOURS = 5
 DRAWS, DRAWN = 50, 200  # of the KID: draws, and images of each set in a draw
@@ -183,6 +183,5 @@ def _neighbour_figures(
     found = {}
     for name, scores in neighbour_scores(x_ND, y_MD).items():
         groups = groups_N if name in ("precision", "density") else groups_M
-        values = scores.numpy()
-        found[name] = bootstrap(lambda weights, v=values: float((weights * v).sum() / weights.sum()), groups, seed=seed)
+        found[name] = mean(scores.numpy(), groups, seed)
     return found

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lesiongen.evaluation.intervals import Figure, bootstrap
+from lesiongen.evaluation.intervals import Figure, balanced_accuracy, mean
 from lesiongen.evaluation.skin_tone import TONES
 
 SMALLEST = 20  # held-out images of a slice for which figures are given
@@ -129,32 +129,11 @@ def _figures(held_out: HeldOut, rows: np.ndarray, seed: int) -> dict[str, Figure
     if len(rows) < SMALLEST:
         return {"psnr": None, "recall": None, "bits": None}
     groups = held_out.groups_N[rows]
-    psnr, bits = (None if v is None else _mean(v[rows], groups, seed) for v in (held_out.psnr_N, held_out.bits_N))
+    psnr, bits = (None if v is None else mean(v[rows], groups, seed) for v in (held_out.psnr_N, held_out.bits_N))
     recall = None
     if held_out.labels_N is not None and held_out.predicted_N is not None:
-        recall = _balanced_recall(held_out.labels_N[rows], held_out.predicted_N[rows], groups, seed)
+        labels, predicted = held_out.labels_N[rows], held_out.predicted_N[rows]
+        labelled = labels >= 0
+        if labelled.sum() >= SMALLEST:
+            recall = balanced_accuracy(labels[labelled], predicted[labelled], groups[labelled], seed)
     return {"psnr": psnr, "recall": recall, "bits": bits}
-
-
-def _mean(values: np.ndarray, groups: np.ndarray, seed: int) -> Figure:
-    """Returns the mean over images, with an interval over lesions."""
-    return bootstrap(lambda weights: float(np.average(values, weights=weights)), groups, seed=seed)
-
-
-def _balanced_recall(labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray, seed: int) -> Figure | None:
-    """Returns the mean of the classes' recalls, with an interval over lesions; None without labelled images.
-
-    A class that a resample of the bootstrap misses is left out of it.
-    """
-    labelled = labels >= 0
-    labels, right, groups = labels[labelled], (labels == predicted)[labelled], groups[labelled]
-    if len(labels) < SMALLEST:
-        return None
-    classes = int(labels.max()) + 1
-
-    def measure(weights: np.ndarray) -> float:
-        number_K = np.bincount(labels, weights, classes)
-        hits_K = np.bincount(labels, weights * right, classes)
-        return float((hits_K[number_K > 0] / number_K[number_K > 0]).mean())
-
-    return bootstrap(measure, groups, seed=seed)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hpc import dist
+from hpc.data.storage import is_remote
 from hpc.dist import Topology
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
@@ -94,9 +95,8 @@ def cache_folder(beside: str | Path, otherwise: Path) -> Path:
         beside: Directory or URL of the shards or codes.
         otherwise: The run's directory.
     """
-    local = Path(beside) if "://" not in str(beside) else None
-    writable = local is not None and local.is_dir() and os.access(local, os.W_OK)
-    return (local if writable else otherwise) / FOLDER
+    writable = not is_remote(beside) and Path(beside).is_dir() and os.access(beside, os.W_OK)
+    return (Path(beside) if writable else otherwise) / FOLDER
 
 
 def cached_columns(
@@ -130,36 +130,36 @@ def cached_columns(
                 for batch in sources[i].batches():
                     parts.append(compute(batch))
                     progress.update(len(batch))
-                _write(paths[i], {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+                write_arrays(paths[i], {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     dist.barrier()
     return Features(paths, [source.count for source in sources])
 
 
 def _missing(paths: Sequence[Path]) -> list[int]:
     """Returns the indices of the cache files that are missing or damaged."""
-    return [i for i, path in enumerate(paths) if not _intact(path)]
+    return [i for i, path in enumerate(paths) if read_arrays(path) is None]
 
 
-def _write(path: Path, columns: Columns) -> None:
-    """Writes a cache file."""
-    columns = {name: np.ascontiguousarray(column) for name, column in columns.items()}
-    atomic_write(path, save(columns, {"crc32": str(_crc32(columns))}))
+def write_arrays(path: Path, arrays: Columns) -> None:
+    """Writes a cache file with its checksum, atomically."""
+    arrays = {name: np.require(array, requirements="C") for name, array in arrays.items()}
+    atomic_write(path, save(arrays, {"crc32": str(_crc32(arrays))}))
 
 
-def _crc32(columns: Columns) -> int:
-    """Returns the checksum of all columns, in the order of their names."""
-    crc = 0
-    for name in sorted(columns):
-        crc = zlib.crc32(columns[name], crc)
-    return crc
-
-
-def _intact(path: Path) -> bool:
-    """Returns whether a cache file exists and holds what was written."""
+def read_arrays(path: Path) -> Columns | None:
+    """Reads a cache file. Returns None if it is missing, or holds something else than what was written."""
     # TypeError and ValueError: a damaged header without a checksum, or with types that NumPy does not know
     with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
         with safe_open(path, framework="numpy") as file:
             names: list[str] = file.keys()
-            columns = {name: file.get_tensor(name) for name in names}
-            return _crc32(columns) == int(file.metadata()["crc32"])
-    return False
+            arrays = {name: file.get_tensor(name) for name in names}
+            return arrays if _crc32(arrays) == int(file.metadata()["crc32"]) else None
+    return None
+
+
+def _crc32(arrays: Columns) -> int:
+    """Returns the checksum of all arrays, in the order of their names."""
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(arrays[name], crc)
+    return crc

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lesiongen.evaluation.intervals import ROUNDS, Figure, bootstrap, figure, from_rounds, resampled_weights, share
+from lesiongen.evaluation.intervals import ROUNDS, balanced_accuracy, figure, from_rounds, mean, resampled_weights, share
 
 PER_CLASS = 200  # images of a class, at most, whose distances to one another are averaged
 
@@ -72,31 +72,11 @@ def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int
         "chance": 1 / len(classes),
         "reason": None,
         "classes": classes,
-        "balanced_accuracy": {source: balanced_accuracy(j) for source, j in same.items()},
+        "balanced_accuracy": {source: balanced_accuracy(j.labels, j.predicted, j.groups) for source, j in same.items()},
         "recall": {classes[label]: {source: _recall(j, label) for source, j in same.items()} for label in common},
         "confusion": confusion.tolist(),
-        "flips": bootstrap(lambda w: float((w * flipped).sum() / w.sum()), judged["real"].groups),
+        "flips": mean(flipped, judged["real"].groups),
     }
-
-
-def balanced_accuracy(judged: Judged, seed: int = 0) -> Figure:
-    """Measures the mean recall of the classes that occur, with an interval by a bootstrap over lesions.
-
-    Args:
-        judged: The images.
-        seed: Seed of the bootstrap.
-    """
-    right = judged.predicted == judged.labels
-    present = np.unique(judged.labels)
-
-    def measure(weights: np.ndarray) -> float:
-        recalls = []
-        for label in present:
-            w = weights * (judged.labels == label)
-            recalls.append((w * right).sum() / w.sum() if w.sum() else np.nan)
-        return float(np.nanmean(recalls))
-
-    return bootstrap(measure, judged.groups, seed=seed)
 
 
 def _recall(judged: Judged, label: int) -> dict:
@@ -105,7 +85,7 @@ def _recall(judged: Judged, label: int) -> dict:
     right = mine.predicted == label
     if len(np.unique(mine.groups)) == len(right):
         return share(int(right.sum()), len(right)) | {"number": len(right)}
-    return bootstrap(lambda w: float((w * right).sum() / w.sum()), mine.groups) | {"number": len(right)}
+    return mean(right, mine.groups) | {"number": len(right)}
 
 
 def diversity(features: dict[str, np.ndarray], labels: np.ndarray, classes: list[str], seed: int = 0) -> dict:
@@ -129,14 +109,14 @@ def diversity(features: dict[str, np.ndarray], labels: np.ndarray, classes: list
             spread[name] = {source: _spread(values[members], seed) for source, values in features.items()}
     if not spread:
         return {"all": None, "classes": {}, "reason": "no class has three samples and three held-out images"}
-    mean = {
+    over_classes = {
         source: (
             float(np.mean([by_source[source][0] for by_source in spread.values()])),
             np.mean([by_source[source][1] for by_source in spread.values()], axis=0),
         )
         for source in features
     }
-    return {"all": _spread_figures(mean), "classes": {k: _spread_figures(v) for k, v in spread.items()}, "reason": None}
+    return {"all": _spread_figures(over_classes), "classes": {k: _spread_figures(v) for k, v in spread.items()}, "reason": None}
 
 
 def _spread(features_ND: np.ndarray, seed: int) -> tuple[float, np.ndarray]:
@@ -146,12 +126,12 @@ def _spread(features_ND: np.ndarray, seed: int) -> tuple[float, np.ndarray]:
     # Images of rare classes occur several times in a set; a distance of 0 between repetitions says nothing about diversity.
     different_NN = (distance_NN > 1e-9).astype(float)
 
-    def mean(w: np.ndarray) -> float:
+    def mean_distance(w: np.ndarray) -> float:
         pairs = w @ different_NN @ w
         return float(w @ distance_NN @ w / pairs) if pairs else math.nan
 
     weights = resampled_weights(np.arange(len(x)), ROUNDS, seed).astype(float)
-    return mean(np.ones(len(x))), np.array([mean(w) for w in weights])
+    return mean_distance(np.ones(len(x))), np.array([mean_distance(w) for w in weights])
 
 
 def _spread_figures(spread: dict[str, tuple[float, np.ndarray]]) -> dict:

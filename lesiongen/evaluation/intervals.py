@@ -65,6 +65,38 @@ def bootstrap(measure: Callable[[np.ndarray], float], groups_N: np.ndarray, roun
     return from_rounds(measure(np.ones(len(groups_N), dtype=np.int64)), [measure(w) for w in weights])
 
 
+def mean(values_N: np.ndarray, groups_N: np.ndarray, seed: int = 0) -> Figure:
+    """Returns the mean over images, with an interval by a bootstrap over groups.
+
+    Args:
+        values_N: A number, or whether something holds, for each image.
+        groups_N: The group of each image.
+        seed: Seed of the draws.
+    """
+    return bootstrap(lambda weights: float(np.average(values_N, weights=weights)), groups_N, seed=seed)
+
+
+def balanced_accuracy(labels_N: np.ndarray, predicted_N: np.ndarray, groups_N: np.ndarray, seed: int = 0) -> Figure:
+    """Measures the mean recall of the classes that occur, with an interval by a bootstrap over groups.
+
+    A class that a resample of the bootstrap misses is left out of it.
+
+    Args:
+        labels_N: True labels, all ≥ 0.
+        predicted_N: Predicted labels.
+        groups_N: The group of each image.
+        seed: Seed of the draws.
+    """
+    classes, right = int(labels_N.max()) + 1, labels_N == predicted_N
+
+    def measure(weights: np.ndarray) -> float:
+        number_K = np.bincount(labels_N, weights, classes)
+        hits_K = np.bincount(labels_N, weights * right, classes)
+        return float((hits_K[number_K > 0] / number_K[number_K > 0]).mean())
+
+    return bootstrap(measure, groups_N, seed=seed)
+
+
 def share(hits: int, number: int) -> Figure:
     """Returns a share with its 95 % interval (Wilson 1927), which also holds for few hits or none.
 

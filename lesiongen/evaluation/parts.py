@@ -27,7 +27,8 @@ from lesiongen.evaluation.privacy.copies import Copies, measure
 from lesiongen.evaluation.privacy.extraction import extraction
 from lesiongen.evaluation.privacy.gate import gate_metrics
 from lesiongen.evaluation.privacy.membership import membership
-from lesiongen.evaluation.privacy.views import TrainingViews, decode_batches
+from lesiongen.evaluation.privacy.views import TrainingViews
+from lesiongen.evaluation.reconstructions import decode_batches
 from lesiongen.evaluation.skin_tone import skin_tone, tone_index
 from lesiongen.evaluation.subject import Subject
 from lesiongen.evaluation.training_sets import Pool, classical_views

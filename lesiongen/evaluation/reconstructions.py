@@ -1,4 +1,4 @@
-"""Reconstructions of real images, decoded from their unaugmented codes in the code store."""
+"""Decodes codes to images: those of samples, of training views, and of real images, which are then reconstructions."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,33 @@ from lesiongen.evaluation.image_sets import BATCH, RealImages
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
+@torch.no_grad()
+def decode_batches(net: Tokenizer, codes: dict[str, np.ndarray], batch: int = BATCH) -> Iterator[torch.Tensor]:
+    """Decodes codes to images, batch by batch.
+
+    Args:
+        net: The tokenizer.
+        codes: Codes of each level, [N, h, w].
+        batch: Images that are decoded at once.
+
+    Yields:
+        uint8 [B, C, H, W], on the CPU.
+    """
+    device = next(net.parameters()).device
+    for first in range(0, len(next(iter(codes.values()))), batch):
+        part = {name: torch.from_numpy(array[first : first + batch].astype(np.int64)) for name, array in codes.items()}
+        yield to_uint8(net.decode_codes({name: levels.to(device) for name, levels in part.items()})).cpu()
+
+
+def decode(net: Tokenizer, codes: dict[str, np.ndarray], batch: int = BATCH) -> torch.Tensor:
+    """Decodes codes to images, uint8 [N, C, H, W], on the CPU. Arguments as for decode_batches()."""
+    return torch.cat(list(decode_batches(net, codes, batch)))
+
+
 class Reconstructions:
-    """Decodes the codes of real images. The code store's shard k of a split holds the images of the split's image shard k.
+    """Decodes the unaugmented codes of real images.
+
+    The code store's shard k of a split holds the images of the split's image shard k.
 
     Attributes:
         store: The code store.
@@ -36,11 +61,7 @@ class Reconstructions:
                 found.setdefault(name, np.empty((len(rows), *values.shape[1:]), np.int64))[members] = values
         return found
 
-    @torch.no_grad()
     def batches(self, images: RealImages, indices: np.ndarray) -> Iterator[torch.Tensor]:
         """Yields the reconstructions of some images batch by batch, uint8 [B, C, size, size]."""
-        device = next(self.net.parameters()).device
         for first in range(0, len(indices), BATCH):
-            codes = self.codes(images, indices[first : first + BATCH])
-            levels = {name: torch.from_numpy(values).to(device) for name, values in codes.items()}
-            yield to_uint8(self.net.decode_codes(levels)).cpu()
+            yield decode(self.net, self.codes(images, indices[first : first + BATCH]))

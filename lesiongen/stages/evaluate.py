@@ -35,8 +35,7 @@ from lesiongen.evaluation.privacy.views import training_views
 from lesiongen.evaluation.report import charts
 from lesiongen.evaluation.report.page import page
 from lesiongen.evaluation.report.pictures import nearest_pairs, strips
-from lesiongen.evaluation.report.verdict import verdict
-from lesiongen.evaluation.report.words import verdict_lines
+from lesiongen.evaluation.report.verdict import in_lines, verdict
 from lesiongen.evaluation.subject import Subject
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.licences import merge_counts
@@ -130,7 +129,7 @@ def _finish(
     metrics["verdict"] = verdict(metrics)
     pictures |= _pictures(config, metrics, copies)
     _write(config.name, folder, metrics, pictures, subject, copies, candidates)
-    print(verdict_lines(metrics["verdict"]))
+    print(in_lines(metrics["verdict"]))
     return digest({part: content for part, content in metrics.items() if part != "made"})  # "made" has paths and the date
 
 

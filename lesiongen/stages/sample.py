@@ -34,9 +34,11 @@ from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.facts import PriorFacts, refuse_unknown
 from lesiongen.evaluation.card import card
+from lesiongen.evaluation.image_sets import BATCH
 from lesiongen.evaluation.privacy.candidates import Candidates
 from lesiongen.evaluation.privacy.gate import Gate, add_attempt, gate_backbone, prepare
-from lesiongen.evaluation.privacy.views import BATCH, decode, training_views
+from lesiongen.evaluation.privacy.views import training_views
+from lesiongen.evaluation.reconstructions import decode
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
 from lesiongen.ingest.licences import merge_counts, strictest
 from lesiongen.priors.export import load_prior

@@ -45,13 +45,13 @@ KILLED = """
 import os, pathlib, signal, sys
 from lesiongen.evaluation import feature_cache
 from tests.chain.evaluated_runs import evaluate
-written, write = [], feature_cache._write
+written, write = [], feature_cache.write_arrays
 def write_and_die(path, columns):
     write(path, columns)
     written.append(path)
     if len(written) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-feature_cache._write = write_and_die
+feature_cache.write_arrays = write_and_die
 evaluate(pathlib.Path(sys.argv[1]))
 """
 

@@ -23,7 +23,7 @@ from lesiongen.evaluation.backbone import FeaturesConfig, has_lite0, load_backbo
 from lesiongen.evaluation.privacy import copies
 from lesiongen.evaluation.privacy.candidates import Candidates
 from lesiongen.evaluation.privacy.gate import gate_metrics
-from lesiongen.evaluation.privacy.views import decode
+from lesiongen.evaluation.reconstructions import decode
 from lesiongen.priors.generator import Codes
 from lesiongen.tokenizers.export import load_tokenizer
 from tests.conftest import DEMO, tiny
@@ -168,7 +168,9 @@ def test_views_are_decoded_once_and_damaged_files_again(run, monkeypatch):
     assert path.parent == run / "codes" / "features"
     decoded = []
     monkeypatch.setattr(
-        feature_cache, "_write", lambda path, columns, write=feature_cache._write: (decoded.append(path), write(path, columns))
+        feature_cache,
+        "write_arrays",
+        lambda path, columns, write=feature_cache.write_arrays: (decoded.append(path), write(path, columns)),
     )
     gate_cases.views_of(str(run), Topology())
     assert not decoded

@@ -23,7 +23,8 @@ from lesiongen.evaluation.backbone import (
     lite0_network,
     load_backbone,
 )
-from lesiongen.evaluation.fidelity import Judged, balanced_accuracy, diversity
+from lesiongen.evaluation.fidelity import diversity
+from lesiongen.evaluation.intervals import balanced_accuracy
 from lesiongen.evaluation.likeness import draw_repeated
 from tests.conftest import SHARED
 
@@ -151,7 +152,7 @@ def test_wrong_labels_cost_balanced_accuracy(real, halves):
     for share in (0, 0.3, 0.6, 1):
         wrong = rng.random(len(halves[0])) < share
         asked = np.where(wrong, rng.integers(7, size=len(wrong)), labels[::2])
-        found.append(balanced_accuracy(Judged(asked, probabilities, np.arange(len(asked))))["value"])
+        found.append(balanced_accuracy(asked, probabilities.argmax(1), np.arange(len(asked)))["value"])
     assert found == sorted(found, reverse=True)
     assert found[0] > 0.3 > 0.2 > found[-1]
 

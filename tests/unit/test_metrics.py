@@ -7,9 +7,9 @@ import torch
 from lesiongen.data.similarity import psnr, ssim
 from lesiongen.evaluation import classifier
 from lesiongen.evaluation.codes import bigram_bits, usage_and_perplexity
-from lesiongen.evaluation.fidelity import Judged, balanced_accuracy, diversity, fidelity
+from lesiongen.evaluation.fidelity import Judged, diversity, fidelity
 from lesiongen.evaluation.image_sets import ArrayImages
-from lesiongen.evaluation.intervals import wilson
+from lesiongen.evaluation.intervals import balanced_accuracy, wilson
 from lesiongen.ingest.licences import strictest
 
 
@@ -23,7 +23,7 @@ def judged(labels: list[int], predicted: list[int], classes: int = 3, groups: li
 
 
 def test_balanced_accuracy_is_the_mean_recall_of_classes_that_occur():
-    found = balanced_accuracy(judged([0, 0, 0, 0, 1, 1], [0, 0, 0, 2, 1, 0]))
+    found = balanced_accuracy(np.array([0, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 2, 1, 0]), np.arange(6))
     assert found["value"] == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert found["low"] < found["value"] < found["high"]
 

@@ -84,7 +84,7 @@ def measure(
     Args:
         views: The training views, from training_views().
         sample_images: The samples, batch by batch, uint8 [B, C, H, W].
-        sample_codes: For each level, the samples' codes [N, h, w], from candidates.read_codes().
+        sample_codes: For each level, the samples' codes [N, h, w], as Candidates reads them.
         seed: Seed that draws the held-out images.
         topology: None: this process does all the work. Otherwise the ranks share it, and the function is collective.
     """
@@ -103,10 +103,19 @@ def thresholds(held_out: dict[str, Nearest]) -> dict[str, float]:
 
 def below(found: dict[str, Nearest], limits: dict[str, float]) -> dict[str, np.ndarray]:
     """Returns for each kind which images are copies, bool [N]."""
-    copied = {kind: found[kind].closeness < limit for kind, limit in limits.items()}
-    if "pixels" in copied:
-        copied["pixels"] |= found["pixels"].distance < INVISIBLE
-    return copied
+    return {kind: is_copy(kind, found[kind].closeness, found[kind].distance, limit) for kind, limit in limits.items()}
+
+
+def is_copy(kind: str, closeness_N: np.ndarray, distance_N: np.ndarray, limit: float) -> np.ndarray:
+    """Returns which images are copies by one kind of distance, bool [N].
+
+    Args:
+        kind: The kind.
+        closeness_N: Closeness of each image.
+        distance_N: Distance of each image to its nearest training view.
+        limit: The threshold of the kind.
+    """
+    return (closeness_N < limit) | (distance_N < INVISIBLE) if kind == "pixels" else closeness_N < limit
 
 
 def rate(copies_N: np.ndarray) -> dict[str, float | None]:

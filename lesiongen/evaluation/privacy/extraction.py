@@ -29,7 +29,6 @@ def extraction(
     device: torch.device,
     level: str | None = None,
     seed: int = 0,
-    shown: bool = True,
 ) -> dict:
     """Measures how much better a prior completes training images than test images.
 
@@ -40,7 +39,6 @@ def extraction(
         device: The device on which the prior computes.
         level: The prior's level; None means the coarsest. On finer levels the true coarser codes are given too.
         seed: Seed of the bootstrap.
-        shown: Whether the progress bar is shown.
 
     Returns:
         "prompt" and "completed" (codes given and asked), "level", "members" and "non_members" (numbers of images); "accuracy":
@@ -53,7 +51,7 @@ def extraction(
     level = level or store.levels[0]["name"]
     members, given = len(rows.members), prior.length // 2
     shares = []
-    with progress_bar(members + len(rows.non_members), "extraction", shown=shown) as progress:
+    with progress_bar(members + len(rows.non_members), "extraction") as progress:
         for batch in batches(store, level, prior, rows, device):
             shares.append(_right_share(prior, batch, given))
             progress.update(len(shares[-1]))

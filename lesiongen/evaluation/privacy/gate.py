@@ -21,7 +21,7 @@ from hpc.run.progress import progress_bar
 from lesiongen.data.packed import Packed
 from lesiongen.evaluation.backbone import Backbone, FeaturesConfig, load_backbone
 from lesiongen.evaluation.privacy.candidates import Candidates
-from lesiongen.evaluation.privacy.copies import INVISIBLE, below, neighbour_columns, rate, thresholds
+from lesiongen.evaluation.privacy.copies import below, is_copy, neighbour_columns, rate, thresholds
 from lesiongen.evaluation.privacy.nearest import Nearest, nearest_views
 from lesiongen.evaluation.privacy.views import Described, TrainingViews, joined
 from lesiongen.priors.generator import Codes, Generator
@@ -210,11 +210,14 @@ def gate_metrics(candidates: Candidates) -> dict | None:
 
 def _rates(rows: list[dict[str, str]], limits: dict) -> dict:
     """Returns the copy rate of each kind among some candidates, and their mean bits per token."""
+
+    def column(name: str) -> np.ndarray:
+        return np.array([float(row[name]) for row in rows])
+
     copied = {
-        kind: np.array([float(row[f"closeness-{kind}"]) < limit for row in rows], bool)
+        kind: is_copy(kind, column(f"closeness-{kind}"), column(f"distance-{kind}"), limit)
         for kind, limit in limits["thresholds"].items()
     }
-    copied["pixels"] |= np.array([float(row["distance-pixels"]) < INVISIBLE for row in rows], bool)
     rates = {kind: rate(copies) for kind, copies in copied.items()} | {"any": rate(np.any(list(copied.values()), 0))}
-    bits = {level: float(np.mean([float(row[f"bits_per_token-{level}"]) for row in rows])) for level in limits["bits"] if rows}
+    bits = {level: float(column(f"bits_per_token-{level}").mean()) for level in limits["bits"] if rows}
     return {"copies": rates, "bits_per_token": bits}

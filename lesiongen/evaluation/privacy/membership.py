@@ -32,7 +32,6 @@ def membership(
     groups: Groups,
     device: torch.device,
     seed: int = 0,
-    shown: bool = True,
 ) -> dict:
     """Measures how well the priors' likelihoods tell training images from test images.
 
@@ -43,7 +42,6 @@ def membership(
         groups: As RealImages.groups_by_shard() returns it.
         device: The device on which the priors compute.
         seed: Seed of the bootstrap.
-        shown: Whether the progress bars are shown.
 
     Returns:
         "members", "non_members" (numbers of images), "how" (a sentence), and "scores": {"likelihood top": {"auc": figure,
@@ -53,9 +51,9 @@ def membership(
         return {"reason": rows.reason}
     members, number = len(rows.members), len(rows.members) + len(rows.non_members)
     scores: dict[str, dict[str, np.ndarray]] = {"likelihood": {}, "contrast": {}, "reference": {}}
-    bigrams = {level: _bigram_log_likelihoods(store, level, rows, groups, shown) for level in priors}
+    bigrams = {level: _bigram_log_likelihoods(store, level, rows, groups) for level in priors}
     passes = sum(2 if prior.facts else 1 for prior in priors.values())
-    with progress_bar(number * passes, "membership", shown=shown) as progress:
+    with progress_bar(number * passes, "membership") as progress:
         for level, prior in priors.items():
             likelihood = _log_likelihoods(store, level, prior, rows, device, progress)
             scores["likelihood"][level] = likelihood
@@ -101,7 +99,7 @@ def _log_likelihoods(
     return np.concatenate(found)
 
 
-def _bigram_log_likelihoods(store: CodeStore, level: str, rows: AuditRows, groups: Groups, shown: bool) -> np.ndarray:
+def _bigram_log_likelihoods(store: CodeStore, level: str, rows: AuditRows, groups: Groups) -> np.ndarray:
     """Returns the log-likelihood of each image's codes of a level under a bigram in nats, float64 [N].
 
     The bigram is fitted on all draws of the training images, without the members' lesions: their other photographs and draws
@@ -111,7 +109,7 @@ def _bigram_log_likelihoods(store: CodeStore, level: str, rows: AuditRows, group
     entries = next(entry["K"] for entry in store.levels if entry["name"] == level)
     counts = np.zeros((entries + 1, entries), np.int64)
     train, draws = store.shards("train"), store.draws("train")
-    with progress_bar(draws * sum(entry["count"] for entry in train), f"bigram {level}", shown=shown) as progress:
+    with progress_bar(draws * sum(entry["count"] for entry in train), f"bigram {level}") as progress:
         for draw in range(draws):
             for entry in train:
                 others = ~np.isin(groups["train"][entry["shard"]], rows.groups)

@@ -22,13 +22,12 @@ import torch.nn.functional as F
 from hpc.config import digest
 from hpc.data.codestore import CodeStore
 from hpc.dist import Topology
-from lesiongen.data.images import to_uint8
 from lesiongen.evaluation.backbone import Backbone
 from lesiongen.evaluation.feature_cache import Columns, Features, Source, cache_folder, cached_columns
+from lesiongen.evaluation.reconstructions import decode_batches
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 SIDE = 32  # of the thumbnails, in pixels
-BATCH = 64  # views that are decoded at once
 HELD_OUT = 2_000  # held-out images, at most, whose distances to the training views set the thresholds
 
 
@@ -211,26 +210,3 @@ def _decoded(store: CodeStore, net: Tokenizer, split: str, draw: int, shard: int
     """Decodes the codes of a file. Yields batches, uint8 [B, C, H, W]."""
     arrays = store.arrays(split, draw, shard)
     yield from decode_batches(net, {level["name"]: arrays[f"codes.{level['name']}"] for level in store.levels})
-
-
-@torch.no_grad()
-def decode_batches(net: Tokenizer, codes: dict[str, np.ndarray], batch: int = BATCH) -> Iterator[torch.Tensor]:
-    """Decodes codes to images, batch by batch.
-
-    Args:
-        net: The tokenizer.
-        codes: Codes of each level, [N, h, w].
-        batch: Images that are decoded at once.
-
-    Yields:
-        uint8 [B, C, H, W], on the CPU.
-    """
-    device = next(net.parameters()).device
-    for first in range(0, len(next(iter(codes.values()))), batch):
-        part = {name: torch.from_numpy(array[first : first + batch].astype(np.int64)) for name, array in codes.items()}
-        yield to_uint8(net.decode_codes({name: levels.to(device) for name, levels in part.items()})).cpu()
-
-
-def decode(net: Tokenizer, codes: dict[str, np.ndarray], batch: int = BATCH) -> torch.Tensor:
-    """Decodes codes to images, uint8 [N, C, H, W], on the CPU. Arguments as for decode_batches()."""
-    return torch.cat(list(decode_batches(net, codes, batch)))

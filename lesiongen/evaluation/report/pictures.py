@@ -11,7 +11,7 @@ from lesiongen.data import images
 from lesiongen.data.augment import dihedral
 from lesiongen.evaluation.image_sets import ImageSet
 from lesiongen.evaluation.privacy.copies import Copies
-from lesiongen.evaluation.privacy.views import decode
+from lesiongen.evaluation.reconstructions import decode
 from lesiongen.evaluation.report.privacy import Pair
 from lesiongen.evaluation.report.samples import Strips
 from lesiongen.tokenizers.tokenizer import Tokenizer

@@ -116,7 +116,7 @@ RULES = (
         "diversity",
         "Diversity within a class",
         "likeness",
-        "mean distance of two samples of a class in the classifier's features, over that of real images",
+        "mean distance of two samples of a class in the main ruler's features, over that of real images",
         readings.diversity,
         "0.9 leaves room for the interval. Below 0.7, three tenths of the differences between images are gone; a choice.",
         "Within a class, the spread of the samples is {value} of that of real images (95 % interval {low} to {high}).",

@@ -14,6 +14,7 @@ from lesiongen.evaluation.report.rule import Rule
 from lesiongen.evaluation.report.rules import RULES
 
 ORDER = ("poor", "fair", "none", "good")  # from the worst mark to the best
+SHOWN = 5  # reasons that the terminal shows
 Finding = dict[str, str]  # rule, topic, mark, sentence
 
 
@@ -42,6 +43,15 @@ def verdict(metrics: dict) -> dict[str, Any]:
 def reasons(findings: list[Finding]) -> list[Finding]:
     """Returns the findings that keep the verdict from being "use"."""
     return [f for f in findings if _stops(f) or _warns(f)]
+
+
+def in_lines(found: dict[str, Any]) -> str:
+    """Returns a verdict and its gravest reasons as lines for the terminal. `found` is what verdict() returns."""
+    gravest = sorted(reasons(found["findings"]), key=lambda finding: ORDER.index(finding["mark"]))
+    lines = [f"verdict: {found['overall']}", *(f"- {finding['sentence']}" for finding in gravest[:SHOWN])]
+    if len(gravest) > SHOWN:
+        lines.append(f"- and {len(gravest) - SHOWN} more reasons, see the report")
+    return "\n  ".join(lines)
 
 
 def _overall(findings: list[Finding]) -> str:

@@ -35,7 +35,7 @@ TERMS = {
     "as much as common ones.",
     "Chance": "the balanced accuracy of guessing.",
     "Flips": "the share of held-out images whose reconstruction gets another label from the classifier than the image itself.",
-    "Spread": "the mean distance of two images of a class in features of the classifier. The ratio compares with real images.",
+    "Spread": "the mean distance of two images of a class in features of the main ruler. The ratio compares with real images.",
     "AUPRC": "area under the precision-recall curve: how well a class is found among all images; 0 to 1, higher is better.",
     "Copy": "a sample that is closer to a training image than 99 % of the held-out images are, relative to unseen images.",
     "AUC": "area under the curve: the chance that a training image scores higher than an image the model never saw; 0.5 is "
@@ -67,7 +67,6 @@ ARMS = {
     "mixed": "Real images and samples",
 }
 SOURCES = {"real": "Real", "reconstructions": "Reconstructions", "samples": "Samples"}
-REASONS = 5  # of the verdict, that the terminal shows
 FACTS = {"site": "body site", "sex": "sex", "age_band": "age", "skin_tone": "skin tone (ITA)"}
 
 
@@ -139,16 +138,3 @@ def interval(figure: Figure | None, show: Callable[[float], str] = number) -> tu
 def is_known(name: str) -> bool:
     """Returns whether a class is a diagnosis that the report can spell out."""
     return name.lower().replace(" ", "_") in DIAGNOSES
-
-
-def verdict_lines(found: dict) -> str:
-    """Returns the verdict and its gravest reasons as text for the terminal.
-
-    Args:
-        found: metrics["verdict"].
-    """
-    against = sorted((f for f in found["findings"] if f["mark"] in ("poor", "fair")), key=lambda f: f["mark"] == "fair")
-    lines = [f"verdict: {found['overall']}", *(f"- {finding['sentence']}" for finding in against[:REASONS])]
-    if len(against) > REASONS:
-        lines.append(f"- and {len(against) - REASONS} more reasons, see the report")
-    return "\n  ".join(lines)
