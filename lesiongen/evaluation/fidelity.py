@@ -1,7 +1,7 @@
 """Whether samples show their class, judged by a classifier of real images, and how varied they are within a class.
 
-The classifier is also applied to reconstructions of held-out images. The tokenizer paints samples too, so this tells how much
-of a loss is due to the tokenizer, and how often a reconstruction gets another label than its original.
+The classifier is also applied to reconstructions of held-out images. The tokenizer decodes samples too, so the reconstructions
+show how much of a loss is due to the tokenizer, and how often the tokenizer changes the label of an image.
 
 Shapes: N images, K classes, D features.
 """

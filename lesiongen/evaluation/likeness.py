@@ -1,16 +1,16 @@
-"""How like real images the samples are, and whether the tokenizer or the priors are to blame for a difference.
+"""How like real images the samples are, and whether the tokenizer or the priors cause a difference.
 
-Samples pass through two models: the priors write codes, and the tokenizer's decoder paints them. Four comparisons, all of sets
-of equal size and the same mix of classes, divide the distance:
+Two models make a sample: the priors draw codes, and the tokenizer's decoder turns the codes into an image. Four comparisons
+show which model causes a distance. In each, both sets have the same size and the same mix of classes:
 
 - "floor": real training images against real held-out images. No generator can be expected to be nearer.
-- "tokenizer": reconstructions of real training images against real held-out images. The codes are right; what differs is what
-  the decoder loses.
-- "prior": samples against reconstructions of held-out images. Both are painted by the decoder; what differs is the codes.
+- "tokenizer": reconstructions of real training images against real held-out images. The codes are those of real
+  images; the difference is what the decoder loses.
+- "prior": samples against reconstructions of held-out images. The decoder makes both; the codes differ.
 - "both": samples against real held-out images.
 
-Each comparison is made with every ruler, a network whose features are compared. A ruler on whose features something was trained
-is never the only one.
+Each comparison is made with every ruler, a network whose features are compared. A ruler that something
+was trained against is never the only one.
 """
 
 from dataclasses import dataclass

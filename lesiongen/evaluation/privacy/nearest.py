@@ -168,7 +168,8 @@ class _PixelQueries:
 
     A flip changes only the sign of an image's odd parts. So an image is split into four parts, even or odd in each direction.
     The products of the parts of two images, added with four patterns of signs, are the products of one image with the four
-    flipped forms of the other, for the price of one. The other four symmetries are those of the transposed image.
+    flipped forms of the other. One set of products thus serves four symmetries. The other four symmetries are those of the
+    transposed image.
     """
 
     def __init__(self, pixels_NCHW: np.ndarray, device: torch.device):

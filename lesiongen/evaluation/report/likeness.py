@@ -1,4 +1,4 @@
-"""The section "Is it like the real thing?": distances by every ruler, who is to blame, the classifier, and each class."""
+"""The section "Is it like the real thing?": distances by every ruler, what causes them, the classifier, and each class."""
 
 from lesiongen.evaluation.report import charts, markup, words
 from lesiongen.evaluation.report.markup import Html, element, figure_cell, join
@@ -21,7 +21,7 @@ def likeness(metrics: dict) -> Html:
 
 
 def _distances(found: dict | None) -> list[Html]:
-    """Returns the tables of all rulers, and the bars that show who is to blame."""
+    """Returns the tables of all rulers, and the bars that show which model causes the distance."""
     title = markup.heading("Distance to real images")
     reason = why_missing(found) or why_missing((found or {}).get("rulers"))
     if reason:
