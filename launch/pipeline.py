@@ -98,7 +98,7 @@ def stages_to_do(config: Experiment, fresh: tuple[str, ...] = (), only: tuple[st
         only: Names of the stages to consider. Empty for all.
 
     Raises:
-        UserError: A stage is stale, or `fresh` names a stage that is not considered.
+        UserError: A stage is stale or cannot run with its settings, or `fresh` names a stage that is not considered.
     """
     considered = only or tuple(stages(config))
     for name in fresh:
@@ -108,7 +108,11 @@ def stages_to_do(config: Experiment, fresh: tuple[str, ...] = (), only: tuple[st
     for status in statuses:
         if status.state == "stale":
             stage_dir_of(config, status.stage).check()  # raises the UserError that names the difference
-    return [status.stage for status in statuses if status.state != "done"]
+    todo = [status.stage for status in statuses if status.state != "done"]
+    for stage in todo:
+        if stage.check:
+            stage.check(config)
+    return todo
 
 
 def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = ()) -> int:

@@ -193,6 +193,12 @@ def load_backbone(config: FeaturesConfig, lesions: Callable[[], Backbone]) -> Ba
     return backbone
 
 
+def check_backbone(config: FeaturesConfig) -> None:
+    """Raises UserError if the backbone cannot be used. A file of the user's is loaded and tried; nothing else is loaded."""
+    if config.resolved() != "lite0" or not has_lite0():
+        load_backbone(config, lambda: None)
+
+
 def _network_from_file(path: Path, architecture: str) -> nn.Module:
     """Loads a network of the user's. Raises UserError."""
     if not path.is_file():

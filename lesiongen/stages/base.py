@@ -39,6 +39,8 @@ class Stage:
         trains: Whether the stage trains a model. Its progress is then counted in samples.
         parallel: Whether several ranks make the stage faster.
         as_requested: Recognises settings that differ only in their spelling, see StageDir.
+        check: Raises UserError for settings with which the stage cannot run. Commands call it before they delete or queue
+            anything, so it must be quick.
         adjustable: Dotted keys of the identity that may change when the stage has diverged.
         hints: For some of the artefacts, what else to tell a user who lacks it.
         appends: Whether the stage adds to a finished directory. The directory's record stays valid until the new digest is
@@ -55,6 +57,7 @@ class Stage:
     appends: bool = False
     as_requested: Callable[[Path, dict, dict], dict] | None = None
     adjustable: tuple[str, ...] = ()
+    check: Callable[[Experiment], None] | None = None
     hints: dict[str, str] = field(default_factory=dict)
 
 

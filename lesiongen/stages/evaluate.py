@@ -27,6 +27,7 @@ from lesiongen.data import images
 from lesiongen.data.facts import PriorFacts
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation import parts, plots
+from lesiongen.evaluation.backbone import check_backbone
 from lesiongen.evaluation.fidelity import fidelity
 from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.evaluation.privacy.candidates import Candidates
@@ -53,7 +54,7 @@ SCHEMA = 2  # of metrics.json
 def stage(config: Experiment) -> Stage:
     """Returns the stage that compares the run's samples with real images."""
     identity = {"evaluate": to_plain(config.evaluate, volatile=False), "seed": config.seed}
-    return Stage("report", _inputs(config), identity, run)
+    return Stage("report", _inputs(config), identity, run, check=lambda config: check_backbone(config.evaluate.features))
 
 
 def _inputs(config: Experiment) -> tuple[str, ...]:

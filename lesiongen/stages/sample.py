@@ -33,6 +33,7 @@ from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.facts import PriorFacts, refuse_unknown
+from lesiongen.evaluation.backbone import check_backbone
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.image_sets import BATCH
 from lesiongen.evaluation.privacy.candidates import Candidates
@@ -63,7 +64,15 @@ def stage(config: Experiment) -> Stage:
     """Returns the stage that samples images."""
     needs = ("tokenizer", *(f"prior-{level}" for level in config.levels))
     hints = {name: NO_CODES for name in ("codes", "shards")} if config.sample.gate else {}
-    return Stage("samples", (*needs, *hints), {"sample": to_plain(config.sample, volatile=False)}, run, hints=hints)
+    return Stage(
+        "samples", (*needs, *hints), {"sample": to_plain(config.sample, volatile=False)}, run, hints=hints, check=_check
+    )
+
+
+def _check(config: Experiment) -> None:
+    """Raises UserError if the gate's network cannot be used."""
+    if config.sample.gate and config.sample.gate.features:
+        check_backbone(config.sample.gate.backbone)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:

@@ -330,6 +330,17 @@ def test_a_wrong_network_is_refused_before_the_work(bare, networks, file, archit
     assert not cache_of(bare)
 
 
+def test_a_wrong_network_is_refused_before_a_report_is_deleted(run, tmp_path, networks, capfd):
+    copy = copy_of(run, tmp_path)
+    shutil.copytree(run / "report", copy / "report")
+    before = (copy / "report" / "metrics.json").read_bytes()
+    overrides = [f"runs={copy.parent}", f"name={copy.name}", *backbone(networks / "garbage.pt", "")]
+    for verb in ("evaluate", "run"):
+        assert main([verb, str(copy / "config.yaml"), "--fresh", "report", *overrides]) == 2
+        assert "cannot be loaded as TorchScript" in capfd.readouterr().err
+    assert (copy / "report" / "metrics.json").read_bytes() == before
+
+
 # Inputs that do not fit
 
 
