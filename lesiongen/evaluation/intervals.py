@@ -110,6 +110,20 @@ def share(hits: int, number: int) -> Figure:
     return figure(hits / number, low, high)
 
 
+def difference(a: Figure, b: Figure) -> Figure:
+    """Returns a − b of two independent shares, with its 95 % interval (Newcombe 1998, method 10).
+
+    Args:
+        a, b: Shares with their intervals by Wilson, from share(). Without one of them the difference has no interval.
+    """
+    value = a["value"] - b["value"]
+    if None in a.values() or None in b.values():
+        return figure(value)
+    below = math.hypot(a["value"] - a["low"], b["high"] - b["value"])
+    above = math.hypot(a["high"] - a["value"], b["value"] - b["low"])
+    return figure(value, value - below, value + above)
+
+
 def wilson(hits: int, number: int, z: float = 1.959964) -> tuple[float, float]:
     """Returns the 95 % interval of a share (Wilson 1927).
 

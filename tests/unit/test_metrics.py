@@ -9,7 +9,7 @@ from lesiongen.evaluation import classifier
 from lesiongen.evaluation.codes import bigram_bits, usage_and_perplexity
 from lesiongen.evaluation.fidelity import Judged, diversity, fidelity
 from lesiongen.evaluation.image_sets import ArrayImages
-from lesiongen.evaluation.intervals import balanced_accuracy, wilson
+from lesiongen.evaluation.intervals import balanced_accuracy, difference, share, wilson
 from lesiongen.ingest.licences import strictest
 
 
@@ -88,6 +88,13 @@ def test_wilson_interval():
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
     assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
+
+
+def test_difference_of_two_shares():
+    found = difference(share(56, 70), share(48, 80))  # Newcombe 1998, "Interval estimation for the difference", table II, (a)
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+    assert difference(share(0, 1000), share(0, 1000))["low"] < 0
+    assert difference({"value": 0.1, "low": None, "high": None}, share(1, 10))["low"] is None
 
 
 def test_psnr():

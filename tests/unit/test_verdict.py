@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lesiongen.evaluation.intervals import share
 from lesiongen.evaluation.report import verdict
 from lesiongen.evaluation.report.rule import as_markdown
 from lesiongen.evaluation.report.rules import RULES
@@ -27,11 +28,11 @@ def test_a_clean_run_may_be_used():
 
 def leak_by_copies(metrics):
     metrics["gate"] = None
-    metrics["privacy"]["copies"]["kinds"]["features"]["rate"] = fig(0.03, 0.02, 0.04)
+    metrics["privacy"]["copies"]["kinds"]["features"]["rate"] = fig(0.04, 0.03, 0.055)
 
 
 def leak_before_the_gate(metrics):
-    metrics["gate"]["before"]["copies"]["pixels"] = fig(0.03, 0.02, 0.04)
+    metrics["gate"]["before"]["copies"]["pixels"] = fig(0.04, 0.03, 0.055)
 
 
 def leak_of_one_sample(metrics):
@@ -85,6 +86,22 @@ def test_a_small_leak_is_named():
     metrics["privacy"]["membership"]["scores"]["reference all"]["auc"] = fig(0.54, 0.51, 0.57)
     assert verdict(metrics)["overall"] == "caution"
     assert "reference all" in sentence(metrics, "membership")
+
+
+def test_copies_are_compared_with_held_out_images_that_are_few_too():
+    """24 of 1,008 samples against 9 of 875 held-out images (p = 0.03): more than chance, but few images either way."""
+    metrics = complete()
+    metrics["gate"] = None
+    kind = metrics["privacy"]["copies"]["kinds"]["codes top"]
+    kind["rate"], kind["held_out_rate"] = share(24, 1008), share(9, 875)
+    assert verdict(metrics)["overall"] == "caution"
+    assert "2.4 % of the samples count as copies, and 1.0 % of the unrelated" in sentence(metrics, "copies")
+    kind["held_out_rate"] = share(1, 100)
+    assert verdict(metrics)["overall"] == "caution"
+    kind["rate"] = share(60, 1008)
+    assert verdict(metrics)["overall"] == "caution"  # 100 held-out images do not tell 6 % from chance
+    kind["held_out_rate"] = share(9, 875)
+    assert verdict(metrics)["overall"] == "do not share"
 
 
 def test_few_images_prove_nothing():

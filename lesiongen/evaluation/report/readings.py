@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lesiongen.evaluation.card import statement
-from lesiongen.evaluation.intervals import Figure, wilson
+from lesiongen.evaluation.intervals import Figure, difference, wilson
 from lesiongen.evaluation.report.words import diagnosis, kind_name, percent
 
 NOT_MEASURED = "the evaluation did not measure it"
@@ -181,18 +181,23 @@ def synthetic_alone(metrics: dict) -> list[Reading]:
 
 
 def copies(metrics: dict) -> list[Reading]:
-    """Reads the rate of copies of each kind, before the gate where there was one."""
+    """Reads for each kind how much higher the rate of copies is than that of held-out images, before the gate if there was one.
+
+    Held-out images set the threshold, so about 1 % of them are below it. That threshold is itself an estimate from several
+    hundred images: of unrelated images, 0.5 to 1.9 % may be below it where 9 of 875 are. The difference counts that, too.
+    """
     before = ((metrics.get("gate") or {}).get("before") or {}).get("copies") or {}
     readings = []
     for kind, found in measured(metrics, "privacy", "copies", "kinds").items():
-        reading = read(before.get(kind) or found.get("rate"), kind_name(kind))
+        samples, held_out = (before.get(kind) or found.get("rate")), found.get("held_out_rate")
+        rates = [read(samples), read(held_out)]
+        reading = read(difference(samples, held_out), kind_name(kind))
         least, held_out = found.get("least"), found.get("held_out_least")
         alarm = ""
         if least is not None and held_out and least < 0.5 * held_out:
             alarm = "The nearest sample is less than half as far from a training image as any held-out image is."
         rejected = " before the gate rejected any" if before.get(kind) else ""
-        held_out_rate = (found.get("held_out_rate") or {}).get("value")
-        facts = {"before": rejected, "held_out": percent(0.01 if held_out_rate is None else held_out_rate)}
+        facts = {"before": rejected, "rate": percent(rates[0].value), "held_out": percent(rates[1].value)}
         readings.append(replace(reading, alarm=alarm, facts=facts))
     return readings
 

@@ -166,18 +166,21 @@ RULES = (
         "copies",
         "Copies of training images",
         "privacy",
-        "rate of copies of each kind, before the gate",
+        "rate of copies of each kind, before the gate, minus that of held-out images",
         readings.copies,
-        "Thresholds are set so that 1 % of unrelated real images count as copies. 2 % allows for the interval of 1,000 "
-        "samples. A sample that is less than half as far as any held-out image is poor whatever the rate.",
-        "Measured in {what}, {value} of the samples count as copies{before} (95 % interval {low} to {high}); of unrelated real "
-        "images, {held_out} do.",
+        "0 is chance. An interval wholly above 0 shows that samples are nearer to training images than chance; one more copy "
+        "in 100 samples is a choice. 2 points allow for the interval of 1,000 samples and 1,000 held-out images. A sample "
+        "that is less than half as far as any held-out image is poor whatever the rate.",
+        "Measured in {what}, {rate} of the samples count as copies{before}, and {held_out} of the unrelated real images: a "
+        "difference of {value} (95 % interval {low} to {high}).",
         {
             "good": "This is no more than chance.",
-            "fair": "There are too few samples to be sure: draw 1,000 or more.",
-            "poor": "Look at the nearest pairs.",
+            "fair": "Either there are too few images to be sure, or a few samples are nearer to training images than chance: "
+            "look at the nearest pairs.",
+            "poor": "Samples copy training images: look at the nearest pairs.",
         },
-        limits=Limits("above", good=0.02, poor=0.01),
+        limits=Limits("above", good=0.02, poor=0.01, floor=0),
+        shows="points",
     ),
     Rule(
         "membership",
