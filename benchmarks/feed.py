@@ -29,7 +29,7 @@ from lesiongen.data.stream import ImageShards
 from lesiongen.ingest import phantom
 from lesiongen.ingest.packing import pack
 from lesiongen.tokenizers import make
-from lesiongen.tokenizers.losses import LossConfig
+from lesiongen.tokenizers.losses import LossConfig, ReconstructionLoss
 from lesiongen.tokenizers.objective import Objective
 from lesiongen.tokenizers.vqvae2 import VQVAE2Config
 
@@ -51,7 +51,7 @@ def engine_of(size: int, batch: int) -> Engine:
     dist.init(Topology())
     hidden = 256 if size >= 128 else 16
     config = VQVAE2Config(hidden=hidden, residual_hidden=hidden // 4, dim=64, entries=1024 if size >= 128 else 64)
-    module = Objective(make(config, 3, batch), LossConfig(ssim=0.1), variance=0.05)
+    module = Objective(make(config, 3, batch), ReconstructionLoss(LossConfig(ssim=0.1), variance=0.05))
     precision = "bf16" if DEVICE.type == "cuda" else "fp32"
     return Engine(module, build_optimizer(module, OptimConfig()), EngineConfig(precision=precision), batch)
 

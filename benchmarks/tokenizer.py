@@ -43,7 +43,7 @@ from lesiongen.data.similarity import psnr
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation.codes import usage_and_perplexity
 from lesiongen.tokenizers import make
-from lesiongen.tokenizers.losses import LossConfig
+from lesiongen.tokenizers.losses import LossConfig, ReconstructionLoss
 from lesiongen.tokenizers.objective import Objective
 from lesiongen.tokenizers.vqvae2 import VQVAE2Config
 
@@ -55,7 +55,7 @@ class Ours:
         torch.manual_seed(0)
         allow_tf32(DEVICE)
         dist.init(Topology())
-        self.module = Objective(make(VQVAE2Config(), 3, batch), LossConfig(), variance=0.05)
+        self.module = Objective(make(VQVAE2Config(), 3, batch), ReconstructionLoss(LossConfig(), variance=0.05))
         settings = EngineConfig(compile=compiled, precision=precision)
         self.engine = Engine(self.module, build_optimizer(self.module, OptimConfig(lr=lr)), settings, batch)
         self.lr = lr

@@ -70,8 +70,8 @@ def _add_data_verbs(verbs: Verbs) -> None:
 
 def _add_stage_verbs(verbs: Verbs) -> None:
     """Adds the verbs that run one stage, or one model: train, reconstruct, encode, sample, evaluate."""
-    train = _add_verb(verbs, "train", "train the tokenizer or the priors")
-    train.add_argument("what", choices=["tokenizer", "prior"])
+    train = _add_verb(verbs, "train", "train the tokenizer, its decoder once more, or the priors")
+    train.add_argument("what", choices=["tokenizer", "polish", "prior"])
     _add_config(train)
     train.add_argument("--level", help="train the prior of this level only (default: every level)")
     _add_fresh(train)

@@ -126,10 +126,12 @@ def preview(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains the tokenizer, or the prior of one level or of every level."""
+    """Trains the tokenizer, polishes its decoder, or trains the prior of one level or of every level."""
     config = experiment.load(options.config, options.overrides)
-    if options.what == "tokenizer":
-        return run_only(config, ["tokenizer"], options.fresh)
+    if options.what == "polish" and not config.polish:
+        raise UserError("The config does not ask for a polished decoder. Set polish={}, or add a section `polish`.")
+    if options.what in ("tokenizer", "polish"):
+        return run_only(config, [options.what], options.fresh)
     if options.level and options.level not in config.levels:
         raise UserError(f"--level {options.level}: the tokenizer has no such level. Its levels are {', '.join(config.levels)}.")
     levels = [options.level] if options.level else config.levels

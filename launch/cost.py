@@ -25,7 +25,8 @@ from lesiongen import priors, tokenizers
 from lesiongen.experiment import Experiment
 from lesiongen.priors import objective as prior_objective
 from lesiongen.tokenizers import objective as tokenizer_objective
-from lesiongen.tokenizers.losses import LossConfig, ReconstructionLoss
+from lesiongen.tokenizers import polish as polish_objective
+from lesiongen.tokenizers.losses import ReconstructionLoss
 
 MARGIN = 0.85  # share of the memory that a plan may take
 PROCESS_BYTES = {"cpu": 0.6e9, "gpu": 3e9}  # main memory of a rank without the model: Python, libraries, CUDA
@@ -108,8 +109,10 @@ class Training:
 
 
 def trainings(config: Experiment) -> Iterator[Training]:
-    """Yields the trainings of a run: the tokenizer, then the prior of each level from coarse to fine."""
+    """Yields the trainings of a run: the tokenizer, its decoder, then the prior of each level from coarse to fine."""
     yield _tokenizer(config)
+    if config.polish:
+        yield _polish(config)
     grids, entries = config.tokenizer.model.grids(config.data.size), config.tokenizer.model.entries
     values = ASSUMED_VALUES | {"label": len(config.data.classes) or ASSUMED_VALUES["label"]}
     upper: tuple = ()
@@ -127,9 +130,7 @@ def _tokenizer(config: Experiment) -> Training:
 
     def build_with(model: tokenizers.TokenizerModel) -> Callable[[], nn.Module]:
         def build() -> nn.Module:
-            module = tokenizer_objective.Objective(tokenizers.make(model, channels, tokenizer.train.batch), LossConfig(), 1.0)
-            module.reconstruction = loss
-            return module
+            return tokenizer_objective.Objective(tokenizers.make(model, channels, tokenizer.train.batch), loss)
 
         return build
 
@@ -148,6 +149,30 @@ def _tokenizer(config: Experiment) -> Training:
         tokens=0,
         workers=config.data.workers,
         about=f"{' + '.join(f'{grids[n]}² {n}' for n in reversed(tokenizer.model.names))}, K={tokenizer.model.entries}",
+    )
+
+
+def _polish(config: Experiment) -> Training:
+    model, side, channels = config.tokenizer.model, config.data.size, config.data.channels
+    loss = ReconstructionLoss(config.polish.loss, 1.0)
+
+    def build_with(model: tokenizers.TokenizerModel) -> Callable[[], nn.Module]:
+        def build() -> nn.Module:
+            return polish_objective.Objective(tokenizers.make(model, channels, 1), loss)
+
+        return build
+
+    return Training(
+        name="polish",
+        section="polish.train",
+        train=config.polish.train,
+        build=build_with(model),
+        batch_of=lambda number: {"image": torch.zeros(number, channels, side, side, dtype=torch.uint8)},
+        checkpointed=build_with(replace(model, checkpoint=True)),
+        uses_checkpoint=model.checkpoint,
+        tokens=0,
+        workers=config.data.workers,
+        about="the tokenizer's decoder once more",
     )
 
 

@@ -28,7 +28,7 @@ FIND_END_TIME = (
     'end=$(SLURM_TIME_FORMAT=%s timeout 20 squeue -h -j "$SLURM_JOB_ID" -o %e)'
     " && [[ $end =~ ^[0-9]+$ ]] && export SLURM_JOB_END_TIME=$end"
 )
-STAGE_KINDS = ("shards", "tokenizer", "codes", "prior", "samples", "report")
+STAGE_KINDS = ("shards", "tokenizer", "codes", "polish", "prior", "samples", "report")
 
 
 def run_local(config: Experiment, stage: Stage) -> int:
@@ -224,12 +224,9 @@ def check_before_queue(config: Experiment, todo: list[Stage], cluster: ClusterCo
     if not dry and not shutil.which("sbatch"):
         raise UserError("There is no sbatch on this machine. Submit from a login node of the cluster, or print with --dry.")
     for stage in todo:
-        ranks = cluster.resources(stage).ranks
-        if stage.name == "tokenizer":
-            check_ranks(config.tokenizer.train, ranks, "tokenizer.train")
-        elif stage.trains:
-            level = stage.name.removeprefix("prior-")
-            check_ranks(config.prior(level).train, ranks, f"priors.{level}.train")
+        if stage.trains:
+            section, train = config.trainings[stage.name]
+            check_ranks(train, cluster.resources(stage).ranks, section)
     if not dry:
         for line in warn_of_short_signals(config, todo, cluster.signal_seconds):
             print(line)
@@ -253,7 +250,7 @@ def warn_of_short_signals(config: Experiment, todo: list[Stage], signal_seconds:
     for stage in (stage for stage in todo if stage.trains):
         rows = metrics_log.read_metrics(config.directory / stage.name)
         saves = [row["checkpoint_seconds"] for row in rows if "checkpoint_seconds" in row]
-        train = config.tokenizer.train if stage.name == "tokenizer" else config.prior(stage.name.removeprefix("prior-")).train
+        _, train = config.trainings[stage.name]
         step = max((train.batch / row["images_per_second"] for row in rows if row.get("images_per_second")), default=0.0)
         if not saves and stage.name in plans:
             saves = [cost.checkpoint_bytes(plans[stage.name]) / config.hardware.disk_gb_per_s / 1e9]

@@ -37,10 +37,15 @@ class InputsConfig:
     shards: tuple[PathText, ...] = ()  # run directories, directories of shards, or URLs of shards; several are read as one set
     tokenizer: PathText | None = None  # directory of the run whose tokenizer to use
     codes: PathText | None = None  # directory of the run whose codes to use; needs the tokenizer that made them
+    polish: PathText | None = None  # directory of the run whose polished decoder to use; needs the tokenizer that it polishes
 
 
 def _tokenizer_training() -> TrainConfig:
     return TrainConfig(optim=OptimConfig(lr=4e-4, schedule="trapezoid", warmup=2_000))
+
+
+def _polish_training() -> TrainConfig:
+    return TrainConfig(samples=200_000, optim=OptimConfig(lr=5e-4, schedule="trapezoid", warmup=2_000))
 
 
 def _prior_training() -> TrainConfig:
@@ -71,6 +76,15 @@ class EncodeConfig:
     def __post_init__(self):
         if self.draws < 1 or self.batch < 1:
             raise ValueError("draws and batch must be at least 1")
+
+
+@dataclass(frozen=True)
+class PolishConfig:
+    """The polish stage, which trains the decoder once more by itself, for sharper images. Codes and priors stay valid."""
+
+    loss: LossConfig = field(default_factory=lambda: LossConfig(perceptual=0.02))  # weights of the loss's terms
+    stream: StreamConfig = field(default_factory=StreamConfig)  # how often each image, class and set is drawn
+    train: TrainConfig = field(default_factory=_polish_training)  # length, batch, optimizer, evaluations, checkpoints
 
 
 @dataclass(frozen=True)
@@ -167,6 +181,7 @@ class Experiment:
     data: DataConfig = field(default_factory=DataConfig)  # images, packing and reading of the shards
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # the tokenizer and its training
     encode: EncodeConfig = field(default_factory=EncodeConfig)  # encoding of the images
+    polish: PolishConfig | None = None  # training the decoder once more for sharper images; null = leave it out
     priors: dict[str, PriorConfig] = field(default_factory=dict)  # {level: its prior}; levels not named use the defaults
     sample: SampleConfig = field(default_factory=SampleConfig)  # generating images
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)  # measuring the samples
@@ -190,15 +205,16 @@ class Experiment:
         # Codes need their tokenizer, and a tokenizer needs images.
         if self.inputs.codes and not self.inputs.tokenizer:
             raise ValueError("inputs.codes needs inputs.tokenizer: set it to the run whose tokenizer made the codes")
+        if self.inputs.polish and not self.inputs.tokenizer:
+            raise ValueError("inputs.polish needs inputs.tokenizer: set it to the run whose tokenizer was polished")
         if self.inputs.tokenizer and not (self.inputs.shards or self.data.images):
             raise ValueError("inputs.tokenizer needs images: set inputs.shards or data.images")
         # The batch of each training must divide among the ranks of this machine.
-        trainings = {"tokenizer": self.tokenizer.train} | {f"priors.{level}": self.prior(level).train for level in self.levels}
-        for section, train in trainings.items():
+        for section, train in self.trainings.values():
             try:
                 train.engine.micro_batch(train.batch, self.local.ranks)
             except ValueError as error:
-                raise ValueError(f"{section}.train: {error}") from None
+                raise ValueError(f"{section}: {error}") from None
 
     @property
     def directory(self) -> Path:
@@ -209,6 +225,13 @@ class Experiment:
     def levels(self) -> tuple[str, ...]:
         """Names of the tokenizer's levels, coarse to fine. The prior of a level is conditioned on the levels before it."""
         return tuple(reversed(self.tokenizer.model.names))
+
+    @property
+    def trainings(self) -> dict[str, tuple[str, TrainConfig]]:
+        """For each stage that trains, the key of its training in the config, and the training."""
+        found = {"tokenizer": ("tokenizer.train", self.tokenizer.train)}
+        found |= {"polish": ("polish.train", self.polish.train)} if self.polish else {}
+        return found | {f"prior-{level}": (f"priors.{level}.train", self.prior(level).train) for level in self.levels}
 
     def prior(self, level: str) -> PriorConfig:
         """Returns the config of a level's prior."""

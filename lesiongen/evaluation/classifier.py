@@ -19,7 +19,8 @@ from torch import nn
 
 from hpc.config import digest
 from hpc.run.progress import progress_bar
-from lesiongen.evaluation.backbone import Backbone, FeaturesConfig, lite0_network
+from lesiongen.data.efficientnet_lite import lite_network
+from lesiongen.evaluation.backbone import Backbone, FeaturesConfig
 from lesiongen.evaluation.feature_cache import read_arrays, write_arrays
 from lesiongen.evaluation.image_sets import ImageSet
 
@@ -49,7 +50,7 @@ class Recipe:
 
     def network(self) -> nn.Module:
         """Returns the network before training: images → features."""
-        return small_network() if self.name == "small" else lite0_network()
+        return small_network() if self.name == "small" else lite_network(0)
 
 
 def small_recipe(size: int, images: int) -> Recipe:

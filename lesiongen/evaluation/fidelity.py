@@ -46,14 +46,18 @@ def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int
     """Measures how often the classifier sees the true or requested class, over the classes that all sources have.
 
     Args:
-        judged: The judgement of "real" held-out images, "reconstructions" of them in the same order, and "samples".
+        judged: The judgement of "real" held-out images, "reconstructions" of them in the same order, and "samples"; also of
+            the reconstructions "before_polish", if the decoder was polished.
         classes: Class names in the order of their labels.
         trained_on: Labels that training images have.
 
     Returns:
         "chance", "reason", "balanced_accuracy", "recall", "confusion", "classes" and "flips", the share of images whose
-        reconstruction gets another label. If nothing can be measured, "reason" says why, and the others are None.
+        reconstruction gets another label. If the decoder was polished, also "flips_before_polish" and "flips_by_polish", the
+        difference. If nothing can be measured, "reason" says why, and the others are None.
     """
+    before = judged.get("before_polish")
+    judged = {source: j for source, j in judged.items() if source != "before_polish"}
     common = sorted(set(trained_on).intersection(*(set(j.labels.tolist()) for j in judged.values())))
     reason = None
     if len(trained_on) < 2:
@@ -67,7 +71,13 @@ def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int
     samples = same["samples"]
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (samples.labels, samples.predicted), 1)
-    flipped = judged["real"].predicted != judged["reconstructions"].predicted
+    real = judged["real"]
+    flipped = real.predicted != judged["reconstructions"].predicted
+    flips = {"flips": mean(flipped, real.groups)}
+    if before is not None:
+        flipped_before = real.predicted != before.predicted
+        flips["flips_before_polish"] = mean(flipped_before, real.groups)
+        flips["flips_by_polish"] = mean(flipped.astype(float) - flipped_before, real.groups)
     return {
         "chance": 1 / len(classes),
         "reason": None,
@@ -75,7 +85,7 @@ def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int
         "balanced_accuracy": {source: balanced_accuracy(j.labels, j.predicted, j.groups) for source, j in same.items()},
         "recall": {classes[label]: {source: _recall(j, label) for source, j in same.items()} for label in common},
         "confusion": confusion.tolist(),
-        "flips": mean(flipped, judged["real"].groups),
+        **flips,
     }
 
 

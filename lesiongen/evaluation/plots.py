@@ -56,6 +56,8 @@ def _panels(stages: dict[str, list[dict]]) -> list[Panel]:
     panels: list[Panel] = [
         ("tokenizer", "PSNR in dB", ("train/psnr", "val/psnr")),
         ("tokenizer", "mean squared error, images in [-1, 1]", ("train/reconstruction", "val/mse")),
+        ("polish", "polishing: loss", ("train/loss", "val/loss")),
+        ("polish", "polishing: PSNR in dB", ("train/psnr", "val/psnr")),
     ]
     keys = sorted({key for row in stages.get("tokenizer", []) for key in row})
     for metric, title in (("usage", "share of codes used"), ("perplexity", "perplexity of codes")):

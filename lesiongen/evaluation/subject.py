@@ -14,9 +14,10 @@ from hpc import dist
 from hpc.data.codestore import CodeStore
 from hpc.dist import Topology
 from hpc.run.progress import progress_bar
+from lesiongen.data.efficientnet_lite import has_lite
 from lesiongen.data.packed import Packed
 from lesiongen.evaluation import feature_cache
-from lesiongen.evaluation.backbone import Backbone, has_lite0, load_backbone
+from lesiongen.evaluation.backbone import Backbone, load_backbone
 from lesiongen.evaluation.classifier import Classifier, Recipe, fine_tuning_recipe, small_recipe, trained_classifier
 from lesiongen.evaluation.config import EvaluateConfig
 from lesiongen.evaluation.feature_cache import Columns, Features, cached_columns
@@ -45,6 +46,7 @@ class Subject:
         shards: The packed sets.
         store: The code store.
         net: The tokenizer.
+        before_polish: The tokenizer with the decoder that it had before it was polished; None if it was not.
         train, held_out, samples: The images. The held-out images are those of val and test.
         reconstructions: Decodes the codes of real images.
         backbone: The network of the first ruler.
@@ -62,6 +64,7 @@ class Subject:
         net: Tokenizer,
         samples: Path,
         run: Path,
+        before_polish: Tokenizer | None = None,
     ):
         """Opens the images and computes the features of the real ones, unless they are stored. Collective.
 
@@ -75,12 +78,13 @@ class Subject:
             net: The tokenizer.
             samples: Directory of the samples.
             run: Directory of the run.
+            before_polish: The tokenizer before its decoder was polished; None if it was not.
 
         Raises:
             UserError: A lesion is in two splits, or the backbone cannot be loaded.
         """
         self.config, self.seed, self.topology, self.device = config, seed, topology, topology.device
-        self.shards, self.store, self.net = shards, store, net
+        self.shards, self.store, self.net, self.before_polish = shards, store, net, before_polish
         self.train = RealImages(shards, ["train"])
         self.held_out = RealImages(shards, [split for split in shards.splits if split != "train"])
         refuse_shared(self.train, self.held_out)
@@ -111,7 +115,7 @@ class Subject:
     @cached_property
     def judge(self) -> Classifier:
         """The classifier that judges whether images show their class: the fine-tuned one, or the small one without weights."""
-        if not has_lite0() or self.config.features.resolved() == "lesions":
+        if not has_lite(0) or self.config.features.resolved() == "lesions":
             return self.small
         return self._classifier(fine_tuning_recipe(self.config.features, self.shards.size, self.config.fine_tuning_samples))
 
@@ -168,13 +172,19 @@ class Subject:
 
     @cached_property
     def judged(self) -> dict[str, Judged]:
-        """The judge's view of the watched held-out images ("real"), their "reconstructions", and the "samples"."""
+        """The judge's view of the watched held-out images ("real"), their "reconstructions", and the "samples".
+
+        If the decoder was polished, also of the reconstructions "before_polish".
+        """
         watched, everything = self.watched, np.arange(len(self.samples))
         batches = {
             "real": (self.held_out, watched, self.held_out.batches(watched)),
             "reconstructions": (self.held_out, watched, self.reconstructions.batches(self.held_out, watched)),
             "samples": (self.samples, everything, self.samples.batches(everything)),
         }
+        if self.before_polish is not None:
+            unpolished = Reconstructions(self.store, self.before_polish).batches(self.held_out, watched)
+            batches["before_polish"] = self.held_out, watched, unpolished
         found = {}
         for source, (image_set, indices, of_source) in batches.items():
             probabilities = self.judge.probabilities(of_source, len(indices), f"judge {source}").numpy()

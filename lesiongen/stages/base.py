@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from hpc import config as hpc_config
 from hpc import dist, watchdog
 from hpc.data import manifest
@@ -23,6 +25,8 @@ from lesiongen.data.packed import Packed
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import contents
 from lesiongen.ingest.folders import count_images
+from lesiongen.tokenizers.export import load_tokenizer
+from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,27 @@ def require(config: Experiment, name: str, hint: str = "") -> Path:
         advice = "Run that stage first; `lesiongen run` runs all stages in order."
         raise UserError(f"{path} is not finished. {hint or advice}")
     return path
+
+
+def decoder_stage(config: Experiment) -> str:
+    """Returns the name of the stage whose decoder paints images: polish if the run has it, otherwise tokenizer."""
+    return "polish" if config.polish or config.inputs.polish else "tokenizer"
+
+
+def load_decoder(config: Experiment, device: torch.device) -> tuple[Tokenizer, dict]:
+    """Loads the tokenizer with the decoder that paints images, as load_tokenizer() does.
+
+    Raises:
+        UserError: The decoder was polished for the codes of another tokenizer than the run's.
+    """
+    path, tokenizer = require(config, decoder_stage(config)), digest_of(config, "tokenizer")
+    net, about = load_tokenizer(path, device)
+    if (made_for := about.get("polished")) not in (None, tokenizer):
+        raise UserError(
+            f"The decoder in {path} paints codes of tokenizer {made_for}, but this run's tokenizer is {tokenizer}. Polish "
+            "again (--fresh polish), or set inputs.tokenizer to the tokenizer that was polished."
+        )
+    return net, about
 
 
 def check_codes(config: Experiment, store: CodeStore) -> None:

@@ -44,7 +44,16 @@ from lesiongen.priors.export import load_prior
 from lesiongen.priors.generator import Generator
 from lesiongen.priors.level_sampler import LevelSampler
 from lesiongen.priors.sampling import TokenChooser, guidance
-from lesiongen.stages.base import Stage, check_codes, digest_of, packed, packed_locations, require
+from lesiongen.stages.base import (
+    Stage,
+    check_codes,
+    decoder_stage,
+    digest_of,
+    load_decoder,
+    packed,
+    packed_locations,
+    require,
+)
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
@@ -59,7 +68,8 @@ def stage(config: Experiment) -> Stage:
 
 def _inputs(config: Experiment) -> tuple[str, ...]:
     """Returns the names of the artefacts that the stage reads."""
-    return "shards", "tokenizer", "codes", *(f"prior-{level}" for level in config.levels), "samples"
+    priors = (f"prior-{level}" for level in config.levels)
+    return tuple(dict.fromkeys(("shards", "tokenizer", "codes", decoder_stage(config), *priors, "samples")))
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
@@ -72,15 +82,21 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     # Refuse what cannot be evaluated before the long work begins. Subject loads the networks before it computes features.
     dist.run_on_leader(check_codes, config, store)
     dist.run_on_leader(Candidates(samples).check)
-    net, about = load_tokenizer(require(config, "tokenizer"), topology.device)
-    locations, made_by = packed_locations(config), digest_of(config, "tokenizer")
-    subject = Subject(config.evaluate, config.seed, topology, shards, locations, store, net, samples, config.directory)
+    net, about = load_decoder(config, topology.device)
+    before = None
+    if decoder_stage(config) == "polish":
+        before, _ = load_tokenizer(require(config, "tokenizer"), topology.device)
+    locations, made_by = packed_locations(config), digest_of(config, decoder_stage(config))
+    subject = Subject(config.evaluate, config.seed, topology, shards, locations, store, net, samples, config.directory, before)
     views = training_views(config.directory, store, net, made_by, subject.backbone, topology)
     copies = parts.copies_of(subject, views, Candidates(samples))
     test = ImageShards(shards, "test")
     if topology.leader:
         print(f"reconstructing {len(test):,} test images")
     quality, pictures = evaluate_tokenizer(net, test, config.evaluate.batch)
+    if before is not None:
+        unpolished, _ = evaluate_tokenizer(before, test, config.evaluate.batch)
+        quality |= {f"{name}_before_polish": unpolished[name] for name in ("psnr", "ssim", "mse", "nmse")}
     return dist.run_on_leader(_finish, config, folder, subject, copies, about["data"], quality, pictures)
 
 
@@ -188,7 +204,8 @@ def _data_metrics(subject: Subject) -> dict:
 
 def _pictures(config: Experiment, metrics: dict, copies: Copies) -> dict[str, bytes]:
     """Draws learning curves, the confusion of classes, and the histogram of each kind of distance. Returns name → PNG."""
-    trainings = {name: require(config, name) for name in ("tokenizer", *(f"prior-{level}" for level in config.levels))}
+    models = dict.fromkeys(("tokenizer", decoder_stage(config), *(f"prior-{level}" for level in config.levels)))
+    trainings = {name: require(config, name) for name in models}
     drawn = {"curves": plots.curves({name: read_metrics(path) for name, path in trainings.items()})}
     measured = metrics["classifier"]["reason"] is None
     if measured and (confusion := charts.confusion(metrics["classifier"])):

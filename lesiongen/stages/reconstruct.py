@@ -23,8 +23,7 @@ from lesiongen.data.similarity import psnr, ssim
 from lesiongen.evaluation import figures
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.folders import IMAGE_SUFFIXES
-from lesiongen.stages.base import require
-from lesiongen.tokenizers.export import load_tokenizer
+from lesiongen.stages.base import load_decoder
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 PAIRS = 64  # images in pairs.png
@@ -47,7 +46,7 @@ def reconstruct(config: Experiment, paths: list[Path], out: Path, batch: int = 3
     Raises:
         UserError: None of the files can be read.
     """
-    net, facts = load_tokenizer(require(config, "tokenizer"), Topology().device)
+    net, facts = load_decoder(config, Topology().device)
     reader = _Reader(facts)
     results = _Results(net, out)
     files = _image_files(paths)

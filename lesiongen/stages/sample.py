@@ -47,8 +47,7 @@ from lesiongen.priors.generator import Codes, Generator
 from lesiongen.priors.level_sampler import LevelSampler
 from lesiongen.priors.prior import Prior
 from lesiongen.priors.sampling import TokenChooser, guidance
-from lesiongen.stages.base import Stage, check_codes, digest_of, packed, require
-from lesiongen.tokenizers.export import load_tokenizer
+from lesiongen.stages.base import Stage, check_codes, decoder_stage, digest_of, load_decoder, packed, require
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 PER_CLASS = 8  # samples of each class in the contact sheet, and images in each of its rows
@@ -62,7 +61,7 @@ NO_CODES = (
 
 def stage(config: Experiment) -> Stage:
     """Returns the stage that samples images."""
-    needs = ("tokenizer", *(f"prior-{level}" for level in config.levels))
+    needs = tuple(dict.fromkeys(("tokenizer", decoder_stage(config), *(f"prior-{level}" for level in config.levels))))
     hints = {name: NO_CODES for name in ("codes", "shards")} if config.sample.gate else {}
     return Stage(
         "samples", (*needs, *hints), {"sample": to_plain(config.sample, volatile=False)}, run, hints=hints, check=_check
@@ -82,7 +81,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     """
     sampling = config.sample
     # Load the models.
-    net, tokenizer_facts = load_tokenizer(require(config, "tokenizer"), topology.device)
+    net, tokenizer_facts = load_decoder(config, topology.device)
     priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
     samplers = {
         level: _sampler(sampling, level, i, prior, topology.device) for i, (level, (prior, _)) in enumerate(priors.items())
@@ -171,7 +170,9 @@ class _Sampling:
         backbone = gate_backbone(sampling.gate)
         if backbone is not None:
             backbone.to(self.topology.device)
-        views = training_views(config.directory, store, self.net, self.provenance["tokenizer"], backbone, self.topology)
+        views = training_views(
+            config.directory, store, self.net, digest_of(config, decoder_stage(config)), backbone, self.topology
+        )
         return prepare(sampling.gate, views, self.generator, self.candidates, config.seed, sampling.batch, self.topology)
 
     def _batches(self, members: list[int]) -> dict[int, list[int]]:
@@ -228,6 +229,8 @@ def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str
         UserError: A prior was trained on the codes of another tokenizer.
     """
     provenance = {"software": "lesiongen", "synthetic": "true", "tokenizer": digest_of(config, "tokenizer")}
+    if decoder_stage(config) == "polish":
+        provenance["decoder"] = digest_of(config, "polish")
     for level, tokenizer in trained_on.items():
         provenance[f"prior-{level}"] = digest_of(config, f"prior-{level}")
         if tokenizer != provenance["tokenizer"]:

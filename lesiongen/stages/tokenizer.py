@@ -16,11 +16,10 @@ from hpc.errors import UserError
 from hpc.train.engine import Engine
 from hpc.train.loop import ADJUSTABLE, train
 from hpc.train.zero import Weights, gathered
-from lesiongen.data.device_augment import augment_batch
 from lesiongen.data.images import to_float
 from lesiongen.data.packed import Packed
-from lesiongen.data.resident import load_if_small
 from lesiongen.data.stream import ImageShards
+from lesiongen.data.training import TrainingImages
 from lesiongen.evaluation import plots
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.held_out import evaluate_tokenizer
@@ -28,6 +27,7 @@ from lesiongen.experiment import Experiment
 from lesiongen.stages.base import Stage, packed
 from lesiongen.tokenizers import make
 from lesiongen.tokenizers.export import export_digest, write_export
+from lesiongen.tokenizers.losses import ReconstructionLoss
 from lesiongen.tokenizers.objective import Objective
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
@@ -64,13 +64,13 @@ class TokenizerTask:
             folder: The stage's directory; the export is written below it.
             device: The device that trains; the CPU by default.
         """
+        tokenizer = config.tokenizer
         self.config, self.folder, self.name = config, folder, f"{config.name}: tokenizer"
-        self.data = ImageShards(shards, "train")
-        self.held_out = ImageShards(shards, "val")
+        how = tokenizer.augment, tokenizer.stream, tokenizer.train.batch, config.seed
+        self.images = TrainingImages(shards, config.data, *how, device or torch.device("cpu"))
+        self.data, self.held_out = self.images.split, ImageShards(shards, "val")
         self.size = len(self.data)
-        on_device = config.data.augment_on == "device"
-        small = on_device and config.data.resident == "auto"
-        self.resident = load_if_small(self.data, device or torch.device("cpu")) if small else None
+        self.loss = ReconstructionLoss(tokenizer.loss, shards.moments["data_variance"])
         try:
             self.grids = config.tokenizer.model.grids(self.data.size)
         except ValueError as error:
@@ -80,46 +80,24 @@ class TokenizerTask:
         """Builds the tokenizer and its loss, with random weights."""
         config = self.config.tokenizer
         net = make(config.model, self.data.channels, config.train.batch)
-        return Objective(net, config.loss, self.data.packed.moments["data_variance"])
+        return Objective(net, self.loss)
 
     def prepare(self, module: nn.Module) -> None:
         """Initialises the codebooks by k-means on training images, if the config asks for it."""
         config = self.config.tokenizer
         if config.model.kmeans:
-            number = min(KMEANS_IMAGES, self.size)
             # Every rank reads the same first images, so that all ranks get the same codebooks without communication.
-            images = next(self.data.first(number, config.train.batch, config.augment, self.config.seed))["image"]
+            images = self.images.first(min(KMEANS_IMAGES, self.size))
             with gathered(module.parameters(), changed=True):
                 module.net.initialise(to_float(images))
 
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
-        """Yields this rank's micro-batches of augmented images, without end.
-
-        Args:
-            position: Global position of the first sample.
-            micro_batch: Images in each micro-batch.
-
-        Yields:
-            Dicts with image uint8 [B, C, H, W], slot and position [B], and the lists key and bad. If the augmentation is left
-            to the device, also view; and for resident images index in place of image. See finish().
-        """
-        config, seed = self.config.tokenizer, self.config.seed
-        if self.resident:
-            return self.resident.train(position, config.train.batch, micro_batch, config.augment, seed, config.stream)
-        on_device, workers = self.config.data.augment_on == "device", self.config.data.workers
-        how = config.augment, seed, workers, config.stream, on_device
-        batches = self.data.train(position, config.train.batch, micro_batch, *how)
-        names = ("image", "slot", "position", "key", "bad", *(("view",) if on_device else ()))
-        return ({k: batch[k] for k in names} for batch in batches)
+        """Yields this rank's micro-batches of augmented images, without end; see TrainingImages.stream()."""
+        return self.images.stream(position, micro_batch)
 
     def finish(self, batch: dict) -> dict:
         """Augments the images of a batch on the device, if the data workers have left that to it."""
-        if "view" not in batch:
-            return batch
-        batch = dict(batch)
-        images = self.resident.pixels[batch.pop("index")] if self.resident else batch["image"]
-        batch["image"] = augment_batch(images, batch.pop("view"), batch["position"], self.data.size)
-        return batch
+        return self.images.finish(batch)
 
     def after_step(self, module: nn.Module, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """Updates the codebooks from the statistics of the global batch. Returns the metrics of each level's codebook."""

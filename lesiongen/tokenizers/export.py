@@ -4,6 +4,7 @@ An export folder holds the fp32 weights (hpc/train/weight_files.py), config.yaml
 where the weights come from) and README.md. The training stages write exports; later stages read them.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from lesiongen.tokenizers import TokenizerModel, make
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
-def write_export(folder: Path, weights: Weights, description: dict, readme: str) -> None:
+def write_export(
+    folder: Path, weights: Weights, description: dict, readme: str, frozen: dict[str, torch.Tensor] | None = None
+) -> None:
     """Writes an export. Collective: the weights are gathered one tensor at a time, and rank 0 writes them.
 
     Args:
@@ -27,10 +30,18 @@ def write_export(folder: Path, weights: Weights, description: dict, readme: str)
         weights: The weights of an Objective; those of its `net` are written.
         description: Content of config.yaml. "model" holds the model config; export_digest() reads it.
         readme: Content of README.md, the model card.
+        frozen: Weights of the export that were not trained, by name.
     """
+    frozen = frozen or {}
     shapes = {name.removeprefix("net."): shape for name, shape in weights.shapes().items() if name.startswith("net.")}
-    tensors = weights.whole(f"net.{name}" for name in sorted(shapes))
-    weight_files.write(folder, shapes, ((name.removeprefix("net."), tensor) for name, tensor in tensors))
+    shapes |= {name: tensor.shape for name, tensor in frozen.items()}
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        trained = weights.whole(f"net.{name}" for name in sorted(shapes) if name not in frozen)
+        for name in sorted(shapes):
+            yield name, frozen[name] if name in frozen else next(trained)[1]
+
+    weight_files.write(folder, shapes, tensors())
     dist.run_on_leader(_write_texts, folder, description, readme)
 
 

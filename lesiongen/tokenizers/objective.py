@@ -5,23 +5,22 @@ from torch import nn
 
 from lesiongen.data.images import to_float, to_unit
 from lesiongen.data.similarity import psnr, ssim
-from lesiongen.tokenizers.losses import LossConfig, ReconstructionLoss
+from lesiongen.tokenizers.losses import ReconstructionLoss
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
 class Objective(nn.Module):
     """A tokenizer and its training loss (arXiv:1711.00937, equation 3). The training engine wraps it and calls forward()."""
 
-    def __init__(self, net: Tokenizer, loss: LossConfig, variance: float):
-        """Prepares the loss.
+    def __init__(self, net: Tokenizer, reconstruction: ReconstructionLoss):
+        """Joins them.
 
         Args:
             net: The tokenizer to train.
-            loss: Weights of the reconstruction loss's terms.
-            variance: Variance of the training pixels in [0, 1].
+            reconstruction: The reconstruction loss.
         """
         super().__init__()
-        self.net, self.reconstruction = net, ReconstructionLoss(loss, variance)
+        self.net, self.reconstruction = net, reconstruction
 
     def forward(self, batch: dict) -> dict:
         """Computes the loss of one micro-batch.

@@ -16,15 +16,18 @@ from lesiongen.tokenizers.quantizer import Quantized
 class Tokenizer(nn.Module, ABC):
     """Maps images [B, C, H, W] in [-1, 1] to a grid of codes [B, h, w] for each level, and back.
 
-    A subclass sets `config`, `names` and `quantizers`, and implements quantized(), decode() and initialise(images).
+    A subclass sets `config`, `names`, `quantizers` and `decoder`, and implements quantized(), decoder_input() and
+    initialise(images).
 
     Attributes:
         names: Names of the levels, fine to coarse.
         quantizers: One quantizer for each name, in the same order.
+        decoder: Maps decoder_input() to images. Encoding does not use it, so its weights may change while codes stay valid.
     """
 
     names: tuple[str, ...]
     quantizers: nn.ModuleList
+    decoder: nn.Module
 
     @abstractmethod
     def quantized(
@@ -42,8 +45,12 @@ class Tokenizer(nn.Module, ABC):
         """
 
     @abstractmethod
+    def decoder_input(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Joins {level: quantized vectors [B, D, h, w]} on the finest grid, for the decoder."""
+
     def decode(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Decodes {level: quantized vectors [B, D, h, w]} to images [B, C, H, W] in about [-1, 1]."""
+        return self._run_part(self.decoder, self.decoder_input(vectors))
 
     def forward(
         self, x_BCHW: torch.Tensor, slot_B: torch.Tensor | None = None, position_B: torch.Tensor | None = None
@@ -99,5 +106,5 @@ class Tokenizer(nn.Module, ABC):
 
         Quantizers are never run this way, so nothing is quantized twice.
         """
-        recompute = self.config.checkpoint and self.training and torch.is_grad_enabled()
+        recompute = self.config.checkpoint and part.training and torch.is_grad_enabled()
         return checkpoint(part, x, use_reentrant=False) if recompute else part(x)

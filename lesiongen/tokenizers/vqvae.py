@@ -74,8 +74,11 @@ class VQVAE(Tokenizer):
         z_BDhw = self.project(self._run_part(self.encoder, x_BCHW))
         return {"codes": self.quantizers[0](z_BDhw, slot_B, position_B)}
 
+    def decoder_input(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return vectors["codes"]
+
     def decode(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
-        y = self._run_part(self.decoder, vectors["codes"])
+        y = super().decode(vectors)
         return torch.tanh(y) if self.config.output == "tanh" else y
 
     @torch.no_grad()

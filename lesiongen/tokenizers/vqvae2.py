@@ -108,11 +108,11 @@ class VQVAE2(Tokenizer):
             yield i, self.project[i](torch.cat(inputs, 1))
             coarser = [*(self.up[i](q) for q in coarser), results[self.names[i]].x]
 
-    def decode(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+    def decoder_input(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
         inputs: list[torch.Tensor] = []
         for i in reversed(range(len(self.names))):
             inputs = [*(self.up[i](q) for q in inputs), vectors[self.names[i]]]
-        return self._run_part(self.decoder, torch.cat(inputs, 1))
+        return torch.cat(inputs, 1)
 
     @torch.no_grad()
     def initialise(self, x_BCHW: torch.Tensor) -> None:

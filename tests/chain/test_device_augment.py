@@ -37,7 +37,7 @@ def test_the_device_shows_what_the_workers_show(packed):
 
 def test_resident_images_are_the_streamed_ones(packed):
     streamed, resident = task_of(packed, augment_on="device"), task_of(packed, augment_on="device")
-    resident.resident = ResidentImages(resident.data, CPU)
+    resident.images.resident = ResidentImages(resident.data, CPU)
     for mine, other in zip(batches(resident), batches(streamed), strict=True):
         assert mine["key"] == other["key"] and torch.equal(mine["slot"], other["slot"])
         # Padding to another size changes the rounding of coordinates, not what is seen.

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from launch.__main__ import main
-from lesiongen.evaluation.backbone import has_lite0
+from lesiongen.data.efficientnet_lite import has_lite
 from tests.chain.evaluated_runs import (
     cache_of,
     check_schema,
@@ -178,7 +178,7 @@ def test_sets_and_codes_that_cannot_be_written(two_sets, tmp_path):
     assert not any(cache_of(path) for path in read_only[:2])
 
 
-@pytest.mark.skipif(not has_lite0(), reason="needs the weights of EfficientNet-Lite0")
+@pytest.mark.skipif(not has_lite(0), reason="needs the weights of EfficientNet-Lite0")
 def test_both_rulers_and_the_fine_tuned_judge(phantoms, tmp_path):
     run = finished(phantoms, tmp_path / "runs", **{"evaluate.features.backbone": "auto"})
     found = metrics_of(run)

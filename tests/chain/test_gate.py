@@ -15,11 +15,12 @@ from hpc.data.codestore import CodeStore
 from hpc.dist import Topology
 from launch.__main__ import main
 from lesiongen.data.augment import dihedral
+from lesiongen.data.efficientnet_lite import has_lite
 from lesiongen.data.images import to_float
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation import feature_cache
-from lesiongen.evaluation.backbone import FeaturesConfig, has_lite0, load_backbone
+from lesiongen.evaluation.backbone import FeaturesConfig, load_backbone
 from lesiongen.evaluation.privacy import copies
 from lesiongen.evaluation.privacy.candidates import Candidates
 from lesiongen.evaluation.privacy.gate import gate_metrics
@@ -103,7 +104,7 @@ def gated(run, plain, tmp_path_factory) -> Path:
 
 
 def test_planted_copies_are_found_by_each_kind_of_distance_and_named(run, net):
-    backbone = load_backbone(FeaturesConfig(), lambda: None) if has_lite0() else None
+    backbone = load_backbone(FeaturesConfig(), lambda: None) if has_lite(0) else None
     views = gate_cases.views_of(str(run), Topology(), backbone)
     planted = codes_of(run, VIEWS)
     others = codes_of(run, [(0, 0, i) for i in range(12)], "test")
@@ -263,7 +264,7 @@ def test_what_leaves_says_nothing_of_training_images(run, gated):
 def test_a_sample_whose_candidates_are_all_rejected_is_left_out(run, plain, tmp_path, capsys):
     folder = tmp_path / "one"
     plant(run, plain, folder)
-    rules = GATE.replace("attempts: 4", "attempts: 1").replace("features: false", f"features: {has_lite0()}".lower())
+    rules = GATE.replace("attempts: 4", "attempts: 1").replace("features: false", f"features: {has_lite(0)}".lower())
     assert samples_in(run, folder, rules) == 0
     rows = list(csv.DictReader((folder / "metadata.csv").open()))
     left_out = {0, 2, 5} & {int(row["index"]) for row in rows}

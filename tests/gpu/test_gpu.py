@@ -10,7 +10,7 @@ from lesiongen.priors.gpt import GPTConfig
 from lesiongen.priors.objective import Objective, blank_batch
 from lesiongen.priors.sampling import TokenChooser, uniform_numbers
 from lesiongen.tokenizers import make as make_tokenizer
-from lesiongen.tokenizers.losses import LossConfig
+from lesiongen.tokenizers.losses import LossConfig, ReconstructionLoss
 from lesiongen.tokenizers.objective import Objective as TokenizerObjective
 from lesiongen.tokenizers.vqvae2 import VQVAE2Config
 from tests.dist import sharding_cases
@@ -44,7 +44,7 @@ def test_a_step_of_ours_does_not_wait_for_the_device(quantizer):
         quantizer=quantizer,
         fsq_levels=(4, 4, 4) if quantizer == "fsq" else (8, 8, 8),
     )
-    module = TokenizerObjective(make_tokenizer(config, 3, 4), LossConfig(ssim=0.1), 0.05).cuda()
+    module = TokenizerObjective(make_tokenizer(config, 3, 4), ReconstructionLoss(LossConfig(ssim=0.1), 0.05)).cuda()
     image = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device="cuda")
     batch = {"image": image, "slot": torch.arange(4, device="cuda"), "position": torch.arange(4, device="cuda")}
     for mode in ("default", "error"):  # the first step allocates and chooses kernels

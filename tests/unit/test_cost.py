@@ -23,6 +23,7 @@ from lesiongen.priors.pixelcnn import PixelCNNConfig
 from lesiongen.priors.pixelsnail import PixelSNAILConfig
 from lesiongen.tokenizers import make as make_tokenizer
 from lesiongen.tokenizers import objective as tokenizer_objective
+from lesiongen.tokenizers.losses import ReconstructionLoss
 
 PRIORS = {
     "gpt": GPTConfig(layers=2, heads=2, width=32),
@@ -102,7 +103,7 @@ def test_memory_of_a_tokenizers_step():
     model = {"hidden": 64, "residual_hidden": 32, "dim": 8, "entries": 32}
     config = experiment({"name": "x", "data": {"images": "x", "size": 64}, "tokenizer": {"model": model}})
     net = make_tokenizer(config.tokenizer.model, 3, 32)
-    module = tokenizer_objective.Objective(net, config.tokenizer.loss, 1.0).train()
+    module = tokenizer_objective.Objective(net, ReconstructionLoss(config.tokenizer.loss, 1.0)).train()
     batch = {"image": torch.zeros(8, 3, 64, 64, dtype=torch.uint8), "slot": torch.arange(8), "position": torch.arange(8)}
     predicted = next(cost.trainings(config)).activations(8)
     assert 0.8 < predicted / measured(module, batch) < 1.02

@@ -22,7 +22,7 @@ def weights(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("term", ["mse", "nmse", "l1", "ssim", "ms_ssim", "lpips"])
+@pytest.mark.parametrize("term", ["mse", "nmse", "l1", "ssim", "ms_ssim", "perceptual", "lpips"])
 def test_each_term(term, channels, weights):
     config = LossConfig(**({"mse": 0.0} | {term: 1.0}), lpips_weights=weights)
     loss = ReconstructionLoss(config, variance=0.05)
@@ -38,6 +38,28 @@ def test_each_term(term, channels, weights):
     assert y.grad.abs().sum() > 0
     assert terms.keys() >= {"mse", term}
     assert not list(loss.parameters()), "frozen weights must not be parameters, or the engine would train them"
+
+
+def test_the_perceptual_distance_sees_blur_that_mse_does_not():
+    """Of two errors with equal MSE, blur and noise of low contrast, a blurred texture must be the worse one."""
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    torch.manual_seed(0)
+    texture = torch.nn.functional.interpolate(torch.randn(4, 3, 32, 32), scale_factor=2).clamp(-1, 1) * 0.3
+    blurred = gaussian_blur(texture, [7, 7], [2.0, 2.0])
+    shifted = texture + (blurred - texture).square().mean().sqrt()  # another colour, the same texture
+    loss = ReconstructionLoss(LossConfig(mse=0.0, perceptual=1.0), variance=0.05)
+    (of_blur, blur), (of_shift, shift) = loss(blurred, texture), loss(shifted, texture)
+    assert float(blur["mse"]) == pytest.approx(float(shift["mse"]), rel=1e-3)
+    assert float(of_blur) > 2 * float(of_shift)
+
+
+def test_training_mode_does_not_change_the_perceptual_distance():
+    (_, network), *_ = ReconstructionLoss(LossConfig(perceptual=1.0), variance=0.05).networks
+    x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    before = network(y, x)
+    network.train()
+    assert torch.equal(network(y, x), before) and torch.equal(network(y, x), before)
 
 
 def test_nmse_is_mse_over_the_datas_variance():

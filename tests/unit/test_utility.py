@@ -9,7 +9,8 @@ from sklearn.metrics import average_precision_score, recall_score
 
 from lesiongen.data import images
 from lesiongen.data.augment import centre
-from lesiongen.evaluation.backbone import FeaturesConfig, has_lite0, load_backbone
+from lesiongen.data.efficientnet_lite import has_lite
+from lesiongen.evaluation.backbone import FeaturesConfig, load_backbone
 from lesiongen.evaluation.lesion_scores import TestLesions, average_precision, drawn_seeds, over_seeds
 from lesiongen.evaluation.probe import Probe
 from lesiongen.evaluation.training_sets import Pool, TrainingSets, classical_views, lesions_first
@@ -281,7 +282,7 @@ def test_views_differ_and_do_not_depend_on_the_batch():
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not has_lite0(), reason="EfficientNet-Lite0 is not installed")
+@pytest.mark.skipif(not has_lite(0), reason="EfficientNet-Lite0 is not installed")
 def test_real_images_help_and_wrong_labels_harm(real_images):
     """HAM10000 at 64 px, features of EfficientNet-Lite0 at 128 px; other real images stand in for samples."""
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ def test_a_clean_run_may_be_used():
     found = verdict(complete())
     assert found["overall"] == "use"
     assert {f["mark"] for f in found["findings"] if f["topic"] == "privacy"} == {"good"}
-    assert {f["rule"] for f in found["findings"]} == {rule.name for rule in RULES} - {"rulers", "drawings"}
+    assert {f["rule"] for f in found["findings"]} == {rule.name for rule in RULES} - {"rulers", "drawings", "polish"}
 
 
 def leak_by_copies(metrics):
@@ -102,6 +102,17 @@ def test_copies_are_compared_with_held_out_images_that_are_few_too():
     assert verdict(metrics)["overall"] == "caution"  # 100 held-out images do not tell 6 % from chance
     kind["held_out_rate"] = share(9, 875)
     assert verdict(metrics)["overall"] == "do not share"
+
+
+@pytest.mark.parametrize(
+    ("flips", "mark"), [((-0.03, -0.05, -0.01), "good"), ((0.02, 0.01, 0.04), "fair"), ((0.1, 0.07, 0.13), "poor")]
+)
+def test_a_polished_decoder_that_invents_diagnoses_is_named(flips, mark):
+    metrics = complete()
+    metrics["classifier"] |= {"flips_before_polish": fig(0.2, 0.18, 0.22), "flips_by_polish": fig(*flips)}
+    metrics["tokenizer"] |= {"psnr": 33.2, "psnr_before_polish": 33.9}
+    assert marks(metrics, "polish") == [mark]
+    assert "costs 0.7 dB" in sentence(metrics, "polish") and "20 %" in sentence(metrics, "polish")
 
 
 def test_few_images_prove_nothing():

