@@ -1,15 +1,20 @@
 """GPT prior over a grid of codes: SwiGLU, 2-D rotary positions, context added to every input, preallocated key-value cache.
 
+With `modulate` the context also enters every block: it scales and shifts what the block's two layers read, and scales what they
+add (adaLN-zero, Peebles and Xie 2023, arXiv:2212.09748, figure 3; there one condition for an image, here the context of each
+position).
+
 Shapes as in prior.py, and H heads, E head dimension.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hpc.config import added
 from lesiongen.priors.prior import BasePriorConfig, Prior
 
 
@@ -19,6 +24,7 @@ class GPTConfig(BasePriorConfig):
 
     kind: Literal["gpt"] = "gpt"
     heads: int = 6
+    modulate: bool = added(False)  # let the context scale and shift the inputs of every block's layers (adaLN-zero)
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,6 +83,22 @@ class SwiGLUGate(nn.Linear):
         return F.silu(a) * b
 
 
+class Modulation(NamedTuple):
+    """What the context does to one layer of a block; nothing if all are None. Each is [B, T, D] or [B, 1, D]."""
+
+    shift: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
+
+    def into(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Scales and shifts the layer's input."""
+        return x_BTD if self.scale is None else torch.addcmul(x_BTD + self.shift, x_BTD, self.scale)
+
+    def out_of(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Scales the layer's output."""
+        return x_BTD if self.gain is None else x_BTD * self.gain
+
+
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
@@ -87,15 +109,22 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.gate, self.down = SwiGLUGate(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.known = nn.Linear(width, 6 * width) if config.modulate else None  # projects the context
 
     def forward(
-        self, x_BTD: torch.Tensor, table: torch.Tensor, cache: torch.Tensor | None = None, start: int = 0
+        self,
+        x_BTD: torch.Tensor,
+        table: torch.Tensor,
+        context_BTD: torch.Tensor,
+        cache: torch.Tensor | None = None,
+        start: int = 0,
     ) -> torch.Tensor:
         """Applies attention and the feed-forward layer.
 
         Args:
             x_BTD: Features of consecutive tokens: all of them in training, a single one in sampling.
             table: Rotary table of these tokens, [T, E/2, 2].
+            context_BTD: Context of these tokens, or [B, 1, D] if it is the same for all.
             cache: Keys and values of all tokens, [2, B, H, T, E]; those of x_BTD are written to it. None in training.
             start: Index of the first token in x_BTD.
 
@@ -103,7 +132,8 @@ class Block(nn.Module):
             Features for the next block, [B, T, D].
         """
         batch, length, width = x_BTD.shape
-        q, k, v = self.qkv(self.norm1(x_BTD)).view(batch, length, 3, self.heads, -1).unbind(2)
+        first, second = self._modulations(context_BTD)
+        q, k, v = self.qkv(first.into(self.norm1(x_BTD))).view(batch, length, 3, self.heads, -1).unbind(2)
         q, k, v = (x.transpose(1, 2) for x in (apply_rotary(q, table), apply_rotary(k, table), v))
         if cache is not None:
             cache[0][:, :, start : start + length], cache[1][:, :, start : start + length] = k, v
@@ -111,8 +141,17 @@ class Block(nn.Module):
         dropout = self.dropout if self.training else 0.0
         # Attention has no dropout: with dropout PyTorch does not use its fused kernels, which is 5 times slower on a CPU.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
-        x_BTD = x_BTD + F.dropout(self.out(attended.transpose(1, 2).reshape(batch, length, width)), dropout)
-        return x_BTD + F.dropout(self.down(self.gate(self.norm2(x_BTD))), dropout)
+        update_BTD = self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        x_BTD = x_BTD + first.out_of(F.dropout(update_BTD, dropout))
+        update_BTD = self.down(self.gate(second.into(self.norm2(x_BTD))))
+        return x_BTD + second.out_of(F.dropout(update_BTD, dropout))
+
+    def _modulations(self, context_BTD: torch.Tensor) -> "tuple[Modulation, Modulation]":
+        """Returns what the context does to the attention, and to the feed-forward layer."""
+        if self.known is None:
+            return Modulation(), Modulation()
+        values = self.known(F.silu(context_BTD)).chunk(6, -1)
+        return Modulation(*values[:3]), Modulation(*values[3:])
 
 
 class GPT(Prior):
@@ -137,6 +176,8 @@ class GPT(Prior):
         for block in self.blocks:
             for layer in (block.out, block.down):
                 layer.apply(self._init_residual)
+            if block.known is not None:
+                block.known.apply(self._init_zero)
 
     @staticmethod
     def _init(module: nn.Module) -> None:
@@ -146,11 +187,17 @@ class GPT(Prior):
     def _init_residual(self, module: nn.Linear) -> None:
         nn.init.normal_(module.weight, std=0.02 / (2 * self.config.layers) ** 0.5)
 
+    @staticmethod
+    def _init_zero(module: nn.Linear) -> None:
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+
     def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
         # The input at position t is token t - 1 and the context; at position 0 it is the context alone.
         x_BTD = F.pad(self.tokens(codes_BT[:, :-1]), (0, 0, 1, 0)) + context_BTD
+        known_BTD = context_BTD if self.upper else context_BTD[:, :1]  # facts alone are the same at all positions
         for block in self.blocks:
-            x_BTD = self.run_block(block, x_BTD, self.table)
+            x_BTD = self.run_block(block, x_BTD, self.table, known_BTD)
         return self.norm(x_BTD)
 
     def new_cache(self, context_BTD: torch.Tensor) -> list[torch.Tensor]:
@@ -165,5 +212,5 @@ class GPT(Prior):
         if previous_B is not None:
             x_B1D = x_B1D + self.tokens(previous_B)[:, None]
         for block, block_cache in zip(self.blocks, cache, strict=True):
-            x_B1D = block(x_B1D, self.table[t : t + 1], block_cache, t)
+            x_B1D = block(x_B1D, self.table[t : t + 1], context_BTD[:, t : t + 1], block_cache, t)
         return self.norm(x_B1D)[:, 0]

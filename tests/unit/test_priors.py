@@ -22,6 +22,7 @@ from lesiongen.priors.sampling import TokenChooser, uniform_numbers
 COMMON = {"layers": 2, "width": 32, "dropout": 0.1, "token_dropout": 0.1}
 PRIORS = {
     "gpt": GPTConfig(heads=2, **COMMON),
+    "gpt modulated": GPTConfig(heads=2, modulate=True, **COMMON),
     "pixelcnn": PixelCNNConfig(kernel=5, **COMMON),
     "gated_pixelcnn": GatedPixelCNNConfig(kernel=5, **COMMON),
     "pixelsnail": PixelSNAILConfig(residual_blocks=2, heads=2, kernel=3, **COMMON),
@@ -51,6 +52,23 @@ def gradients(net: Prior, codes: torch.Tensor, facts: torch.Tensor, above: list)
     loss = net.token_losses(codes, facts, above).mean()
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in net.named_parameters()}
+
+
+def test_a_modulated_gpt_starts_as_the_identity_and_hears_the_facts_in_every_block():
+    torch.manual_seed(0)
+    net = make(PRIORS["gpt modulated"], grid=(4, 3), entries=11, facts={"label": 5}).eval()
+    codes, context = torch.randint(0, 11, (2, 12)), net.context(torch.tensor([[0], [4]]), [])
+    inputs = F.pad(net.tokens(codes[:, :-1]), (0, 0, 1, 0)) + context
+    assert torch.equal(net.features(codes, context), net.norm(inputs))
+    net.train()
+    for _ in range(2):  # the gains are 0 at first, so shifts and scales have a gradient from the second step on
+        loss = net.token_losses(codes.view(2, 4, 3), torch.tensor([[0], [4]]), []).mean()
+        gradients = torch.autograd.grad(loss, [block.known.weight for block in net.blocks])
+        with torch.no_grad():
+            for block, gradient in zip(net.blocks, gradients, strict=True):
+                block.known.weight -= gradient
+    for gradient in gradients:
+        assert all(part.abs().sum() > 0 for part in gradient.chunk(6))
 
 
 @pytest.mark.parametrize("upper", [False, True])
