@@ -14,9 +14,9 @@ from hpc.run.parent import exit_with_parent
 from launch.endings import exit_code_of, exit_process, print_error, print_in_any_encoding
 
 DESCRIPTION = (
-    "Trains generators of skin-lesion images: pack → tokenizer → codes → priors → samples → report. Run the same command "
-    "again to resume. Exit codes: 0 done, 2 wrong usage or config, 75 stopped early and can be resumed, 76 a training "
-    "step hung, 77 training diverged, 1 any other failure."
+    "Trains generators of skin-lesion images: pack → tokenizer → codes → (polish) → priors → samples → report. Run the "
+    "same command again to resume. Exit codes: 0 done, 2 wrong usage or config, 75 stopped early and can be resumed, 76 a "
+    "training step hung, 77 training diverged, 1 any other failure."
 )
 CONFIG_HELP = "the run's config, a YAML file"
 OVERRIDE_FORMAT = "section.key=value"

@@ -128,7 +128,7 @@ def preview(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     """Trains the tokenizer, polishes its decoder, or trains the prior of one level or of every level."""
     config = experiment.load(options.config, options.overrides)
-    if options.what == "polish" and not config.polish:
+    if options.what == "polish" and not (config.polish or config.inputs.polish):
         raise UserError("The config does not ask for a polished decoder. Set polish={}, or add a section `polish`.")
     if options.what in ("tokenizer", "polish"):
         return run_only(config, [options.what], options.fresh)

@@ -46,7 +46,7 @@ class Training:
         batch_of: Makes a blank batch of some samples, on the default device.
         checkpointed: Like `build`, with activation checkpointing.
         uses_checkpoint: Whether the config has activation checkpointing.
-        tokens: Tokens of a sample; 0 for a tokenizer.
+        tokens: Tokens of a sample; 0 for a tokenizer and its decoder.
         workers: Data workers of a rank.
         about: What the plan prints of the model.
     """
@@ -111,7 +111,7 @@ class Training:
 def trainings(config: Experiment) -> Iterator[Training]:
     """Yields the trainings of a run: the tokenizer, its decoder, then the prior of each level from coarse to fine."""
     yield _tokenizer(config)
-    if config.polish:
+    if "polish" in config.trainings:
         yield _polish(config)
     grids, entries = config.tokenizer.model.grids(config.data.size), config.tokenizer.model.entries
     values = ASSUMED_VALUES | {"label": len(config.data.classes) or ASSUMED_VALUES["label"]}
@@ -246,7 +246,7 @@ def advice(training: Training, machines: Machines) -> str:
                 if memory(training, smaller, replace(engine, zero=zero), machines).fits(machines):
                     changes = [f"{section}.engine.zero={zero}"] * (zero != engine.zero)
                     changes += [f"{section}.engine.accumulation={engine.accumulation * divisor}"] * (divisor > 1)
-                    model = section.removesuffix("train") + "model.checkpoint=true"
+                    model = section.removesuffix("train").replace("polish", "tokenizer") + "model.checkpoint=true"
                     changes += [model] * (checkpoint != training.uses_checkpoint)
                     return f"set {' '.join(changes)}"
     return "use a smaller model, or more or larger machines"

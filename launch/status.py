@@ -65,7 +65,7 @@ def held_out_metrics(config: Experiment, stage: str) -> str:
     latest: dict[str, float] = {}
     for row in metrics_log.read_metrics(config.directory / stage):
         latest |= {k: v for k, v in row.items() if k.startswith("val/")}
-    shown = [f"{k[4:]} {v:.3g}" for k, v in latest.items() if re.match(r"val/(psnr|usage|bits_per_token|bigram)", k)]
+    shown = [f"{k[4:]} {v:.3g}" for k, v in latest.items() if re.match(r"val/(loss|psnr|usage|bits_per_token|bigram)", k)]
     return "  ".join(shown[:4])
 
 

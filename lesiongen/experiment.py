@@ -44,10 +44,6 @@ def _tokenizer_training() -> TrainConfig:
     return TrainConfig(optim=OptimConfig(lr=4e-4, schedule="trapezoid", warmup=2_000))
 
 
-def _polish_training() -> TrainConfig:
-    return TrainConfig(samples=200_000, optim=OptimConfig(lr=5e-4, schedule="trapezoid", warmup=2_000))
-
-
 def _prior_training() -> TrainConfig:
     return TrainConfig(optim=OptimConfig(lr=1e-3, weight_decay=0.1, schedule="cosine", warmup=10_000))
 
@@ -79,12 +75,36 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
+class PolishLoss(LossConfig):
+    """LossConfig with other defaults. A section that names some of the fields keeps the defaults of the others."""
+
+    perceptual: float = 0.02
+
+
+@dataclass(frozen=True)
+class PolishOptim(OptimConfig):
+    """OptimConfig with other defaults."""
+
+    lr: float = 5e-4
+    schedule: Literal["constant", "cosine", "trapezoid", "piecewise"] = "trapezoid"
+    warmup: int = 2_000
+
+
+@dataclass(frozen=True)
+class PolishTraining(TrainConfig):
+    """TrainConfig with other defaults."""
+
+    samples: int = volatile(200_000)
+    optim: PolishOptim = field(default_factory=PolishOptim)
+
+
+@dataclass(frozen=True)
 class PolishConfig:
     """The polish stage, which trains the decoder once more by itself, for sharper images. Codes and priors stay valid."""
 
-    loss: LossConfig = field(default_factory=lambda: LossConfig(perceptual=0.02))  # weights of the loss's terms
+    loss: PolishLoss = field(default_factory=PolishLoss)  # weights of the loss's terms
     stream: StreamConfig = field(default_factory=StreamConfig)  # how often each image, class and set is drawn
-    train: TrainConfig = field(default_factory=_polish_training)  # length, batch, optimizer, evaluations, checkpoints
+    train: PolishTraining = field(default_factory=PolishTraining)  # length, batch, optimizer, evaluations, checkpoints
 
 
 @dataclass(frozen=True)
@@ -230,7 +250,8 @@ class Experiment:
     def trainings(self) -> dict[str, tuple[str, TrainConfig]]:
         """For each stage that trains, the key of its training in the config, and the training."""
         found = {"tokenizer": ("tokenizer.train", self.tokenizer.train)}
-        found |= {"polish": ("polish.train", self.polish.train)} if self.polish else {}
+        if self.polish and not self.inputs.polish:
+            found["polish"] = ("polish.train", self.polish.train)
         return found | {f"prior-{level}": (f"priors.{level}.train", self.prior(level).train) for level in self.levels}
 
     def prior(self, level: str) -> PriorConfig:

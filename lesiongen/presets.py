@@ -14,7 +14,7 @@ from lesiongen.ingest.folders import count_images
 from lesiongen.ingest.sources import read_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "gpu"
-SECTIONS = ("tokenizer", "encode", "priors", "sample")  # sections of the config that a preset fills in
+SECTIONS = ("tokenizer", "encode", "polish", "priors", "sample")  # sections of the config that a preset fills in
 LENGTHS = ("samples", "patience", "log_every", "eval_every", "save_every")  # settings of a training that are scaled
 
 
@@ -26,19 +26,21 @@ class Preset:
         config: Config in configs/gpu.
         images: Largest number of training images that `auto` chooses this preset for.
         tokenizer_epochs: Length of tokenizer training.
+        polish_epochs: Length of the decoder's second training.
         prior_epochs: Length of prior training. Each epoch shows other views of the images.
     """
 
     config: str
     images: float
     tokenizer_epochs: int
+    polish_epochs: int
     prior_epochs: int
 
 
 PRESETS = {
-    "small": Preset("one-128.yaml", 15_000, tokenizer_epochs=100, prior_epochs=200),
-    "base": Preset("one-256.yaml", 150_000, tokenizer_epochs=40, prior_epochs=60),
-    "large": Preset("node-256.yaml", float("inf"), tokenizer_epochs=20, prior_epochs=20),
+    "small": Preset("one-128.yaml", 15_000, tokenizer_epochs=100, polish_epochs=20, prior_epochs=200),
+    "base": Preset("one-256.yaml", 150_000, tokenizer_epochs=40, polish_epochs=10, prior_epochs=60),
+    "large": Preset("node-256.yaml", float("inf"), tokenizer_epochs=20, polish_epochs=5, prior_epochs=20),
 }
 
 
@@ -87,7 +89,7 @@ def settings(name: str, images: int, own: dict | None = None) -> dict:
     filled["data"] = {"size": content["data"]["size"]}
     own = own or {}
     own_priors = own.get("priors") or {}
-    trainings = [(filled["tokenizer"], own.get("tokenizer"), preset.tokenizer_epochs)]
+    trainings = [(filled[name], own.get(name), getattr(preset, f"{name}_epochs")) for name in ("tokenizer", "polish")]
     trainings += [(prior, own_priors.get(level), preset.prior_epochs) for level, prior in filled["priors"].items()]
     for section, mine, epochs in trainings:
         asked = ((mine or {}).get("train") or {}).get("samples")

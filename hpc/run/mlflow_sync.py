@@ -285,8 +285,8 @@ class _Sync:
             entry = self.store["stages"][name] = {}
         # The parameters are the stage's section of the config, and the values outside of sections.
         level = name.removeprefix("prior-")
-        section = self.config.get(name, {}) if level == name else self.config.get("priors", {}).get(level, {})
-        params = {k: v for k, v in self.config.items() if not isinstance(v, dict)} | {name: section}
+        section = self.config.get(name) if level == name else self.config.get("priors", {}).get(level)
+        params = {k: v for k, v in self.config.items() if v is not None and not isinstance(v, dict)} | {name: section or {}}
         uid, parent_id = f"{self.state['uid']}/{name}/{created}", self.store["parent"]["id"]
         run = self._get_or_create_run(entry, uid, name, params, created, parent_id)
         if created:

@@ -1,8 +1,8 @@
-"""The training loop of tokenizers and priors. The position in the data is one integer: the number of samples seen.
+"""The training loop of all stages that train. The position in the data is one integer: the number of samples seen.
 
 `train` is the loop. `Trainer` owns the model, the engine and the logs, and has one method for each step of the loop. The
-stages tokenizer and prior call `train` with a task (hpc/train/task.py). Batches come from the task's stream. Checkpoints go to
-`checkpoints/`, the best weights through the task to `export/`, and metrics to the metrics log.
+stages tokenizer, polish and prior call `train` with a task (hpc/train/task.py). Batches come from the task's stream.
+Checkpoints go to `checkpoints/`, the best weights through the task to `export/`, and metrics to the metrics log.
 """
 
 import gc
@@ -72,7 +72,7 @@ def train(
     """Trains until `config.samples`, or until patience runs out. Resumes from the newest sound checkpoint. Collective.
 
     Args:
-        task: The tokenizer or prior to train, with its data.
+        task: What to train, with its data.
         config: Length, batch, optimizer, evaluations and checkpoints.
         folder: The stage's directory.
         topology: This process among the ranks.
@@ -309,9 +309,9 @@ class Trainer:
             self.save()
 
     def _check_destroyed(self, value: float) -> None:
-        """Raises Spike if the held-out metric is worse than that of an untrained model."""
+        """Raises Spike if the held-out metric is above the task's `worst`."""
         if not value <= self.task.worst:  # also if it is not a number
-            reason = f"the held-out {self.task.metric} is {value:.3g}, worse than that of an untrained model"
+            reason = f"the held-out {self.task.metric} is {value:.3g}, worse than that of any sound model"
             raise Spike(reason, self.state.samples - self.config.batch, self.state.samples)
 
     def _check_patience(self) -> None:

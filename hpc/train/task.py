@@ -1,4 +1,4 @@
-"""The protocol between the training loop and what it trains. The stages tokenizer and prior implement it."""
+"""The protocol between the training loop and what it trains. The stages tokenizer, polish and prior implement it."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -18,7 +18,7 @@ class Task(Protocol):
 
     Attributes:
         metric: Name of the held-out metric that selects the exported weights; lower is better.
-        worst: A value of this metric that even an untrained model does not exceed. Weights above it are destroyed.
+        worst: A value of this metric that no sound model exceeds, not even an untrained one. Weights above it are destroyed.
         size: Samples in an epoch.
     """
 
@@ -27,7 +27,7 @@ class Task(Protocol):
     size: int
 
     def build(self) -> nn.Module:
-        """Builds the model, untrained. forward(batch) returns what hpc/train/engine.py asks for.
+        """Builds the model as it is before this training. forward(batch) returns what hpc/train/engine.py asks for.
 
         Under ZeRO 3 each parameter is divided among the ranks when its layer is built (hpc/train/zero.py).
         """

@@ -4,7 +4,7 @@ The random numbers of a view are drawn as on the CPU. The pixels differ slightly
 sampling here, without antialiasing. Packed images are hardly larger than the views, so little is shrunk. Noise comes from a
 hash of the sample's position and the pixel, so it does not depend on how a batch is divided among ranks.
 
-Data workers call random_row() for each image; the tokenizer stage calls augment_batch() on the device.
+Data workers call random_row() for each image; TrainingImages (training.py) calls augment_batch() on the device.
 """
 
 import math

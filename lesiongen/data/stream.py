@@ -2,7 +2,7 @@
 
 A training stream is endless, augmented, and follows the sample order of lesiongen/data/balance.py. A held-out stream reads a
 split once, unaugmented. A batch of a training stream depends only on the config, the seed and the position, not on the number
-of ranks or data workers. Batches go to the tokenizer stage and to the evaluation; the encode stage reads single images.
+of ranks or data workers. Batches go to the stages tokenizer and polish and to the evaluation; encode reads single images.
 
 - Position: index in the training sequence. Slot: index in the global batch. Ordinal: index of an image in its shard.
 - Set: one of the packed sets that are read as one.

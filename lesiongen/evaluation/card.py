@@ -1,6 +1,6 @@
 """The README.md beside exported weights and samples: what they are, what they were made from, and under which licences.
 
-The tokenizer, prior and sample stages write it. It always states the strictest licence among the training images.
+The tokenizer, polish, prior and sample stages write it. It always states the strictest licence among the training images.
 """
 
 from lesiongen.ingest.licences import canonical_name, strictest

@@ -1,7 +1,7 @@
 """Metrics and pictures of a tokenizer on a held-out split.
 
-The tokenizer stage measures on the validation split, the evaluate stage on the test split. The images are divided among the
-ranks, and all ranks get the same metrics.
+The tokenizer and polish stages measure on the validation split, the evaluate stage on the test split. The images are divided
+among the ranks, and all ranks get the same metrics.
 
 Shapes: B images, C channels, H × W pixels or codes, K codes.
 """
@@ -16,6 +16,7 @@ from lesiongen.data.similarity import psnr, ssim
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation import figures
 from lesiongen.evaluation.codes import usage_and_perplexity
+from lesiongen.tokenizers.losses import ReconstructionLoss
 from lesiongen.tokenizers.quantizer import Quantized
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
@@ -25,18 +26,21 @@ SHOWN = 8  # images in the pictures
 
 
 @torch.no_grad()
-def evaluate_tokenizer(net: Tokenizer, data: ImageShards, batch_size: int) -> tuple[dict[str, float], dict[str, bytes]]:
+def evaluate_tokenizer(
+    net: Tokenizer, data: ImageShards, batch_size: int, reconstruction: ReconstructionLoss | None = None
+) -> tuple[dict[str, float], dict[str, bytes]]:
     """Measures a tokenizer on a split. Collective.
 
     Args:
         net: The tokenizer, in evaluation mode.
         data: The split.
         batch_size: Images that are reconstructed at once.
+        reconstruction: A loss whose mean over the images is to be measured, too.
 
     Returns:
-        The metrics: psnr (dB), ssim, mse (for pixels in [-1, 1]), nmse (mse over the variance of the training pixels),
-        psnr_lost_to_wrong_codes (dB), and for each level collapsed/<level> (0 or 1), usage and perplexity: over all images
-        (usage/<level>) and for each class (usage/<level>/<class>).
+        The metrics: loss (if asked for), psnr (dB), ssim, mse (for pixels in [-1, 1]), nmse (mse over the variance of the
+        training pixels), psnr_lost_to_wrong_codes (dB), and for each level collapsed/<level> (0 or 1), usage and perplexity:
+        over all images (usage/<level>) and for each class (usage/<level>/<class>).
         The pictures, name → PNG. A rank without images returns no pictures.
     """
     device = next(net.parameters()).device
@@ -46,6 +50,9 @@ def evaluate_tokenizer(net: Tokenizer, data: ImageShards, batch_size: int) -> tu
         x = to_float(batch["image"].to(device))
         y, levels = net(x)
         psnr_B = totals.add_images(x, y)
+        if reconstruction is not None:
+            totals.loss[0] += float(reconstruction(y, x)[0]) * len(x)
+            totals.loss[1] += len(x)
         watchdog.beat()
         totals.add_codes(batch["label"], [levels[name] for name in net.names])
         if totals.perturbed[1] < PERTURBED_IMAGES:
@@ -72,6 +79,7 @@ class _Totals:
 
     Attributes:
         quality: PSNR, SSIM, squared error and images, [4].
+        loss: The sum of the reconstruction loss, and the images it was measured on, [2].
         perturbed: PSNR lost to wrong codes, and the images it was measured on, [2].
         counts: How often each code occurs in images of each class, [levels, classes + 1, K]. The last row of each level counts
             unlabelled images.
@@ -79,6 +87,7 @@ class _Totals:
 
     def __init__(self, levels: int, classes: int, entries: int):
         self.quality = torch.zeros(4, dtype=torch.float64)
+        self.loss = torch.zeros(2, dtype=torch.float64)
         self.perturbed = torch.zeros(2, dtype=torch.float64)
         self.counts = torch.zeros(levels, classes + 1, entries, dtype=torch.float64)
 
@@ -103,9 +112,9 @@ class _Totals:
 
     def reduce(self, device: torch.device) -> None:
         """Adds the sums of all ranks. Collective."""
-        parts = [self.quality, self.perturbed, self.counts.flatten()]
+        parts = [self.quality, self.loss, self.perturbed, self.counts.flatten()]
         reduced = dist.all_reduce_sum(torch.cat(parts).to(device)).cpu()
-        self.quality, self.perturbed, counts = reduced.split([part.numel() for part in parts])
+        self.quality, self.loss, self.perturbed, counts = reduced.split([part.numel() for part in parts])
         self.counts = counts.view_as(self.counts)
 
     def image_metrics(self, variance: float) -> dict[str, float]:
@@ -113,6 +122,8 @@ class _Totals:
         (psnr_sum, ssim_sum, mse_sum, number), (lost, perturbed_number) = self.quality.tolist(), self.perturbed.tolist()
         metrics = {"psnr": psnr_sum / number, "ssim": ssim_sum / number, "mse": mse_sum / number}
         metrics["nmse"] = metrics["mse"] / 4 / variance  # pixels in [-1, 1] have 4 times the squared error
+        if self.loss[1]:
+            metrics["loss"] = float(self.loss[0] / self.loss[1])
         metrics["psnr_lost_to_wrong_codes"] = lost / max(1, perturbed_number)
         return metrics
 

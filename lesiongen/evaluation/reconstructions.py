@@ -41,7 +41,7 @@ class Reconstructions:
 
     Attributes:
         store: The code store.
-        net: The tokenizer that made the codes.
+        net: A tokenizer that decodes these codes; its decoder may be polished.
     """
 
     def __init__(self, store: CodeStore, net: Tokenizer):

@@ -90,11 +90,11 @@ class Modulation(NamedTuple):
     scale: torch.Tensor | None = None
     gain: torch.Tensor | None = None
 
-    def into(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def scale_input(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Scales and shifts the layer's input."""
-        return x_BTD if self.scale is None else torch.addcmul(x_BTD + self.shift, x_BTD, self.scale)
+        return x_BTD if self.scale is None else x_BTD * (1 + self.scale) + self.shift
 
-    def out_of(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def scale_output(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Scales the layer's output."""
         return x_BTD if self.gain is None else x_BTD * self.gain
 
@@ -109,7 +109,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.gate, self.down = SwiGLUGate(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
-        self.known = nn.Linear(width, 6 * width) if config.modulate else None  # projects the context
+        self.modulation = nn.Linear(width, 6 * width) if config.modulate else None  # projects the context
 
     def forward(
         self,
@@ -133,7 +133,7 @@ class Block(nn.Module):
         """
         batch, length, width = x_BTD.shape
         first, second = self._modulations(context_BTD)
-        q, k, v = self.qkv(first.into(self.norm1(x_BTD))).view(batch, length, 3, self.heads, -1).unbind(2)
+        q, k, v = self.qkv(first.scale_input(self.norm1(x_BTD))).view(batch, length, 3, self.heads, -1).unbind(2)
         q, k, v = (x.transpose(1, 2) for x in (apply_rotary(q, table), apply_rotary(k, table), v))
         if cache is not None:
             cache[0][:, :, start : start + length], cache[1][:, :, start : start + length] = k, v
@@ -142,15 +142,15 @@ class Block(nn.Module):
         # Attention has no dropout: with dropout PyTorch does not use its fused kernels, which is 5 times slower on a CPU.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
         update_BTD = self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        x_BTD = x_BTD + first.out_of(F.dropout(update_BTD, dropout))
-        update_BTD = self.down(self.gate(second.into(self.norm2(x_BTD))))
-        return x_BTD + second.out_of(F.dropout(update_BTD, dropout))
+        x_BTD = x_BTD + first.scale_output(F.dropout(update_BTD, dropout))
+        update_BTD = self.down(self.gate(second.scale_input(self.norm2(x_BTD))))
+        return x_BTD + second.scale_output(F.dropout(update_BTD, dropout))
 
     def _modulations(self, context_BTD: torch.Tensor) -> "tuple[Modulation, Modulation]":
         """Returns what the context does to the attention, and to the feed-forward layer."""
-        if self.known is None:
+        if self.modulation is None:
             return Modulation(), Modulation()
-        values = self.known(F.silu(context_BTD)).chunk(6, -1)
+        values = self.modulation(F.silu(context_BTD)).chunk(6, -1)
         return Modulation(*values[:3]), Modulation(*values[3:])
 
 
@@ -176,8 +176,8 @@ class GPT(Prior):
         for block in self.blocks:
             for layer in (block.out, block.down):
                 layer.apply(self._init_residual)
-            if block.known is not None:
-                block.known.apply(self._init_zero)
+            if block.modulation is not None:
+                block.modulation.apply(self._init_zero)
 
     @staticmethod
     def _init(module: nn.Module) -> None:
@@ -195,9 +195,9 @@ class GPT(Prior):
     def features(self, codes_BT: torch.Tensor, context_BTD: torch.Tensor) -> torch.Tensor:
         # The input at position t is token t - 1 and the context; at position 0 it is the context alone.
         x_BTD = F.pad(self.tokens(codes_BT[:, :-1]), (0, 0, 1, 0)) + context_BTD
-        known_BTD = context_BTD if self.upper else context_BTD[:, :1]  # facts alone are the same at all positions
+        shared_BTD = context_BTD if self.upper else context_BTD[:, :1]  # facts alone are the same at all positions
         for block in self.blocks:
-            x_BTD = self.run_block(block, x_BTD, self.table, known_BTD)
+            x_BTD = self.run_block(block, x_BTD, self.table, shared_BTD)
         return self.norm(x_BTD)
 
     def new_cache(self, context_BTD: torch.Tensor) -> list[torch.Tensor]:

@@ -136,22 +136,24 @@ def require(config: Experiment, name: str, hint: str = "") -> Path:
 
 
 def decoder_stage(config: Experiment) -> str:
-    """Returns the name of the stage whose decoder paints images: polish if the run has it, otherwise tokenizer."""
+    """Returns the name of the stage whose decoder makes the images: polish if the run has it, otherwise tokenizer."""
     return "polish" if config.polish or config.inputs.polish else "tokenizer"
 
 
 def load_decoder(config: Experiment, device: torch.device) -> tuple[Tokenizer, dict]:
-    """Loads the tokenizer with the decoder that paints images, as load_tokenizer() does.
+    """Loads the tokenizer with the decoder that makes the images, as load_tokenizer() does.
 
     Raises:
         UserError: The decoder was polished for the codes of another tokenizer than the run's.
     """
-    path, tokenizer = require(config, decoder_stage(config)), digest_of(config, "tokenizer")
+    stage, tokenizer = decoder_stage(config), digest_of(config, "tokenizer")
+    path = require(config, stage)
     net, about = load_tokenizer(path, device)
-    if (made_for := about.get("polished")) not in (None, tokenizer):
+    if stage == "polish" and about.get("polished") != tokenizer:
+        made_for = about.get("polished") or "none: it is no polished decoder"
         raise UserError(
-            f"The decoder in {path} paints codes of tokenizer {made_for}, but this run's tokenizer is {tokenizer}. Polish "
-            "again (--fresh polish), or set inputs.tokenizer to the tokenizer that was polished."
+            f"{path} decodes the codes of tokenizer {made_for}. This run's tokenizer is {tokenizer}. Polish again (--fresh "
+            "polish), or set inputs.polish and inputs.tokenizer to a run that has polished its tokenizer."
         )
     return net, about
 

@@ -1,4 +1,4 @@
-"""polish: shards + tokenizer → the same tokenizer with a decoder that paints sharper images.
+"""polish: shards + tokenizer → the same tokenizer with a decoder that makes sharper images.
 
 Encoder and codebooks stay as they are, so codes and priors stay valid. The stage exports the weights whose loss was lowest on
 the validation split. The sample and evaluate stages decode with the export.
@@ -6,18 +6,18 @@ the validation split. The sample and evaluate stages decode with the export.
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from hpc import dist, watchdog
 from hpc.config import to_plain
 from hpc.dist import Topology
+from hpc.errors import UserError
 from hpc.train.engine import Engine
 from hpc.train.loop import ADJUSTABLE, train
 from hpc.train.zero import Weights
-from lesiongen.data.images import to_float
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
 from lesiongen.data.training import TrainingImages
@@ -25,12 +25,14 @@ from lesiongen.evaluation import plots
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.experiment import Experiment
+from lesiongen.ingest.licences import merge_counts
 from lesiongen.stages.base import Stage, digest_of, packed, require
 from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
 from lesiongen.tokenizers.losses import ReconstructionLoss
 from lesiongen.tokenizers.polish import Objective
 
-DESTROYED = 24  # times the sum of the loss's weights: more than any term can be for images in [-1, 1]
+# The largest value of each term of the loss for images in [-1, 1]; nmse is mse over four times the variance of the pixels.
+LARGEST = {"mse": 4.0, "l1": 2.0, "ssim": 2.0, "ms_ssim": 2.0, "perceptual": 24.0, "lpips": 4.0}
 
 
 def stage(config: Experiment) -> Stage:
@@ -76,13 +78,28 @@ class PolishTask:
         self.config, self.folder, self.name, self.device = config, folder, f"{config.name}: polished tokenizer", device
         # Both are made here and not in build(): under ZeRO 3, weights that are made there are divided among the ranks.
         self.tokenizer, self.about = load_tokenizer(require(config, "tokenizer"), device)
-        self.loss = ReconstructionLoss(polish.loss, shards.moments["data_variance"])
+        self._refuse_other_images(shards)
+        # The export holds what the tokenizer's training had set; recomputing activations is a setting of each training.
+        self.tokenizer.config = replace(self.tokenizer.config, checkpoint=config.tokenizer.model.checkpoint)
+        variance = shards.moments["data_variance"]
+        self.loss = ReconstructionLoss(polish.loss, variance)
+        self.worst = sum(getattr(polish.loss, term) * value for term, value in LARGEST.items()) + polish.loss.nmse / variance
         # The views are those that the encode stage makes, because samples look like them.
         how = config.encode.augment, polish.stream, polish.train.batch, config.seed
         self.images = TrainingImages(shards, config.data, *how, device)
         self.held_out = ImageShards(shards, "val")
         self.size = len(self.images.split)
-        self.worst = DESTROYED * sum(v for k, v in to_plain(polish.loss).items() if k != "lpips_weights")
+        self.shards = shards
+
+    def _refuse_other_images(self, shards: Packed) -> None:
+        """Raises UserError if the shards hold other images than those that the tokenizer was trained on can be."""
+        mine = {"channels": shards.channels, "size": shards.size, "preprocess": shards.preprocess}
+        for name, value in mine.items():
+            if value != self.about[name]:
+                raise UserError(
+                    f"The tokenizer was trained on images of {name} {self.about[name]}, but the shards have {name} {value}. "
+                    "Polish it on shards that were packed as its own."
+                )
 
     def build(self) -> nn.Module:
         """Builds the objective around a copy of the trained tokenizer."""
@@ -107,21 +124,7 @@ class PolishTask:
         """Measures the loss and the tokenizer's metrics on the validation split. Collective."""
         batch = self.config.evaluate.batch
         with engine.whole_module() as module:
-            metrics, pictures = evaluate_tokenizer(module.tokenizer, self.held_out, batch)
-            return metrics | {"loss": self._held_out_loss(module, batch)}, pictures
-
-    @torch.no_grad()
-    def _held_out_loss(self, module: Objective, batch_size: int) -> float:
-        """Returns the mean loss over the validation split. Collective."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in self.held_out.held_out(batch_size):
-            x = to_float(batch["image"].to(self.device))
-            y, _ = module.tokenizer(x)
-            loss, _ = module.reconstruction(y, x)
-            watchdog.beat()
-            total += torch.stack([loss.double() * len(x), loss.new_tensor(len(x)).double()])
-        loss_sum, number = dist.all_reduce_sum(total).tolist()
-        return loss_sum / number
+            return evaluate_tokenizer(module.tokenizer, self.held_out, batch, module.reconstruction)
 
     def curves(self, rows: list[dict]) -> dict[str, bytes]:
         """Draws the learning curves from the metrics log. Returns name → PNG."""
@@ -137,7 +140,8 @@ class PolishTask:
         """
         frozen = {name: value for name, value in self.tokenizer.state_dict().items() if not name.startswith("decoder.")}
         made_for = digest_of(self.config, "tokenizer")
-        facts = self.about | {"polished": made_for, "held_out": metrics}
+        data = merge_counts(self.about["data"], self.shards.about)
+        facts = self.about | {"polished": made_for, "held_out": metrics, "data": data}
         about = {"decodes codes of tokenizer": made_for, "image size": f"{facts['size']} px"}
         readme = card("tokenizer", self.name, about, facts["data"], metrics)
         write_export(self.folder / "export", weights, facts, readme, frozen)

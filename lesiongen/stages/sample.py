@@ -1,4 +1,4 @@
-"""sample: priors + tokenizer → synthetic images.
+"""sample: priors + tokenizer (with its polished decoder, if there is one) → synthetic images.
 
 The stage writes PNGs whose text chunks hold facts, seed and models, a metadata.csv with the same values, a README.md and a
 contact sheet. The images do not depend on the number of ranks. The folder private/ holds the samples' codes, and with a gate
@@ -84,7 +84,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     net, tokenizer_facts = load_decoder(config, topology.device)
     priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
     samplers = {
-        level: _sampler(sampling, level, i, prior, topology.device) for i, (level, (prior, _)) in enumerate(priors.items())
+        level: level_sampler(sampling, level, i, prior, topology.device) for i, (level, (prior, _)) in enumerate(priors.items())
     }
 
     # Decide what each sample shows, and what its metadata says.
@@ -241,7 +241,7 @@ def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str
     return provenance
 
 
-def _sampler(sampling: SampleConfig, level: str, index: int, prior: Prior, device: torch.device) -> LevelSampler:
+def level_sampler(sampling: SampleConfig, level: str, index: int, prior: Prior, device: torch.device) -> LevelSampler:
     """Returns the sampler of one level, with the level's settings. `index` counts the levels from the coarsest."""
     level_sampling = sampling.at(level)
     choice = TokenChooser(level_sampling.temperature, level_sampling.top_k, level_sampling.top_p)

@@ -1,6 +1,7 @@
 """tokenizer: shards → a trained tokenizer.
 
-The stage exports the weights that were best on the validation split. The encode, sample and evaluate stages read the export.
+The stage exports the weights that were best on the validation split. The stages encode, polish, sample and evaluate read the
+export.
 """
 
 from collections.abc import Iterator
@@ -39,7 +40,13 @@ def stage(config: Experiment) -> Stage:
     identity = {"tokenizer": to_plain(config.tokenizer, volatile=False), "seed": config.seed}
     adjustable = tuple(f"tokenizer.train.{key}" for key in ADJUSTABLE)
     target = config.tokenizer.train.samples
-    return Stage("tokenizer", ("shards",), identity, run, target=target, trains=True, adjustable=adjustable)
+    how = {"target": target, "trains": True, "adjustable": adjustable, "check": _check}
+    return Stage("tokenizer", ("shards",), identity, run, **how)
+
+
+def _check(config: Experiment) -> None:
+    """Raises UserError if a network of the loss cannot be loaded."""
+    ReconstructionLoss(config.tokenizer.loss, 1.0)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:

@@ -74,7 +74,7 @@ def load_tokenizer(path: Path, device: torch.device) -> tuple[Tokenizer, dict]:
     """Loads an exported tokenizer.
 
     Args:
-        path: Directory of the tokenizer stage, which holds export/.
+        path: Directory of the tokenizer or polish stage, which holds export/.
         device: Device for the weights.
 
     Returns:

@@ -1,7 +1,7 @@
 """Reconstruction losses: a weighted sum of the terms that a config names. Images x, y: [B, C, H, W] in [-1, 1].
 
-The tokenizers' Objective owns a ReconstructionLoss. All terms are computed in fp32, except LPIPS and the perceptual
-distance, whose networks run under the caller's autocast.
+The stages tokenizer and polish make a ReconstructionLoss, and their Objectives use it. All terms are computed in fp32, except
+LPIPS and the perceptual distance, whose networks run under the caller's autocast.
 """
 
 from dataclasses import dataclass

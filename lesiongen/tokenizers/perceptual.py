@@ -36,10 +36,6 @@ class Perceptual(nn.Module):
         self.blocks = nn.Sequential(*(block for stage in network.blocks for block in stage))[: max(BLOCKS) + 1]
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "Perceptual":
-        """Keeps the network in evaluation mode: its batch norms must use ImageNet's statistics."""
-        return super().train(False)
-
     def forward(self, y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Returns the distance of each pair of images with 1 or 3 channels, [B]."""
         with torch.no_grad():

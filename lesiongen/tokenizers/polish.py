@@ -29,8 +29,8 @@ class Objective(nn.Module):
         """
         super().__init__()
         # In a tuple, so that the engine sees the decoder's parameters alone: it would shard frozen ones and save them.
-        self.frozen = (tokenizer.eval(),)
-        self.net = nn.ModuleDict({"decoder": tokenizer.decoder.train()})
+        self.frozen = (tokenizer.eval().requires_grad_(False),)
+        self.net = nn.ModuleDict({"decoder": tokenizer.decoder.train().requires_grad_(True)})
         self.reconstruction = reconstruction
 
     @property

@@ -24,19 +24,29 @@ POLISH = {
 }
 
 
+KEPT: dict[str, dict] = {}  # records of stages before the decoder was polished
+
+
 @pytest.fixture(scope="module")
 def run(phantoms, tmp_path_factory) -> Path:
     """Returns a run that was made without polish, its report included, and then again with it."""
     runs = tmp_path_factory.mktemp("runs")
     assert main(["run", DEMO, *tiny(phantoms, runs)]) == 0
+    KEPT.update(
+        {stage: record(runs / "tiny" / stage) for stage in ("shards", "tokenizer", "codes", "prior-top", "prior-bottom")}
+    )
     (runs / "tiny" / "samples").rename(runs / "samples-before")
     (runs / "tiny" / "report").rename(runs / "report-before")
     assert main(["run", DEMO, *tiny(phantoms, runs, **POLISH)]) == 0
     return runs / "tiny"
 
 
+def record(folder: Path) -> dict:
+    return json.loads((folder / "stage.json").read_text())
+
+
 def digest(folder: Path) -> str:
-    return json.loads((folder / "stage.json").read_text())["digest"]
+    return record(folder)["digest"]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -48,10 +58,7 @@ def test_only_the_decoder_changes(run):
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
-    # Encode and the priors were not run again: their inputs are those of the first run.
-    for stage in ("codes", "prior-top", "prior-bottom"):
-        record = json.loads((run / stage / "stage.json").read_text())
-        assert "polish" not in record["inputs"]
+    assert KEPT and all(record(run / stage) == before for stage, before in KEPT.items())  # no stage was run again
 
 
 def test_the_loss_falls_and_selects_the_export(run):
@@ -86,6 +93,21 @@ def test_the_report_says_what_polish_costs(run):
     assert "before the decoder was polished" in (run / "report" / "report.html").read_text()
 
 
+def test_without_polish_the_samples_are_stale(phantoms, run, capsys):
+    assert main(["run", DEMO, *tiny(phantoms, run.parent)]) == 2
+    assert "--fresh samples" in capsys.readouterr().err
+    assert main(["run", DEMO, *tiny(phantoms, run.parent, **POLISH | {"polish.loss.l1": 0.1})]) == 2
+    assert "--fresh polish" in capsys.readouterr().err
+
+
+def test_jobs_wait_for_the_decoder(phantoms, tmp_path, capsys):
+    cluster = Path(DEMO).parent / "cluster" / "example.yaml"
+    assert main(["submit", DEMO, *tiny(phantoms, tmp_path, **POLISH), "--cluster", str(cluster), "--dry"]) == 0
+    scripts = dict(part.split("\n", 1) for part in capsys.readouterr().out.split("# -------------------- ")[1:])
+    assert "<polish>" in scripts["samples"] and "<polish>" not in scripts["prior-top"]
+    assert "<tokenizer>" in scripts["polish"] and "<codes>" not in scripts["polish"]
+
+
 def test_another_run_uses_the_decoder(phantoms, run, tmp_path):
     inputs = {f"inputs.{name}": run for name in ("tokenizer", "polish")} | {"inputs.shards": f"[{run / 'shards'}]"}
     folder = tmp_path / "reconstructed"
@@ -108,6 +130,40 @@ def test_a_decoder_of_another_tokenizer_is_refused(phantoms, run, tmp_path, caps
     assert main(["reconstruct", DEMO, picture, *tiny(phantoms, tmp_path, **more, **inputs)]) == 2
     error = capsys.readouterr().err
     assert digest(run / "tokenizer") in error and digest(tmp_path / "tiny" / "tokenizer") in error and "polish" in error
+
+
+def test_an_unpolished_tokenizer_is_no_polished_decoder(phantoms, run, capsys):
+    inputs = {"inputs.tokenizer": run, "inputs.polish": run / "tokenizer"}
+    picture = str(next((phantoms / "images").iterdir()))
+    assert main(["reconstruct", DEMO, picture, *tiny(phantoms, run.parent, **inputs)]) == 2
+    assert "no polished decoder" in capsys.readouterr().err
+
+
+def test_images_of_another_size_are_refused(phantoms, run, tmp_path, capsys):
+    more = {"data.size": 48, "inputs.tokenizer": run, "tokenizer.model.strides": "[4, 2]"}
+    assert main(["pack", DEMO, *tiny(phantoms, tmp_path, **{"data.size": 48})]) == 0
+    assert main(["train", "polish", DEMO, *tiny(phantoms, tmp_path, **POLISH, **more)]) == 2
+    assert "size 32" in capsys.readouterr().err
+
+
+def test_the_export_names_the_licences_of_both_trainings(phantoms, run, tmp_path):
+    table = (phantoms / "metadata.csv").read_text().replace("CC-0", "CC-BY-NC")
+    (tmp_path / "metadata.csv").write_text(table)
+    more = {"inputs.tokenizer": run, "data.metadata": tmp_path / "metadata.csv"}
+    assert main(["pack", DEMO, *tiny(phantoms, tmp_path, **more)]) == 0
+    assert main(["train", "polish", DEMO, *tiny(phantoms, tmp_path, **POLISH, **more)]) == 0
+    assert "**CC-BY-NC" in (tmp_path / "tiny" / "polish" / "export" / "README.md").read_text()
+
+
+def test_a_section_that_names_some_fields_keeps_the_defaults_of_the_others():
+    from lesiongen.experiment import PolishConfig, load
+
+    overrides = ["data.images=x", "polish.loss.l1=0.1", "polish.train.batch=64", "polish.train.optim.lr=1e-3"]
+    config = load(DEMO, overrides).polish
+    default = PolishConfig()
+    assert (config.loss.perceptual, config.loss.l1) == (default.loss.perceptual, 0.1)
+    assert (config.train.samples, config.train.batch) == (default.train.samples, 64)
+    assert (config.train.optim.schedule, config.train.optim.lr) == ("trapezoid", 1e-3)
 
 
 def test_what_is_missing_is_said_before_anything_is_deleted(phantoms, run, tmp_path, capsys, monkeypatch):

@@ -30,6 +30,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 def small_prior(kind: str, **more) -> nn.Module:
     more |= {"heads": 2} if kind in ("gpt", "pixelsnail") else {}
+    more |= {"modulate": True} if kind == "gpt" else {}
     model = {"kind": kind, "layers": 2, "width": 32, "dropout": 0.0, "label_dropout": 0.0} | more
     return Objective(priors.make(from_plain(PriorConfig, {"model": model}).model, **SHAPE))
 

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hpc.run.metrics_log import read_metrics
 from tests.conftest import DEMO, tiny
@@ -52,8 +54,17 @@ def reference(pools, phantoms, packed, trained, tmp_path_factory):
 def test_one_curve(pools, phantoms, packed, trained, reference, tmp_path, world, zero):
     settings = overrides(phantoms, packed, trained, tmp_path, **{"polish.train.engine.zero": zero, "local.ranks": world})
     found = pools(world).run(polish_cases.polish, settings)
-    assert len({digest for digest, _ in found}) == 1
+    assert len({digest for digest, *_ in found}) == 1
     assert losses(found[0][1]) == pytest.approx(losses(reference[1]), rel=1e-3)
+    mine, other = (load_file(export / "model.safetensors") for export in (found[0][2], reference[2]))
+    for name, value in other.items():
+        assert torch.allclose(mine[name], value, atol=1e-4), name  # steps are 5e-4: less than one step apart
+    assert any(
+        not torch.equal(value, start)
+        for value, start in zip(
+            mine.values(), load_file(trained / "tokenizer" / "export" / "model.safetensors").values(), strict=True
+        )
+    )
 
 
 def test_a_kill_changes_nothing(phantoms, packed, trained, reference, tmp_path):

@@ -35,7 +35,7 @@ def test_auto_goes_by_the_number_of_training_images(monkeypatch, images, expecte
 def test_lengths_are_epochs_and_the_rest_is_in_proportion(name, images):
     config = experiment.make(presets.settings(name, images) | {"name": "x", "data": {"images": "x"}})
     preset = presets.PRESETS[name]
-    lengths = {config.tokenizer.train: preset.tokenizer_epochs}
+    lengths = {config.tokenizer.train: preset.tokenizer_epochs, config.polish.train: preset.polish_epochs}
     lengths |= {config.prior(level).train: preset.prior_epochs for level in config.levels}
     for train, epochs in lengths.items():
         assert train.samples == pytest.approx(epochs * images, abs=train.batch)
@@ -49,7 +49,7 @@ def test_two_lines_give_a_plan_that_fits(photographs, capsys):
     text = capsys.readouterr().out
     assert "it fits" in text and "4,000 training images" in text
     epochs = {line.split()[0]: float(line.split()[2]) for line in text.splitlines() if "GB," in line}
-    assert epochs == {"tokenizer": 100.0, "prior-top": 200.0, "prior-bottom": 200.0}
+    assert epochs == {"tokenizer": 100.0, "polish": 20.0, "prior-top": 200.0, "prior-bottom": 200.0}
 
 
 def test_own_settings_go_before_those_of_a_preset(photographs):

@@ -54,7 +54,7 @@ def gradients(net: Prior, codes: torch.Tensor, facts: torch.Tensor, above: list)
     return loss.item(), {n: p.grad.clone() for n, p in net.named_parameters()}
 
 
-def test_a_modulated_gpt_starts_as_the_identity_and_hears_the_facts_in_every_block():
+def test_a_modulated_gpt_starts_as_the_identity_and_learns_every_modulation():
     torch.manual_seed(0)
     net = make(PRIORS["gpt modulated"], grid=(4, 3), entries=11, facts={"label": 5}).eval()
     codes, context = torch.randint(0, 11, (2, 12)), net.context(torch.tensor([[0], [4]]), [])
@@ -63,10 +63,10 @@ def test_a_modulated_gpt_starts_as_the_identity_and_hears_the_facts_in_every_blo
     net.train()
     for _ in range(2):  # the gains are 0 at first, so shifts and scales have a gradient from the second step on
         loss = net.token_losses(codes.view(2, 4, 3), torch.tensor([[0], [4]]), []).mean()
-        gradients = torch.autograd.grad(loss, [block.known.weight for block in net.blocks])
+        gradients = torch.autograd.grad(loss, [block.modulation.weight for block in net.blocks])
         with torch.no_grad():
             for block, gradient in zip(net.blocks, gradients, strict=True):
-                block.known.weight -= gradient
+                block.modulation.weight -= gradient
     for gradient in gradients:
         assert all(part.abs().sum() > 0 for part in gradient.chunk(6))
 

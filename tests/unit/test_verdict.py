@@ -112,7 +112,7 @@ def test_a_polished_decoder_that_invents_diagnoses_is_named(flips, mark):
     metrics["classifier"] |= {"flips_before_polish": fig(0.2, 0.18, 0.22), "flips_by_polish": fig(*flips)}
     metrics["tokenizer"] |= {"psnr": 33.2, "psnr_before_polish": 33.9}
     assert marks(metrics, "polish") == [mark]
-    assert "costs 0.7 dB" in sentence(metrics, "polish") and "20 %" in sentence(metrics, "polish")
+    assert "PSNR by −0.7 dB" in sentence(metrics, "polish") and "20 %" in sentence(metrics, "polish")
 
 
 def test_few_images_prove_nothing():

@@ -166,19 +166,19 @@ class TrainingViews:
 
 
 def training_views(
-    folder: Path, store: CodeStore, net: Tokenizer, tokenizer_digest: str, backbone: Backbone | None, topology: Topology
+    folder: Path, store: CodeStore, net: Tokenizer, decoder_digest: str, backbone: Backbone | None, topology: Topology
 ) -> TrainingViews:
     """Decodes and describes all views of the code store, unless the cache holds them. Collective.
 
     Args:
         folder: Folder of the cache where the code store cannot be written; otherwise the cache lies in the store.
         store: The code store.
-        net: The tokenizer that made the codes.
-        tokenizer_digest: The tokenizer's digest.
+        net: A tokenizer that decodes the codes; its decoder may be polished.
+        decoder_digest: The digest of the export that `net` was read from.
         backbone: Computes the features; None to compare without features.
         topology: This process among the ranks. Each rank decodes a share of the files.
     """
-    made_by = digest({"tokenizer": tokenizer_digest, "backbone": backbone and backbone.digest, "side": SIDE})
+    made_by = digest({"tokenizer": decoder_digest, "backbone": backbone and backbone.digest, "side": SIDE})
     cache, compute = cache_folder(store.folder, folder), partial(describe, backbone=backbone)
     cached = []
     for splits, what in ((["train"], "training views"), (held_out_splits(store), "held-out views")):

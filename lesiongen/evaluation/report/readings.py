@@ -260,8 +260,8 @@ def flips_by_polish(metrics: dict) -> list[Reading]:
     if "flips_by_polish" not in found:
         return []
     before = read(found["flips_before_polish"])
-    lost = metrics["tokenizer"]["psnr_before_polish"] - metrics["tokenizer"]["psnr"]
-    facts = {"before": percent(before.value), "lost": f"{lost:.1f}"}
+    gained = metrics["tokenizer"]["psnr"] - metrics["tokenizer"]["psnr_before_polish"]
+    facts = {"before": percent(before.value), "gained": f"{gained:+.1f}".replace("-", "−")}
     return [replace(read(found["flips_by_polish"]), facts=facts)]
 
 

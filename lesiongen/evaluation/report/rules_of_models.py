@@ -48,14 +48,14 @@ MODELS = (
         "model",
         "share of held-out images whose reconstruction the classifier labels differently, after minus before polishing",
         readings.flips_by_polish,
-        "A decoder that paints sharper may paint what was not there. Then labels flip more often than before. 5 points are a "
-        "choice.",
-        "Polishing the decoder costs {lost} dB of PSNR. Before it, {before} of the reconstructions got another label than "
+        "A decoder that makes sharper images may show what was not there. Then labels flip more often than before. 5 points "
+        "are a choice.",
+        "Polishing the decoder changes PSNR by {gained} dB. Before it, {before} of the reconstructions got another label than "
         "their image; polishing changes this by {value} (95 % interval {low} to {high}).",
         {
             "good": "It does not make the classifier see other diagnoses.",
             "fair": "It may make the classifier see other diagnoses a little more often.",
-            "poor": "It paints structures that look like other diagnoses.",
+            "poor": "It shows structures that look like other diagnoses.",
         },
         limits=Limits("above", good=0.05, poor=0.05, floor=0),
         shows="points",
