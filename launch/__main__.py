@@ -69,7 +69,7 @@ def _add_data_verbs(verbs: Verbs) -> None:
 
 
 def _add_stage_verbs(verbs: Verbs) -> None:
-    """Adds the verbs that run one stage, or one model: train, reconstruct, encode, sample, evaluate."""
+    """Adds the verbs that run one stage, or one model: train, reconstruct, encode, sample, tune, evaluate."""
     train = _add_verb(verbs, "train", "train the tokenizer, its decoder once more, or the priors")
     train.add_argument("what", choices=["tokenizer", "polish", "prior"])
     _add_config(train)
@@ -96,6 +96,12 @@ def _add_stage_verbs(verbs: Verbs) -> None:
     sample.add_argument(
         "--out", type=_path, help="directory to write (default: a directory in the run, named after the options)"
     )
+
+    tune = _add_verb(verbs, "tune", "search the guidance and temperature at which samples are closest to real images")
+    tune.add_argument("what", choices=["sampling"])
+    _add_config(tune)
+    tune.add_argument("-n", type=int, default=500, help="images on each side (default: 500)")
+    tune.add_argument("--out", type=_path, metavar="DIR", help="directory to write (default: tuning in the run directory)")
 
     evaluate = _add_verb(verbs, "evaluate", "compute the metrics and write the report")
     _add_config(evaluate)

@@ -156,6 +156,23 @@ def reconstruct(options: argparse.Namespace) -> int:
     return errors.DONE
 
 
+def tune(options: argparse.Namespace) -> int:
+    """Searches settings of sampling, and prints them as overrides of the config."""
+    from lesiongen.stages.tune import tune as search
+
+    if options.n < 20:
+        raise UserError("-n must be at least 20; with fewer images the distance is mostly noise. The default is 500.")
+    config = experiment.load(options.config, options.overrides)
+    if config.local.device == "cpu":
+        dist.hide_gpus()
+    out = Path(options.out) if options.out else config.directory / "tuning"
+    found = search(config, options.n, out)
+    overrides = [f"sample.levels.{level}.{k}={v}" for level, s in found.items() for k, v in vars(s).items() if v is not None]
+    print(f"\nBest settings (all trials: {out / 'trials.csv'}; a section for the config: {out / 'sampling.yaml'}):")
+    print(" ".join(overrides))
+    return errors.DONE
+
+
 def encode(options: argparse.Namespace) -> int:
     """Encodes the shards with the tokenizer."""
     return run_only(experiment.load(options.config, options.overrides), ["codes"], options.fresh)
@@ -294,6 +311,7 @@ COMMANDS = {
     "reconstruct": reconstruct,
     "encode": encode,
     "sample": sample,
+    "tune": tune,
     "evaluate": evaluate,
     "run": run,
     "submit": submit,

@@ -4,13 +4,26 @@ The codes depend on the seed, the samples' indices and the attempt, not on batch
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
 from hpc.data.order import sample_seed
 from lesiongen.priors.cuda_graphs import GraphedFunction
 from lesiongen.priors.prior import Prior
-from lesiongen.priors.sampling import TokenChooser, uniform_numbers
+from lesiongen.priors.sampling import TokenChooser, guidance, uniform_numbers
+
+
+class Settings(Protocol):
+    """The settings of one level that `of` reads; SampleConfig.at(level) has them."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    guidance: float
+    guidance_schedule: str
+    seed: int
+    cuda_graphs: bool
 
 
 class LevelSampler:
@@ -39,6 +52,20 @@ class LevelSampler:
         self.prior, self.choice, self.guidance, self.seed = prior, choice, guidance, seed
         self.device = device
         self._sample = GraphedFunction(self._draw) if cuda_graphs and self.device.type == "cuda" else self._draw
+
+    @classmethod
+    def of(cls, settings: Settings, index: int, prior: Prior, device: torch.device) -> "LevelSampler":
+        """Prepares the sampler of a level from the settings of `sample`.
+
+        Args:
+            settings: The settings of the level.
+            index: Number of the level, from 0 for the coarsest.
+            prior: The level's prior, in evaluation mode.
+            device: The device that computes.
+        """
+        choice = TokenChooser(settings.temperature, settings.top_k, settings.top_p)
+        strength = guidance(settings.guidance, settings.guidance_schedule, prior.length)
+        return cls(prior, choice, strength, settings.seed * 1009 + index, device, settings.cuda_graphs)
 
     def __call__(
         self, facts: Sequence[Sequence[int]], upper: list[torch.Tensor], members: Sequence[int], attempt: int = 0

@@ -45,8 +45,6 @@ from lesiongen.ingest.licences import merge_counts, strictest
 from lesiongen.priors.export import load_prior
 from lesiongen.priors.generator import Codes, Generator
 from lesiongen.priors.level_sampler import LevelSampler
-from lesiongen.priors.prior import Prior
-from lesiongen.priors.sampling import TokenChooser, guidance
 from lesiongen.stages.base import Stage, check_codes, decoder_stage, digest_of, load_decoder, packed, require
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
@@ -84,7 +82,8 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     net, tokenizer_facts = load_decoder(config, topology.device)
     priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
     samplers = {
-        level: level_sampler(sampling, level, i, prior, topology.device) for i, (level, (prior, _)) in enumerate(priors.items())
+        level: LevelSampler.of(sampling.at(level), i, prior, topology.device)
+        for i, (level, (prior, _)) in enumerate(priors.items())
     }
 
     # Decide what each sample shows, and what its metadata says.
@@ -239,14 +238,6 @@ def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str
                 f"{provenance['tokenizer']}. Train the prior on this tokenizer's codes, or set inputs.tokenizer."
             )
     return provenance
-
-
-def level_sampler(sampling: SampleConfig, level: str, index: int, prior: Prior, device: torch.device) -> LevelSampler:
-    """Returns the sampler of one level, with the level's settings. `index` counts the levels from the coarsest."""
-    level_sampling = sampling.at(level)
-    choice = TokenChooser(level_sampling.temperature, level_sampling.top_k, level_sampling.top_p)
-    strength = guidance(level_sampling.guidance, level_sampling.guidance_schedule, prior.length)
-    return LevelSampler(prior, choice, strength, sampling.seed * 1009 + index, device, sampling.cuda_graphs)
 
 
 def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[str, str]]:

@@ -9,9 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import levels
 from launch.__main__ import main
-from lesiongen import experiment
 from lesiongen.data import efficientnet_lite
 from tests.conftest import DEMO, tiny
 
@@ -108,20 +106,6 @@ def test_jobs_wait_for_the_decoder(phantoms, tmp_path, capsys):
     scripts = dict(part.split("\n", 1) for part in capsys.readouterr().out.split("# -------------------- ")[1:])
     assert "<polish>" in scripts["samples"] and "<polish>" not in scripts["prior-top"]
     assert "<tokenizer>" in scripts["polish"] and "<codes>" not in scripts["polish"]
-
-
-def test_each_level_can_be_blamed(run, capsys):
-    """The benchmark's first row keeps all real codes, the second those of the top level; the last one samples all levels."""
-    levels.main([str(run / "config.yaml"), "sample.levels.bottom.temperature=0.9"])
-    rows = capsys.readouterr().out.splitlines()[-3:]
-    assert [row[:20].strip() for row in rows] == ["top, bottom", "top", "none"]
-    config = experiment.load(str(run / "config.yaml"))
-    subject = levels.subject_of(config)
-    real, below_top, nothing = (levels.sampled_below(config, subject, kept) for kept in (2, 1, 0))
-    stored = subject.reconstructions.codes(subject.train, subject.selection.train)
-    assert all((real[level] == stored[level]).all() for level in stored)
-    assert (below_top["top"] == stored["top"]).all() and (below_top["bottom"] != stored["bottom"]).any()
-    assert (nothing["top"] != stored["top"]).any()
 
 
 def test_another_run_uses_the_decoder(phantoms, run, tmp_path):
