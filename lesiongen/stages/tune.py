@@ -195,8 +195,8 @@ class _Search:
         atomic_write(self.out / "sampling.yaml", yaml.safe_dump({"sample": {"levels": levels}}, sort_keys=False).encode())
         codes = self._codes(self.config.levels[0], self.found[self.config.levels[0]])
         shown = np.concatenate([np.flatnonzero(self.labels == label)[:SHOWN] for label in np.unique(self.labels)])
-        painted = decode(self.net, {level: grid[shown] for level, grid in codes.items()})
-        atomic_write(self.out / "samples.png", images.encode_png(images.tile_images(painted, SHOWN)))
+        decoded = decode(self.net, {level: grid[shown] for level, grid in codes.items()})
+        atomic_write(self.out / "samples.png", images.encode_png(images.tile_images(decoded, SHOWN)))
 
 
 def _parts(number: int, size: int) -> Iterator[slice]:
