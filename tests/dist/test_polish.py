@@ -50,7 +50,10 @@ def reference(pools, phantoms, packed, trained, tmp_path_factory):
     return pools(1).run(polish_cases.polish, overrides(phantoms, packed, trained, runs))[0]
 
 
-@pytest.mark.parametrize(("world", "zero"), [(1, 2), (2, 0), (2, 1), (2, 2), (2, 3)])
+LONG = [pytest.param(world, zero, marks=pytest.mark.long) for world, zero in ((1, 2), (2, 1), (2, 3))]
+
+
+@pytest.mark.parametrize(("world", "zero"), [(2, 0), (2, 2), *LONG])
 def test_one_curve(pools, phantoms, packed, trained, reference, tmp_path, world, zero):
     settings = overrides(phantoms, packed, trained, tmp_path, **{"polish.train.engine.zero": zero, "local.ranks": world})
     found = pools(world).run(polish_cases.polish, settings)
