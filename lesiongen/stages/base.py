@@ -21,6 +21,7 @@ from hpc.dist import Topology
 from hpc.errors import Diverged, UserError
 from hpc.run import rundir
 from hpc.run.rundir import StageDir
+from hpc.train.loop import ADJUSTABLE, TrainConfig
 from lesiongen.data.packed import Packed
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import contents
@@ -63,6 +64,16 @@ class Stage:
     adjustable: tuple[str, ...] = ()
     check: Callable[[Experiment], None] | None = None
     hints: dict[str, str] = field(default_factory=dict)
+
+
+def training(section: str, train: TrainConfig) -> dict:
+    """Returns the arguments of Stage that all stages that train have in common.
+
+    Args:
+        section: Key of `train` in the stage's identity.
+        train: The training.
+    """
+    return {"target": train.samples, "trains": True, "adjustable": tuple(f"{section}.{key}" for key in ADJUSTABLE)}
 
 
 def artefact(config: Experiment, name: str) -> Path:
@@ -138,6 +149,11 @@ def require(config: Experiment, name: str, hint: str = "") -> Path:
 def decoder_stage(config: Experiment) -> str:
     """Returns the name of the stage whose decoder makes the images: polish if the run has it, otherwise tokenizer."""
     return "polish" if config.polish or config.inputs.polish else "tokenizer"
+
+
+def model_stages(config: Experiment) -> tuple[str, ...]:
+    """Returns the names of the stages whose models make samples: the tokenizer, its polished decoder, the priors."""
+    return tuple(dict.fromkeys(("tokenizer", decoder_stage(config), *(f"prior-{level}" for level in config.levels))))
 
 
 def load_decoder(config: Experiment, device: torch.device) -> tuple[Tokenizer, dict]:

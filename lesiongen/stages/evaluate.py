@@ -50,6 +50,7 @@ from lesiongen.stages.base import (
     decoder_stage,
     digest_of,
     load_decoder,
+    model_stages,
     packed,
     packed_locations,
     require,
@@ -68,8 +69,7 @@ def stage(config: Experiment) -> Stage:
 
 def _inputs(config: Experiment) -> tuple[str, ...]:
     """Returns the names of the artefacts that the stage reads."""
-    priors = (f"prior-{level}" for level in config.levels)
-    return tuple(dict.fromkeys(("shards", "tokenizer", "codes", decoder_stage(config), *priors, "samples")))
+    return tuple(dict.fromkeys(("shards", "tokenizer", "codes", *model_stages(config), "samples")))
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
@@ -204,8 +204,7 @@ def _data_metrics(subject: Subject) -> dict:
 
 def _pictures(config: Experiment, metrics: dict, copies: Copies) -> dict[str, bytes]:
     """Draws learning curves, the confusion of classes, and the histogram of each kind of distance. Returns name → PNG."""
-    models = dict.fromkeys(("tokenizer", decoder_stage(config), *(f"prior-{level}" for level in config.levels)))
-    trainings = {name: require(config, name) for name in models}
+    trainings = {name: require(config, name) for name in model_stages(config)}
     drawn = {"curves": plots.curves({name: read_metrics(path) for name, path in trainings.items()})}
     measured = metrics["classifier"]["reason"] is None
     if measured and (confusion := charts.confusion(metrics["classifier"])):

@@ -16,7 +16,7 @@ from hpc.config import to_plain
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.train.engine import Engine
-from hpc.train.loop import ADJUSTABLE, train
+from hpc.train.loop import train
 from hpc.train.zero import Weights
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
@@ -26,7 +26,7 @@ from lesiongen.evaluation.card import card
 from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.licences import merge_counts
-from lesiongen.stages.base import Stage, digest_of, packed, require
+from lesiongen.stages.base import Stage, digest_of, packed, require, training
 from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
 from lesiongen.tokenizers.losses import ReconstructionLoss
 from lesiongen.tokenizers.polish import Objective
@@ -39,13 +39,8 @@ def stage(config: Experiment) -> Stage:
     """Returns the stage that trains the decoder of a trained tokenizer once more."""
     identity = {"polish": to_plain(config.polish, volatile=False), "seed": config.seed}
     identity |= {"augment": to_plain(config.encode.augment, volatile=False)}
-    how = {
-        "target": config.polish.train.samples,
-        "trains": True,
-        "adjustable": tuple(f"polish.train.{key}" for key in ADJUSTABLE),
-        "check": _check,
-    }
-    return Stage("polish", ("shards", "tokenizer"), identity, run, **how)
+    how = training("polish.train", config.polish.train)
+    return Stage("polish", ("shards", "tokenizer"), identity, run, check=_check, **how)
 
 
 def _check(config: Experiment) -> None:
@@ -92,7 +87,7 @@ class PolishTask:
         self.shards = shards
 
     def _refuse_other_images(self, shards: Packed) -> None:
-        """Raises UserError if the shards hold other images than those that the tokenizer was trained on can be."""
+        """Raises UserError if the shards were packed in another way than those that the tokenizer was trained on."""
         mine = {"channels": shards.channels, "size": shards.size, "preprocess": shards.preprocess}
         for name, value in mine.items():
             if value != self.about[name]:

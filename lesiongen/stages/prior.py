@@ -23,7 +23,7 @@ from hpc.data.rows import CodeRows
 from hpc.data.shards import training_batches
 from hpc.dist import Topology
 from hpc.train.engine import Engine
-from hpc.train.loop import ADJUSTABLE, train
+from hpc.train.loop import train
 from hpc.train.zero import Weights
 from lesiongen.data import facts, images
 from lesiongen.data.balance import order_for
@@ -36,7 +36,7 @@ from lesiongen.priors import make
 from lesiongen.priors.objective import Objective, model_shape, training_flops_per_sample
 from lesiongen.priors.prior import Prior
 from lesiongen.priors.sampling import TokenChooser, uniform_numbers
-from lesiongen.stages.base import Stage, check_codes, require
+from lesiongen.stages.base import Stage, check_codes, require, training
 from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
 
 GRID_SAMPLES = 32  # samples in the picture that is drawn at each evaluation
@@ -50,9 +50,7 @@ def stage(config: Experiment, level: str) -> Stage:
     def run_level(config: Experiment, topology: Topology, folder: Path) -> str:
         return run(config, topology, folder, level)
 
-    adjustable = tuple(f"prior.train.{key}" for key in ADJUSTABLE)
-    target = prior_config.train.samples
-    return Stage(f"prior-{level}", ("codes",), identity, run_level, target=target, trains=True, adjustable=adjustable)
+    return Stage(f"prior-{level}", ("codes",), identity, run_level, **training("prior.train", prior_config.train))
 
 
 def run(config: Experiment, topology: Topology, folder: Path, level: str) -> str:

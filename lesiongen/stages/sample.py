@@ -45,7 +45,7 @@ from lesiongen.ingest.licences import merge_counts, strictest
 from lesiongen.priors.export import load_prior
 from lesiongen.priors.generator import Codes, Generator
 from lesiongen.priors.level_sampler import LevelSampler
-from lesiongen.stages.base import Stage, check_codes, decoder_stage, digest_of, load_decoder, packed, require
+from lesiongen.stages.base import Stage, check_codes, decoder_stage, digest_of, load_decoder, model_stages, packed, require
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 PER_CLASS = 8  # samples of each class in the contact sheet, and images in each of its rows
@@ -59,7 +59,7 @@ NO_CODES = (
 
 def stage(config: Experiment) -> Stage:
     """Returns the stage that samples images."""
-    needs = tuple(dict.fromkeys(("tokenizer", decoder_stage(config), *(f"prior-{level}" for level in config.levels))))
+    needs = model_stages(config)
     hints = {name: NO_CODES for name in ("codes", "shards")} if config.sample.gate else {}
     return Stage(
         "samples", (*needs, *hints), {"sample": to_plain(config.sample, volatile=False)}, run, hints=hints, check=_check

@@ -15,7 +15,7 @@ from hpc.config import to_plain
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.train.engine import Engine
-from hpc.train.loop import ADJUSTABLE, train
+from hpc.train.loop import train
 from hpc.train.zero import Weights, gathered
 from lesiongen.data.images import to_float
 from lesiongen.data.packed import Packed
@@ -25,7 +25,7 @@ from lesiongen.evaluation import plots
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.experiment import Experiment
-from lesiongen.stages.base import Stage, packed
+from lesiongen.stages.base import Stage, packed, training
 from lesiongen.tokenizers import make
 from lesiongen.tokenizers.export import export_digest, write_export
 from lesiongen.tokenizers.losses import ReconstructionLoss
@@ -38,10 +38,7 @@ KMEANS_IMAGES = 256  # training images whose vectors are clustered to initialise
 def stage(config: Experiment) -> Stage:
     """Returns the stage that trains the tokenizer."""
     identity = {"tokenizer": to_plain(config.tokenizer, volatile=False), "seed": config.seed}
-    adjustable = tuple(f"tokenizer.train.{key}" for key in ADJUSTABLE)
-    target = config.tokenizer.train.samples
-    how = {"target": target, "trains": True, "adjustable": adjustable, "check": _check}
-    return Stage("tokenizer", ("shards",), identity, run, **how)
+    return Stage("tokenizer", ("shards",), identity, run, check=_check, **training("tokenizer.train", config.tokenizer.train))
 
 
 def _check(config: Experiment) -> None:

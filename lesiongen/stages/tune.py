@@ -11,7 +11,6 @@ images have equal numbers of each class.
 
 import csv
 import io
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,11 +36,10 @@ from lesiongen.evaluation.reconstructions import Reconstructions, decode, decode
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
 from lesiongen.priors.export import load_prior
 from lesiongen.priors.level_sampler import LevelSampler
-from lesiongen.stages.base import check_codes, decoder_stage, digest_of, load_decoder, packed, packed_locations, require
+from lesiongen.stages.base import check_codes, digest_of, load_decoder, model_stages, packed, packed_locations, require
 
 GUIDANCE = ((1.0, "constant"), (1.5, "constant"), (2.0, "constant"), (3.0, "constant"), (2.0, "linear"), (3.0, "linear"))
 TEMPERATURES = (0.95, 0.9, 0.85)  # besides 1
-REAL = LevelSampling()  # stands for a level whose codes are real
 SHOWN = 8  # samples of each class in the picture
 
 
@@ -86,7 +84,7 @@ def tune(config: Experiment, number: int, out: Path) -> dict[str, LevelSampling]
         UserError: A model is not trained, or no class has both training and validation images.
     """
     search = _Search(config, number, out)
-    search.measure("", REAL)
+    search.measure("", LevelSampling())
     for level in reversed(config.levels):
         trials = [search.measure(level, LevelSampling(1.0, None, None, *guided)) for guided in search.guidance(level)]
         best = min(trials, key=lambda trial: trial.kid).settings()
@@ -110,7 +108,7 @@ class _Search:
         check_codes(config, store)
         self.net, _ = load_decoder(config, self.device)
         self.priors = {level: load_prior(require(config, f"prior-{level}"), self.device) for level in config.levels}
-        self.classes, train, val = shards.classes, RealImages(shards, ["train"]), RealImages(shards, ["val"])
+        train, val = RealImages(shards, ["train"]), RealImages(shards, ["val"])
         self.labels, chosen = equal_classes(train, val, number, config.seed)
         self.real = Reconstructions(store, self.net).codes(train, chosen[0])
         columns = store.all("train", 0, sorted({fact for _, about in self.priors.values() for fact in about["facts"]}))
@@ -119,8 +117,7 @@ class _Search:
         self.features = torch.from_numpy(self.backbone.over(val.batches(chosen[1]))).double()
         # Trials of other models, images or fixed settings do not count.
         fixed = {key: getattr(config.sample, key) for key in ("seed", "top_k", "top_p")}
-        names = ("shards", "tokenizer", "codes", decoder_stage(config), *(f"prior-{level}" for level in config.levels))
-        made_from = {name: digest_of(config, name) for name in names}
+        made_from = {name: digest_of(config, name) for name in ("shards", "codes", *model_stages(config))}
         self.key = digest({"number": number, "seed": config.seed, **fixed, **made_from, "ruler": self.backbone.digest})
         self.trials: list[Trial] = []
 
@@ -162,8 +159,8 @@ class _Search:
 
     def _codes(self, level: str, settings: LevelSampling) -> dict[str, np.ndarray]:
         """Returns codes: real ones above a level, sampled ones of the level and of the finer levels."""
-        by_level = {level: settings} | self.found
-        sampling = replace(self.config.sample, levels={name: s for name, s in by_level.items() if name})
+        by_level = self.found | ({level: settings} if level else {})
+        sampling = replace(self.config.sample, levels=by_level)
         codes: dict[str, torch.Tensor] = {}
         for index, name in enumerate(self.config.levels):
             if name in by_level:
@@ -179,9 +176,11 @@ class _Search:
         facts = np.stack([self.facts[name] for name in names], 1) if names else np.zeros((number, 0), int)
         parts = []
         with progress_bar(number, f"sample {level}") as progress:
-            for part in _parts(number, sampling.batch):
-                parts.append(sampler(facts[part].tolist(), [grid[part] for grid in upper], range(part.start, part.stop)))
-                progress.update(part.stop - part.start)
+            for first in range(0, number, sampling.batch):
+                part = slice(first, first + sampling.batch)
+                members = range(number)[part]
+                parts.append(sampler(facts[part].tolist(), [grid[part] for grid in upper], members))
+                progress.update(len(members))
         return torch.cat(parts)
 
     def write(self) -> None:
@@ -197,11 +196,6 @@ class _Search:
         shown = np.concatenate([np.flatnonzero(self.labels == label)[:SHOWN] for label in np.unique(self.labels)])
         decoded = decode(self.net, {level: grid[shown] for level, grid in codes.items()})
         atomic_write(self.out / "samples.png", images.encode_png(images.tile_images(decoded, SHOWN)))
-
-
-def _parts(number: int, size: int) -> Iterator[slice]:
-    """Yields consecutive slices of at most `size`."""
-    return (slice(first, min(first + size, number)) for first in range(0, number, size))
 
 
 def equal_classes(train: RealImages, val: RealImages, number: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
