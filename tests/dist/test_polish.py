@@ -70,6 +70,7 @@ def test_one_curve(pools, phantoms, packed, trained, reference, tmp_path, world,
     )
 
 
+@pytest.mark.long
 def test_a_kill_changes_nothing(phantoms, packed, trained, reference, tmp_path):
     command = [sys.executable, "-m", "launch", "train", "polish", DEMO, *overrides(phantoms, packed, trained, tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -43,7 +43,7 @@ def test_one_curve_for_other_optimizers(pools, packed, references, name, world, 
         pytest.param("adamw", 1, marks=pytest.mark.long),
         ("adamw", 2),
         ("adamw", 3),
-        ("sgd", 2),
+        pytest.param("sgd", 2, marks=pytest.mark.long),
         pytest.param("sgd", 3, marks=pytest.mark.long),
     ],
 )

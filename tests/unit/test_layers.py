@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,11 @@ def test_help_answers_at_once():
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=layering.ROOT)
     assert time.monotonic() - began < 10
+
+
+def test_pytest_enters_every_folder_of_tests(request):
+    """pytest leaves some folders out by their names. A folder that it leaves out is tested by nobody, and nothing says so."""
+    left_out = request.config.getini("norecursedirs")
+    folders = {path.parent for path in (layering.ROOT / "tests").rglob("test_*.py")}
+    assert len(folders) > 5
+    assert [str(f) for f in folders for pattern in left_out if fnmatch(f.name, pattern)] == []
