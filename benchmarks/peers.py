@@ -76,9 +76,7 @@ class Peer:
         torch.manual_seed(config.seed)
         self.classes = len(self.shards.classes)
         self.net = unet(self.shards.size, self.shards.channels, self.classes).to(DEVICE, memory_format=torch.channels_last)
-        self.average = torch.optim.swa_utils.AveragedModel(
-            self.net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
-        )
+        self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.999))
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.0)
         self.autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16")
         self.seconds, self.seen = 0.0, 0
@@ -228,9 +226,8 @@ def main() -> None:
         rows = list(csv.DictReader(file))
     start = time.perf_counter()
     write_samples(peer, rows, options.out / "samples", options.steps, options.guidance)
-    print(
-        f"peer: {peer.seen:,} images in {peer.seconds / 60:.0f} min, {len(rows):,} samples in {time.perf_counter() - start:.0f} s"
-    )
+    took = time.perf_counter() - start
+    print(f"peer: {peer.seen:,} images in {peer.seconds / 60:.0f} min, {len(rows):,} samples in {took:.0f} s")
     table = {"ours": judge(config, ours), "flow matching": judge(config, options.out / "samples")}
     atomic_write(options.out / "table.json", json.dumps(table, indent=1).encode())
     print("| |", " | ".join(table["ours"]), "|")
