@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Folders whose tests run in two processes. Those of the others start several ranks each, or have limits of time.
+SIDE_BY_SIDE := tests/chain tests/unit
 
 .PHONY: demo test test-long lint clean
 
@@ -17,7 +19,8 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m "not long" $(foreach folder,$(SIDE_BY_SIDE),--ignore $(folder))
 
 test-long: $(VENV)/.ready
 	$(BIN)/python -m pytest -m long

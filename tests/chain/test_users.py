@@ -63,7 +63,10 @@ def test_two_members_of_a_group_share_a_whole_run(clinic, tmp_path):
     assert codes == [0], said
 
 
-@pytest.mark.parametrize("case", ["a read-only file system", "the directory of somebody else, and a user without a name"])
+READ_ONLY = pytest.param("a read-only file system", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("case", [READ_ONLY, "the directory of somebody else, and a user without a name"])
 def test_reading_verbs_write_nothing(clinic, case):
     """A finished tokenizer that cannot be written: what only reads works, and what must write there says so in one line."""
     user, read_only = ("ada", clinic.runs) if "file system" in case else ("stranger", None)

@@ -41,7 +41,7 @@ def test_one_curve_for_other_optimizers(pools, packed, references, name, world, 
     [
         ("adamw", 0),
         pytest.param("adamw", 1, marks=pytest.mark.long),
-        ("adamw", 2),
+        pytest.param("adamw", 2, marks=pytest.mark.long),
         ("adamw", 3),
         pytest.param("sgd", 2, marks=pytest.mark.long),
         pytest.param("sgd", 3, marks=pytest.mark.long),

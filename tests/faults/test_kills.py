@@ -97,6 +97,7 @@ def test_a_killed_rank(phantoms, packed, undisturbed, tmp_path, victim):
     assert ledgers(tmp_path / "tiny", "tokenizer") == ledgers(undisturbed, "tokenizer")
 
 
+@pytest.mark.long
 def test_a_signal_stops_all_ranks_together_and_resumes(phantoms, packed, undisturbed, tmp_path):
     arguments = ["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path), *overrides(packed, tmp_path, 2)]
     folder = tmp_path / "tiny" / "tokenizer"

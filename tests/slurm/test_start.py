@@ -90,6 +90,7 @@ def run(script: Path, moment: int, number: int = 0) -> subprocess.Popen:
     return subprocess.Popen(["bash", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.long
 def test_a_signal_at_any_moment_of_the_start_leaves_a_stage_that_resumes(scripts, hooked):
     undisturbed = run(scripts[0], 0)
     output, _ = undisturbed.communicate(timeout=120)
