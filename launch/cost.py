@@ -26,6 +26,7 @@ from lesiongen.experiment import Experiment
 from lesiongen.priors import objective as prior_objective
 from lesiongen.tokenizers import objective as tokenizer_objective
 from lesiongen.tokenizers import polish as polish_objective
+from lesiongen.tokenizers.energy import EnergyScore
 from lesiongen.tokenizers.losses import ReconstructionLoss
 
 MARGIN = 0.85  # share of the memory that a plan may take
@@ -154,11 +155,13 @@ def _tokenizer(config: Experiment) -> Training:
 
 def _polish(config: Experiment) -> Training:
     model, side, channels = config.tokenizer.model, config.data.size, config.data.channels
-    loss = ReconstructionLoss(config.polish.loss, 1.0)
+    score = EnergyScore(config.polish.loss)
 
     def build_with(model: tokenizers.TokenizerModel) -> Callable[[], nn.Module]:
         def build() -> nn.Module:
-            return polish_objective.Objective(tokenizers.make(model, channels, 1), loss)
+            net = tokenizers.make(model, channels, 1)
+            net.add_texture(config.polish.texture)
+            return polish_objective.Objective(net, score)
 
         return build
 

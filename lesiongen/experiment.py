@@ -27,7 +27,9 @@ from lesiongen.evaluation.config import EvaluateConfig
 from lesiongen.evaluation.privacy.gate import GateConfig
 from lesiongen.priors import GPTConfig, PriorModel
 from lesiongen.tokenizers import TokenizerModel, VQVAE2Config
+from lesiongen.tokenizers.energy import EnergyConfig
 from lesiongen.tokenizers.losses import LossConfig
+from lesiongen.tokenizers.texture import TextureConfig
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,6 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
-class PolishLoss(LossConfig):
-    """LossConfig with other defaults. A section that names some of the fields keeps the defaults of the others."""
-
-    perceptual: float = 0.02
-
-
-@dataclass(frozen=True)
 class PolishOptim(OptimConfig):
     """OptimConfig with other defaults."""
 
@@ -100,9 +95,10 @@ class PolishTraining(TrainConfig):
 
 @dataclass(frozen=True)
 class PolishConfig:
-    """The polish stage, which trains the decoder once more by itself, for sharper images. Codes and priors stay valid."""
+    """The polish stage: trains the decoder once more by itself, for sharp images with texture. Codes and priors stay valid."""
 
-    loss: PolishLoss = field(default_factory=PolishLoss)  # weights of the loss's terms
+    texture: TextureConfig = field(default_factory=TextureConfig)  # the network that draws what the codes do not decide
+    loss: EnergyConfig = field(default_factory=EnergyConfig)  # weights of the energy score's terms
     stream: StreamConfig = field(default_factory=StreamConfig)  # how often each image, class and set is drawn
     train: PolishTraining = field(default_factory=PolishTraining)  # length, batch, optimizer, evaluations, checkpoints
 

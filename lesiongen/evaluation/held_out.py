@@ -6,6 +6,8 @@ among the ranks, and all ranks get the same metrics.
 Shapes: B images, C channels, H × W pixels or codes, K codes.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from hpc import dist, watchdog
@@ -16,7 +18,6 @@ from lesiongen.data.similarity import psnr, ssim
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation import figures
 from lesiongen.evaluation.codes import usage_and_perplexity
-from lesiongen.tokenizers.losses import ReconstructionLoss
 from lesiongen.tokenizers.quantizer import Quantized
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ SHOWN = 8  # images in the pictures
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    net: Tokenizer, data: ImageShards, batch_size: int, reconstruction: ReconstructionLoss | None = None
+    net: Tokenizer, data: ImageShards, batch_size: int, loss: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> tuple[dict[str, float], dict[str, bytes]]:
     """Measures a tokenizer on a split. Collective.
 
@@ -35,7 +36,7 @@ def evaluate_tokenizer(
         net: The tokenizer, in evaluation mode.
         data: The split.
         batch_size: Images that are reconstructed at once.
-        reconstruction: A loss whose mean over the images is to be measured, too.
+        loss: Returns a loss of a batch of images [B, C, H, W] in [-1, 1], whose mean over the images is to be measured, too.
 
     Returns:
         The metrics: loss (if asked for), psnr (dB), ssim, mse (for pixels in [-1, 1]), nmse (mse over the variance of the
@@ -50,8 +51,8 @@ def evaluate_tokenizer(
         x = to_float(batch["image"].to(device))
         y, levels = net(x)
         psnr_B = totals.add_images(x, y)
-        if reconstruction is not None:
-            totals.loss[0] += float(reconstruction(y, x)[0]) * len(x)
+        if loss is not None:
+            totals.loss[0] += float(loss(x)) * len(x)
             totals.loss[1] += len(x)
         watchdog.beat()
         totals.add_codes(batch["label"], [levels[name] for name in net.names])
@@ -79,7 +80,7 @@ class _Totals:
 
     Attributes:
         quality: PSNR, SSIM, squared error and images, [4].
-        loss: The sum of the reconstruction loss, and the images it was measured on, [2].
+        loss: The sum of the loss, and the images it was measured on, [2].
         perturbed: PSNR lost to wrong codes, and the images it was measured on, [2].
         counts: How often each code occurs in images of each class, [levels, classes + 1, K]. The last row of each level counts
             unlabelled images.

@@ -1,4 +1,4 @@
-"""polish: shards + tokenizer → the same tokenizer with a decoder that makes sharper images.
+"""polish: shards + tokenizer → the same tokenizer with a decoder that makes sharp images with texture.
 
 Encoder and codebooks stay as they are, so codes and priors stay valid. The stage exports the weights whose loss was lowest on
 the validation split. The sample and evaluate stages decode with the export.
@@ -27,12 +27,9 @@ from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.licences import merge_counts
 from lesiongen.stages.base import Stage, digest_of, packed, require, training
+from lesiongen.tokenizers.energy import EnergyScore
 from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
-from lesiongen.tokenizers.losses import ReconstructionLoss
 from lesiongen.tokenizers.polish import Objective
-
-# The largest value of each term of the loss for images in [-1, 1]; nmse is mse over four times the variance of the pixels.
-LARGEST = {"mse": 4.0, "l1": 2.0, "ssim": 2.0, "ms_ssim": 2.0, "perceptual": 24.0, "lpips": 4.0}
 
 
 def stage(config: Experiment) -> Stage:
@@ -45,7 +42,7 @@ def stage(config: Experiment) -> Stage:
 
 def _check(config: Experiment) -> None:
     """Raises UserError if a network of the loss is not installed."""
-    ReconstructionLoss(config.polish.loss, 1.0)
+    EnergyScore(config.polish.loss)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
@@ -76,9 +73,12 @@ class PolishTask:
         self._refuse_other_images(shards)
         # The export holds what the tokenizer's training had set; recomputing activations is a setting of each training.
         self.tokenizer.config = replace(self.tokenizer.config, checkpoint=config.tokenizer.model.checkpoint)
-        variance = shards.moments["data_variance"]
-        self.loss = ReconstructionLoss(polish.loss, variance)
-        self.worst = sum(getattr(polish.loss, term) * value for term, value in LARGEST.items()) + polish.loss.nmse / variance
+        with torch.random.fork_rng([]):  # the first weights are the same on every rank
+            torch.manual_seed(config.seed)
+            self.tokenizer.add_texture(polish.texture)
+        self.tokenizer.to(device)
+        self.loss = EnergyScore(polish.loss)
+        self.worst = self.loss.worst
         # The views are those that the encode stage makes, because samples look like them.
         how = config.encode.augment, polish.stream, polish.train.batch, config.seed
         self.images = TrainingImages(shards, config.data, *how, device)
@@ -101,7 +101,7 @@ class PolishTask:
         return Objective(copy.deepcopy(self.tokenizer), self.loss)
 
     def prepare(self, module: nn.Module) -> None:
-        """Does nothing: the decoder starts from the trained weights."""
+        """Does nothing: the decoder starts from the trained weights, the texture from none."""
 
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
         """Yields this rank's micro-batches of augmented images, without end; see TrainingImages.stream()."""
@@ -119,7 +119,7 @@ class PolishTask:
         """Measures the loss and the tokenizer's metrics on the validation split. Collective."""
         batch = self.config.evaluate.batch
         with engine.whole_module() as module:
-            return evaluate_tokenizer(module.tokenizer, self.held_out, batch, module.reconstruction)
+            return evaluate_tokenizer(module.tokenizer, self.held_out, batch, module.held_out_loss)
 
     def curves(self, rows: list[dict]) -> dict[str, bytes]:
         """Draws the learning curves from the metrics log. Returns name → PNG."""
@@ -130,13 +130,15 @@ class PolishTask:
         """Writes a whole tokenizer, bound to the one whose codes it decodes, and a model card. Collective.
 
         Args:
-            weights: The weights of the decoder.
+            weights: The weights of decoder and texture.
             metrics: The held-out metrics of these weights.
         """
-        frozen = {name: value for name, value in self.tokenizer.state_dict().items() if not name.startswith("decoder.")}
+        trained = ("decoder.", "texture.")
+        frozen = {name: value for name, value in self.tokenizer.state_dict().items() if not name.startswith(trained)}
         made_for = digest_of(self.config, "tokenizer")
         data = merge_counts(self.about["data"], self.shards.about)
-        facts = self.about | {"polished": made_for, "held_out": metrics, "data": data}
+        texture = to_plain(self.config.polish.texture)
+        facts = self.about | {"polished": made_for, "texture": texture, "held_out": metrics, "data": data}
         about = {"decodes codes of tokenizer": made_for, "image size": f"{facts['size']} px"}
         readme = card("tokenizer", self.name, about, facts["data"], metrics)
         write_export(self.folder / "export", weights, facts, readme, frozen)

@@ -17,6 +17,7 @@ from hpc.run.rundir import atomic_write, read_stage_record
 from hpc.train import weight_files
 from hpc.train.zero import Weights
 from lesiongen.tokenizers import TokenizerModel, make
+from lesiongen.tokenizers.texture import TextureConfig
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
@@ -86,5 +87,7 @@ def load_tokenizer(path: Path, device: torch.device) -> tuple[Tokenizer, dict]:
     refuse_changed(path)
     description = read_yaml(path / "export" / "config.yaml")
     net = make(convert(TokenizerModel, description["model"], "model"), description["channels"], batch=1)
+    if texture := description.get("texture"):
+        net.add_texture(convert(TextureConfig, texture, "texture"))
     net.load_state_dict(dict(weight_files.read(path / "export")))
     return net.to(device).eval(), description

@@ -39,13 +39,13 @@ class Perceptual(nn.Module):
     def forward(self, y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Returns the distance of each pair of images with 1 or 3 channels, [B]."""
         with torch.no_grad():
-            of_images = self._features(x_BCHW)
+            of_images = self.features(x_BCHW)
         distance = torch.zeros(len(x_BCHW), device=x_BCHW.device)
-        for mine, other in zip(self._features(y_BCHW), of_images, strict=True):
+        for mine, other in zip(self.features(y_BCHW), of_images, strict=True):
             distance = distance + (mine - other).square().sum(1).mean((1, 2))
         return distance
 
-    def _features(self, x_BCHW: torch.Tensor) -> list[torch.Tensor]:
+    def features(self, x_BCHW: torch.Tensor) -> list[torch.Tensor]:
         """Returns the features of each compared layer, of length 1 at each place."""
         h = self.stem(x_BCHW.expand(-1, 3, -1, -1))  # pixels in [-1, 1] are what the network was trained on
         found = [h]

@@ -1,7 +1,8 @@
-"""What the polish stage minimises: the reconstruction loss of a decoder, behind a frozen encoder and frozen codebooks.
+"""What the polish stage minimises: the energy score of a decoder that draws, behind a frozen encoder and frozen codebooks.
 
 Codes that are easy to predict and images that are sharp ask different things of a tokenizer, so the decoder is trained a second
-time by itself (SeQ-GAN, Gu et al. 2022, arXiv:2212.03185). Codes, and priors of them, stay valid.
+time by itself (SeQ-GAN, Gu et al. 2022, arXiv:2212.03185), together with a network that draws what the codes do not decide
+(texture.py). Codes, and priors of them, stay valid.
 """
 
 import torch
@@ -9,40 +10,43 @@ from torch import nn
 
 from lesiongen.data.images import to_float, to_unit
 from lesiongen.data.similarity import psnr, ssim
-from lesiongen.tokenizers.losses import ReconstructionLoss
+from lesiongen.tokenizers.energy import EnergyScore
+from lesiongen.tokenizers.texture import hashed, seeds_of
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
 class Objective(nn.Module):
-    """A decoder and its loss. The training engine wraps it and calls forward().
+    """A decoder, its texture network and their loss. The training engine wraps it and calls forward().
 
     Attributes:
-        net: Holds the decoder, the only part that trains, under its name in the tokenizer.
+        net: Holds decoder and texture, the only parts that train, under their names in the tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, reconstruction: ReconstructionLoss):
+    def __init__(self, tokenizer: Tokenizer, score: EnergyScore):
         """Joins them.
 
         Args:
-            tokenizer: The trained tokenizer, on the device that trains. Its decoder's weights are changed.
-            reconstruction: The reconstruction loss.
+            tokenizer: The trained tokenizer with a texture network, on the device that trains. The weights of its decoder and
+                of its texture are changed.
+            score: The loss.
         """
         super().__init__()
-        # In a tuple, so that the engine sees the decoder's parameters alone: it would shard frozen ones and save them.
+        # In a tuple, so that the engine sees the trained parameters alone: it would shard frozen ones and save them.
         self.frozen = (tokenizer.eval().requires_grad_(False),)
-        self.net = nn.ModuleDict({"decoder": tokenizer.decoder.train().requires_grad_(True)})
-        self.reconstruction = reconstruction
+        parts = {"decoder": tokenizer.decoder, "texture": tokenizer.texture}
+        self.net = nn.ModuleDict({name: part.train().requires_grad_(True) for name, part in parts.items()})
+        self.score = score
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer with the decoder as it is now."""
+        """The tokenizer with the trained parts as they are now."""
         return self.frozen[0]
 
     def forward(self, batch: dict) -> dict:
         """Computes the loss of one micro-batch.
 
         Args:
-            batch: "image" uint8 [B, C, H, W].
+            batch: "image" uint8 [B, C, H, W] and "position" [B], which decides the noise.
 
         Returns:
             "loss", a scalar; "metrics" {name: detached scalar}; "statistics" None.
@@ -50,9 +54,20 @@ class Objective(nn.Module):
         x = to_float(batch["image"])
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the codes are those of the encode stage
             vectors = {name: q.x for name, q in self.tokenizer.quantized(x).items()}
-        y = self.tokenizer.decode(vectors)
-        loss, terms = self.reconstruction(y, x)
+        a, b = self._draws(vectors, batch["position"].to(x.device))
+        loss, terms = self.score(a, b, x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for SSIM's variances
-            metrics = {"reconstruction": loss.detach(), **terms}
-            metrics |= {"psnr": psnr(to_unit(y), to_unit(x)).mean(), "ssim": ssim(to_unit(y[:4]), to_unit(x[:4])).mean()}
-        return {"loss": loss, "metrics": metrics, "statistics": None}
+            terms |= {"psnr": psnr(to_unit(a), to_unit(x)).mean(), "ssim": ssim(to_unit(a[:4]), to_unit(x[:4])).mean()}
+        return {"loss": loss, "metrics": terms, "statistics": None}
+
+    def held_out_loss(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Returns the score of images in [-1, 1]. Their codes decide the noise."""
+        levels = self.tokenizer.quantized(x_BCHW)
+        seed_B = seeds_of([q.codes for q in levels.values()])
+        return self.score(*self._draws({name: q.x for name, q in levels.items()}, seed_B), x_BCHW)[0]
+
+    def _draws(self, vectors: dict[str, torch.Tensor], number_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decodes two draws of each image. The image's number decides their noise."""
+        seeds = [hashed(2 * number_B + draw) for draw in (0, 1)]
+        a, b = self.tokenizer.decode(vectors, torch.cat(seeds)).chunk(2)
+        return a, b

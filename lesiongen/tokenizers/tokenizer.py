@@ -11,23 +11,36 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lesiongen.tokenizers.quantizer import Quantized
+from lesiongen.tokenizers.texture import Texture, TextureConfig, seeds_of
 
 
 class Tokenizer(nn.Module, ABC):
     """Maps images [B, C, H, W] in [-1, 1] to a grid of codes [B, h, w] for each level, and back.
 
-    A subclass sets `config`, `names`, `quantizers` and `decoder`, and implements quantized(), decoder_input() and
+    A subclass sets `config`, `names`, `channels`, `quantizers` and `decoder`, and implements quantized(), decoder_input() and
     initialise(images).
 
     Attributes:
         names: Names of the levels, fine to coarse.
+        channels: Colour channels of the images.
         quantizers: One quantizer for each name, in the same order.
         decoder: Maps decoder_input() to images. Encoding does not use it, so its weights may change while codes stay valid.
+        texture: Adds texture to the decoder's images; None if the decoder was not polished.
     """
 
     names: tuple[str, ...]
+    channels: int
     quantizers: nn.ModuleList
     decoder: nn.Module
+
+    def __init__(self):
+        super().__init__()
+        self.register_module("texture", None)
+
+    def add_texture(self, config: TextureConfig) -> None:
+        """Adds a texture network, which changes nothing before it is trained."""
+        inputs = next(layer for layer in self.decoder.modules() if isinstance(layer, nn.Conv2d)).in_channels
+        self.texture = Texture(config, inputs, self.channels)
 
     @abstractmethod
     def quantized(
@@ -48,9 +61,20 @@ class Tokenizer(nn.Module, ABC):
     def decoder_input(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Joins {level: quantized vectors [B, D, h, w]} on the finest grid, for the decoder."""
 
-    def decode(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Decodes {level: quantized vectors [B, D, h, w]} to images [B, C, H, W] in about [-1, 1]."""
-        return self._run_part(self.decoder, self.decoder_input(vectors))
+    def decode(self, vectors: dict[str, torch.Tensor], seed_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Decodes {level: quantized vectors [B, D, h, w]} to images [B, C, H, W] in about [-1, 1].
+
+        Args:
+            vectors: The quantized vectors.
+            seed_B: Seed of the texture of each image; None leaves the texture out. With n · B seeds, n draws of each image
+                follow one another: the first draw of all images, then the second.
+        """
+        h = self.decoder_input(vectors)
+        y = self._run_part(self.decoder, h)
+        if self.texture is None or seed_B is None:
+            return y
+        draws = len(seed_B) // len(y)
+        return self.texture(y.repeat(draws, 1, 1, 1), h.repeat(draws, 1, 1, 1), seed_B)
 
     def forward(
         self, x_BCHW: torch.Tensor, slot_B: torch.Tensor | None = None, position_B: torch.Tensor | None = None
@@ -66,7 +90,8 @@ class Tokenizer(nn.Module, ABC):
             Reconstructions [B, C, H, W] in about [-1, 1], and {level: Quantized}.
         """
         levels = self.quantized(x_BCHW, slot_B, position_B)
-        return self.decode({name: q.x for name, q in levels.items()}), levels
+        seed_B = self._seeds({name: q.codes for name, q in levels.items()})
+        return self.decode({name: q.x for name, q in levels.items()}, seed_B), levels
 
     @property
     def entries(self) -> int:
@@ -80,7 +105,12 @@ class Tokenizer(nn.Module, ABC):
     def decode_codes(self, codes: dict[str, torch.Tensor]) -> torch.Tensor:
         """Decodes {level: codes [B, h, w]} to images [B, C, H, W] in about [-1, 1]."""
         quantizers = dict(zip(self.names, self.quantizers, strict=True))
-        return self.decode({name: quantizers[name].lookup(codes[name].long()) for name in self.names})
+        vectors = {name: quantizers[name].lookup(codes[name].long()) for name in self.names}
+        return self.decode(vectors, self._seeds(codes))
+
+    def _seeds(self, codes: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Returns the seed of each image's texture: a hash of its codes. None without a texture network."""
+        return None if self.texture is None else seeds_of([codes[name].long() for name in self.names])
 
     def codebook(self, name: str) -> torch.Tensor:
         """Returns the vectors of a level's codes as the decoder receives them, [K, D]."""

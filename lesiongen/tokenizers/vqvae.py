@@ -62,7 +62,7 @@ class VQVAE(Tokenizer):
             batch: Global batch size.
         """
         super().__init__()
-        self.config, self.names = config, config.names
+        self.config, self.names, self.channels = config, config.names, channels
         self.encoder = build_encoder(channels, config.stride, config)
         self.project = nn.Conv2d(config.hidden, config.dim, 1)
         self.quantizers = nn.ModuleList([build(config, batch)])
@@ -77,8 +77,8 @@ class VQVAE(Tokenizer):
     def decoder_input(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
         return vectors["codes"]
 
-    def decode(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
-        y = super().decode(vectors)
+    def decode(self, vectors: dict[str, torch.Tensor], seed_B: torch.Tensor | None = None) -> torch.Tensor:
+        y = super().decode(vectors, seed_B)
         return torch.tanh(y) if self.config.output == "tanh" else y
 
     @torch.no_grad()

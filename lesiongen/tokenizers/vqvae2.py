@@ -70,7 +70,7 @@ class VQVAE2(Tokenizer):
             batch: Global batch size.
         """
         super().__init__()
-        self.config, self.names = config, config.names
+        self.config, self.names, self.channels = config, config.names, channels
         levels = range(len(config.strides))
         dim, top = config.dim, levels[-1]
         # encoders[i] maps the features of level i - 1 (the image for i = 0) to those of level i.

@@ -14,7 +14,7 @@ from lesiongen.data import efficientnet_lite
 from tests.conftest import DEMO, tiny
 
 POLISH = {
-    "polish.loss.perceptual": 0.02,
+    "polish.texture.width": 8,
     "polish.train.samples": 320,
     "polish.train.batch": 16,
     "polish.train.log_every": 16,
@@ -55,7 +55,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_only_the_decoder_changes(run):
     before, after = weights(run / "tokenizer"), weights(run / "polish")
-    assert before.keys() == after.keys()
+    added = after.keys() - before.keys()
+    assert added and all(name.startswith("texture.") for name in added) and not before.keys() - after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
     assert KEPT and all(record(run / stage) == before for stage, before in KEPT.items())  # no stage was run again
@@ -65,7 +66,7 @@ def test_the_loss_falls_and_selects_the_export(run):
     rows = [json.loads(line) for line in (run / "polish" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["val/loss"] for row in rows if "val/loss" in row]
     assert losses[-1] < losses[0]
-    assert {"train/perceptual", "train/psnr", "val/psnr"} <= {key for row in rows for key in row}
+    assert {"train/features", "train/psnr", "val/psnr"} <= {key for row in rows for key in row}
     assert list((run / "polish" / "images").glob("curves-*.png"))
 
 
@@ -96,7 +97,7 @@ def test_the_report_says_what_polish_costs(run):
 def test_without_polish_the_samples_are_stale(phantoms, run, capsys):
     assert main(["run", DEMO, *tiny(phantoms, run.parent)]) == 2
     assert "--fresh samples" in capsys.readouterr().err
-    assert main(["run", DEMO, *tiny(phantoms, run.parent, **POLISH | {"polish.loss.l1": 0.1})]) == 2
+    assert main(["run", DEMO, *tiny(phantoms, run.parent, **POLISH | {"polish.loss.pixels": 2.0})]) == 2
     assert "--fresh polish" in capsys.readouterr().err
 
 
@@ -158,10 +159,10 @@ def test_the_export_names_the_licences_of_both_trainings(phantoms, run, tmp_path
 def test_a_section_that_names_some_fields_keeps_the_defaults_of_the_others():
     from lesiongen.experiment import PolishConfig, load
 
-    overrides = ["data.images=x", "polish.loss.l1=0.1", "polish.train.batch=64", "polish.train.optim.lr=1e-3"]
+    overrides = ["data.images=x", "polish.loss.pixels=2", "polish.train.batch=64", "polish.train.optim.lr=1e-3"]
     config = load(DEMO, overrides).polish
     default = PolishConfig()
-    assert (config.loss.perceptual, config.loss.l1) == (default.loss.perceptual, 0.1)
+    assert (config.loss.features, config.loss.pixels) == (default.loss.features, 2.0)
     assert (config.train.samples, config.train.batch) == (default.train.samples, 64)
     assert (config.train.optim.schedule, config.train.optim.lr) == ("trapezoid", 1e-3)
 

@@ -1,0 +1,87 @@
+"""The energy score: a loss for decoders that draw, smallest when draws are distributed as the images are.
+
+For an image x and two draws a and b from the same codes, the score is (|a - x| + |b - x|) / 2 - |a - b| / 2. Its expectation
+is smallest if draws and images with these codes have one distribution (Gneiting and Raftery 2007, Strictly proper scoring
+rules; the two-sample estimate is that of Gritsenko et al. 2020, arXiv:2008.01160). A loss without the last term, such as MSE,
+is smallest for the mean of these images, which is blurred. The norms are those of small patches of pixels and of the features
+of a network at each place, so what is learned is local texture.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lesiongen.tokenizers.perceptual import Perceptual
+
+PATCH, STRIDE = 4, 2  # pixels
+LARGEST = 4.0  # no score is above the distance of a patch of -1 to one of 1, or of opposite features, and its half again
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """Weights of the score's terms. A term of weight 0 is not computed."""
+
+    pixels: float = 1.0  # patches of 4 × 4 pixels
+    features: float = 1.0  # features of EfficientNet-Lite1, at each place of each compared layer
+
+    def __post_init__(self):
+        if min(self.pixels, self.features) < 0 or not self.pixels + self.features:
+            raise ValueError("pixels and features must be at least 0, and one of them above 0")
+
+
+class EnergyScore(nn.Module):
+    """The weighted sum of the scores of patches and of features.
+
+    Make it before the engine builds the model: under ZeRO 3, weights that are made meanwhile are divided among the ranks.
+    """
+
+    def __init__(self, config: EnergyConfig):
+        """Loads the network of the features. Raises UserError if its weights are not installed."""
+        super().__init__()
+        self.config = config
+        # In a tuple, so that the network is not a submodule: an engine would shard its weights and checkpoints would hold them.
+        self.networks = (Perceptual(),) if config.features else ()
+
+    @property
+    def worst(self) -> float:
+        """A value that no score exceeds."""
+        return LARGEST * (self.config.pixels + self.config.features)
+
+    def forward(self, a_BCHW: torch.Tensor, b_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """Returns the mean score of a batch, and its terms {name: detached scalar}.
+
+        Args:
+            a_BCHW: A draw for each image, in about [-1, 1].
+            b_BCHW: Another draw for each image, from the same codes.
+            x_BCHW: The images in [-1, 1].
+        """
+        terms = {}
+        draws = torch.cat([a_BCHW, b_BCHW])
+        if self.config.pixels:
+            terms["pixels"] = _score(_patches(draws), _patches(x_BCHW))
+        for network in self.networks:
+            network.to(x_BCHW.device)
+            with torch.no_grad():
+                of_images = network.features(x_BCHW)
+            scores = [_score(*pair) for pair in zip(network.features(draws), of_images, strict=True)]
+            terms["features"] = torch.stack(scores).mean()
+        loss = torch.stack([getattr(self.config, name) * score for name, score in terms.items()]).sum()
+        return loss, {name: score.detach() for name, score in terms.items()}
+
+
+def _score(draws_MDN: torch.Tensor, x_BDN: torch.Tensor) -> torch.Tensor:
+    """Returns the mean score of vectors along dimension 1; the first half of M = 2B are the draws a, the second the draws b."""
+    a, b = draws_MDN.chunk(2)
+    return (_distance(a, x_BDN) + _distance(b, x_BDN) - _distance(a, b)) / 2
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Returns the mean Euclidean distance along dimension 1. Its gradient is finite where the vectors are equal."""
+    return ((a - b).square().sum(1) + 1e-8).sqrt().mean()
+
+
+def _patches(x_BCHW: torch.Tensor) -> torch.Tensor:
+    """Returns the patches of the images, scaled to root mean squares, [B, C · PATCH², patches]."""
+    return F.unfold(x_BCHW.float(), PATCH, stride=STRIDE) / (x_BCHW.shape[1] * PATCH**2) ** 0.5
