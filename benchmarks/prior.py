@@ -164,10 +164,10 @@ def flops(case: Case, module: ModuleType | None) -> dict[str, int]:
     with torch.device("meta"):
         batch = blank(case)
         mine, codes = our_net(case).eval(), batch["codes"].flatten(1)
-        found = {"ours": training_flops(lambda: mine(batch))}
+        found = {"ours": training_flops(lambda: mine(batch)["loss"])}
         if module:
             other = their_net(case, module)
-            found["nanoGPT"] = training_flops(lambda: other(codes, codes))
+            found["nanoGPT"] = training_flops(lambda: other(codes, codes)[1])
     return found
 
 

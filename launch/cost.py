@@ -82,7 +82,7 @@ class Training:
         """Floating-point operations of training on one sample."""
         with FakeTensorMode(allow_non_fake_inputs=True):  # not the meta device, which has no autocast
             module, batch = self.build().eval(), self.batch_of(1)
-            return training_flops(lambda: module(batch))
+            return training_flops(lambda: module(batch)["loss"])
 
     def activations(self, micro_batch: int, training: bool = True, checkpoint: bool | None = None) -> int:
         """Returns the peak bytes of the activations of one micro-batch.
@@ -165,12 +165,16 @@ def _polish(config: Experiment) -> Training:
 
         return build
 
+    def batch_of(number: int) -> dict:
+        image = torch.zeros(number, channels, side, side, dtype=torch.uint8)
+        return {"image": image, "position": torch.zeros(number, dtype=torch.int64)}
+
     return Training(
         name="polish",
         section="polish.train",
         train=config.polish.train,
         build=build_with(model),
-        batch_of=lambda number: {"image": torch.zeros(number, channels, side, side, dtype=torch.uint8)},
+        batch_of=batch_of,
         checkpointed=build_with(replace(model, checkpoint=True)),
         uses_checkpoint=model.checkpoint,
         tokens=0,

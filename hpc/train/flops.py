@@ -11,18 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpc.train.hardware import known_gpu
 
 
-def training_flops(forward: Callable[[], object]) -> int:
-    """Returns the operations of a training step: three times those of its forward pass.
+def training_flops(loss: Callable[[], torch.Tensor]) -> int:
+    """Returns the operations of the forward and the backward pass of a training step.
 
-    The backward pass costs twice as much as the forward pass. Recomputation by activation checkpointing is not counted.
     Causal attention is counted in full, although its mask makes half of it unnecessary.
 
     Args:
-        forward: Runs the forward pass; best on the meta device, where it computes nothing.
+        loss: Runs the forward pass, best on the meta device, where it computes nothing. Activation checkpointing is to be off:
+            what it computes again would be counted again.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward()
-    return 3 * counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return counter.get_total_flops()
 
 
 def peak_flops(device: torch.device) -> float | None:

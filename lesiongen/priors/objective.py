@@ -84,4 +84,4 @@ def training_flops_per_sample(model: BasePriorConfig, shape: dict) -> int:
     """
     with torch.device("meta"):
         net, batch = Objective(make(model, **shape)).eval(), blank_batch(shape, 1)
-        return training_flops(lambda: net(batch))
+        return training_flops(lambda: net(batch)["loss"])
