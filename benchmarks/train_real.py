@@ -1,8 +1,9 @@
-"""A short real training on this machine's GPU: pack, tokenizer, codes, priors, samples; leaves pictures and prints the figures.
+"""A short real training on this machine's GPU, of about three minutes; leaves pictures and prints the figures.
 
     python -m benchmarks.train_real WORK OUT [--images DIR --metadata CSV] [--quick]
 
-WORK holds the run. OUT gets samples.png, reconstructions.png and bits-*.png. Without --images the lesions are drawn.
+The stages are pack, tokenizer, codes, polish, prior and samples; then samples and reconstructions are compared with held-out
+images. WORK holds the run. OUT gets samples.png and pictures of the trainings. Without --images the lesions are drawn.
 """
 
 import argparse
@@ -10,32 +11,43 @@ import contextlib
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from hpc.data.codestore import CodeStore
+from hpc.dist import Topology
 from hpc.run.metrics_log import read_metrics
 from launch.commands import run_only
 from lesiongen import experiment
+from lesiongen.evaluation import parts
+from lesiongen.evaluation.subject import Subject
+from lesiongen.experiment import Experiment
 from lesiongen.ingest import phantom
+from lesiongen.stages.base import load_decoder, packed, packed_locations, require
 
-STAGES = ("shards", "tokenizer", "codes", "prior-top", "prior-bottom", "samples")
+STAGES = ("shards", "tokenizer", "codes", "polish", "prior-codes", "samples")
 
 
 def settings(runs: Path, images: str, metadata: str, quick: bool) -> dict:
-    """Returns the config of the run; tiny if `quick`."""
+    """Returns the config of the run: 128 px, one grid of 16², K = 1,024, a GPT of 8 × 512; tiny if `quick`."""
     bf16 = {"precision": "bf16" if torch.cuda.is_available() else "fp32"}
-    lengths = {"tokenizer": 320, "prior": 320} if quick else {"tokenizer": 64_000, "prior": 96_000}
-    hidden, width, layers, batch = (16, 32, 1, 16) if quick else (128, 384, 6, 64)
-    every = {
-        kind: {"samples": n, "batch": batch, "log_every": n // 10, "eval_every": n // 2, "save_every": n}
-        for kind, n in lengths.items()
-    }
-    prior = {"model": {"layers": layers, "heads": 2 if quick else 6, "width": width}}
-    optim = {"lr": 1e-3, "weight_decay": 0.1, "schedule": "cosine", "warmup": lengths["prior"] // 20}
-    prior["train"] = every["prior"] | {"optim": optim, "engine": bf16}
-    model = {"hidden": hidden, "residual_hidden": hidden // 4, "dim": 32, "entries": 64 if quick else 512}
-    optim = {"lr": 6e-4, "schedule": "trapezoid", "warmup": lengths["tokenizer"] // 20}
+    lengths = {"tokenizer": 160_000, "polish": 64_000, "prior": 192_000}
+    hidden, width, layers, heads, batch = 128, 512, 8, 8, 128
+    if quick:
+        lengths = dict.fromkeys(lengths, 320)
+        hidden, width, layers, heads, batch = 16, 32, 1, 2, 16
+
+    def train(stage: str, lr: float, schedule: str, **optim: float) -> dict:
+        samples = lengths[stage]
+        every = {"log_every": samples // 10, "eval_every": samples // 2, "save_every": samples}
+        rate = {"lr": lr, "schedule": schedule, "warmup": samples // 20}
+        engine = bf16 | ({"average": samples // 16} if stage == "polish" else {})
+        return {"samples": samples, "batch": batch, **every, "optim": rate | optim, "engine": engine}
+
+    model = {"kind": "vqvae", "stride": 8, "hidden": hidden, "residual_layers": 3, "residual_hidden": hidden // 2, "dim": 64}
+    prior = {"layers": layers, "heads": heads, "width": width, "dropout": 0.1, "token_dropout": 0.05, "modulate": True}
     return {
         "name": "real",
         "runs": str(runs),
@@ -45,13 +57,36 @@ def settings(runs: Path, images: str, metadata: str, quick: bool) -> dict:
             "size": 32 if quick else 128,
             "max_rejected": 1.0,
             "workers": 1 if quick else 8,
+            "augment_on": "device",
         },
-        "tokenizer": {"model": model, "loss": {"ssim": 0.1}, "train": every["tokenizer"] | {"optim": optim, "engine": bf16}},
-        "encode": {"draws": 2 if quick else 4},
-        "priors": {"top": prior, "bottom": prior},
-        "sample": {"number": 14 if quick else 56, "guidance": 2.0, "batch": 14},
-        "evaluate": {"batch": 32},
+        "tokenizer": {
+            "model": model | {"entries": 64 if quick else 1024},
+            "loss": {"ssim": 0.1},
+            "augment": {"crop": 0.8},
+            "train": train("tokenizer", 6e-4, "trapezoid"),
+        },
+        "encode": {"draws": 2 if quick else 8, "augment": {"crop": 0.85}},
+        "polish": {"train": train("polish", 8e-4, "trapezoid")},
+        "priors": {
+            "codes": {"model": prior, "stream": {"balance": 0.5}, "train": train("prior", 1e-3, "cosine", weight_decay=0.1)}
+        },
+        "sample": {"number": 14 if quick else 504, "batch": 14 if quick else 126},
+        "evaluate": {"batch": 32, "classifier_samples": 320 if quick else 6_000},
     }
+
+
+def distances(config: Experiment) -> Iterator[str]:
+    """Yields lines of a table: the distance of reconstructions and of samples to held-out images, by each ruler."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net, _ = load_decoder(config, device)
+    places = packed_locations(config), CodeStore(require(config, "codes")), net, require(config, "samples"), config.directory
+    subject = Subject(config.evaluate, config.seed, Topology(), packed(config), *places)
+    yield "| ruler | what | KID × 1000 | precision | recall | coverage |\n|---|---|---|---|---|---|"
+    names = {"floor": "other real images", "tokenizer": "reconstructions", "both": "samples"}
+    for ruler, found in parts.likeness_part(subject)["rulers"].items():
+        for comparison, what in names.items():
+            figures = [found["all"][comparison][key]["value"] for key in ("kid", "precision", "recall", "coverage")]
+            yield f"| {ruler} | {what} | " + " | ".join("–" if f is None else f"{f:.2f}" for f in figures) + " |"
 
 
 def main() -> int:
@@ -81,8 +116,9 @@ def main() -> int:
         values = {k: v for row in read_metrics(config.directory / name) for k, v in row.items() if k.startswith("val/")}
         held_out = ", ".join(f"{k[4:]} {values[k]:.3f}" for k in ("val/psnr", "val/ssim", "val/bits_per_token") if k in values)
         print(f"| {name} | {time.perf_counter() - began:.1f} | {held_out} |", flush=True)
+    print(*distances(config), sep="\n")
     shutil.copy(config.directory / "samples" / "contact.png", arguments.out / "samples.png")
-    for stage, picture in (("tokenizer", "reconstructions"), ("prior-top", "bits"), ("prior-bottom", "bits")):
+    for stage, picture in (("tokenizer", "reconstructions"), ("polish", "reconstructions"), ("prior-codes", "bits")):
         newest = sorted((config.directory / stage / "images").glob(f"{picture}-*.png"))[-1]
         shutil.copy(newest, arguments.out / f"{stage}-{picture}.png")
     return 0

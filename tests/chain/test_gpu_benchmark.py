@@ -17,7 +17,8 @@ def test_the_rehearsal_runs_every_section_and_resumes(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "results.md").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["sections"]) == 8 and all(found["ok"] for found in results["sections"].values())
-    assert {"samples.png", "tokenizer-reconstructions.png", "prior-top-bits.png"} <= {p.name for p in tmp_path.iterdir()}
+    pictures = {"samples.png", "tokenizer-reconstructions.png", "polish-reconstructions.png", "prior-codes-bits.png"}
+    assert pictures <= {path.name for path in tmp_path.iterdir()}
     page = (tmp_path / "results.md").read_text()
     assert "The figures mean nothing" in page and "Not compared with rosinality" in page
     # A section that has failed runs again; the others do not.
