@@ -38,7 +38,7 @@ class Preset:
 
 
 PRESETS = {
-    "small": Preset("one-128.yaml", 15_000, tokenizer_epochs=100, polish_epochs=20, prior_epochs=200),
+    "small": Preset("one-128.yaml", 15_000, tokenizer_epochs=100, polish_epochs=40, prior_epochs=200),
     "base": Preset("one-256.yaml", 150_000, tokenizer_epochs=40, polish_epochs=10, prior_epochs=60),
     "large": Preset("node-256.yaml", float("inf"), tokenizer_epochs=20, polish_epochs=5, prior_epochs=20),
 }

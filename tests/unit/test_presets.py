@@ -49,15 +49,15 @@ def test_two_lines_give_a_plan_that_fits(photographs, capsys):
     text = capsys.readouterr().out
     assert "it fits" in text and "4,000 training images" in text
     epochs = {line.split()[0]: float(line.split()[2]) for line in text.splitlines() if "GB," in line}
-    assert epochs == {"tokenizer": 100.0, "polish": 20.0, "prior-top": 200.0, "prior-bottom": 200.0}
+    assert epochs == {"tokenizer": 100.0, "polish": 40.0, "prior-codes": 200.0}
 
 
 def test_own_settings_go_before_those_of_a_preset(photographs):
     config = photographs(40, "tokenizer: {model: {hidden: 32}, train: {samples: 640}}\nencode: {draws: 3}\n")
-    found = experiment.load(config, ["priors.top.model.layers=2", "tokenizer.train.batch=16"])
+    found = experiment.load(config, ["priors.codes.model.layers=2", "tokenizer.train.batch=16"])
     assert (found.tokenizer.model.hidden, found.tokenizer.train.samples, found.encode.draws) == (32, 640, 3)
-    assert (found.prior("top").model.layers, found.tokenizer.train.batch) == (2, 16)
-    assert found.prior("bottom").model.layers == 8 and found.tokenizer.model.entries == 512
+    assert (found.prior("codes").model.layers, found.tokenizer.train.batch) == (2, 16)
+    assert found.prior("codes").model.width == 512 and found.tokenizer.model.entries == 1024
     assert found.tokenizer.train.engine.precision == "fp32"
 
 
@@ -82,12 +82,12 @@ def test_what_is_wrong_with_a_preset_is_said(tmp_path):
 
 def test_the_warm_up_follows_samples_that_the_user_sets(photographs):
     """Otherwise a training that the user shortens would end within the warm-up of the long one."""
-    found = experiment.load(photographs(400, "tokenizer: {train: {samples: 3200}}\n"), ["priors.top.train.samples=6400"])
-    for train, samples in ((found.tokenizer.train, 3_200), (found.prior("top").train, 6_400)):
+    found = experiment.load(photographs(400, "tokenizer: {train: {samples: 3200}}\n"), ["priors.codes.train.samples=6400"])
+    for train, samples in ((found.tokenizer.train, 3_200), (found.prior("codes").train, 6_400)):
         assert train.samples == samples
         assert max(train.optim.warmup, train.log_every) <= 0.05 * samples + train.batch
         assert train.eval_every <= samples
-    assert found.prior("bottom").train.samples == pytest.approx(200 * 320, abs=64)
+    assert found.polish.train.samples == pytest.approx(40 * 320, abs=64)
 
 
 def test_a_table_that_lists_fewer_images_than_the_folder_holds_decides(photographs, tmp_path):
