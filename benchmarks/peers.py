@@ -202,7 +202,9 @@ def judge(config: Experiment, samples: Path) -> dict[str, str]:
 
 
 def _text(figure: dict, scale: float, digits: int) -> str:
-    """Returns a figure with its interval, such as "202 [175, 230]"."""
+    """Returns a figure with its interval, such as "202 [175, 230]"; "–" if it could not be measured."""
+    if figure["value"] is None:
+        return "–"
     value, low, high = (f"{scale * figure[key]:.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
