@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from hpc import dist
@@ -48,7 +48,8 @@ from lesiongen.priors.level_sampler import LevelSampler
 from lesiongen.stages.base import Stage, check_codes, decoder_stage, digest_of, load_decoder, model_stages, packed, require
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
-PER_CLASS = 8  # samples of each class in the contact sheet, and images in each of its rows
+PER_CLASS = 8  # samples of each class in the contact sheet
+TILE = 96  # pixels; a sample in the contact sheet is at least as large
 
 
 NO_CODES = (
@@ -370,10 +371,23 @@ def _table(
 
 
 def _contact_sheet(folder: Path, names: list[str], labels: list[str]) -> bytes:
-    """Returns a PNG of the first samples of each class, in rows of PER_CLASS."""
-    shown = []
-    for label in dict.fromkeys(labels):
-        shown += [name for name, other in zip(names, labels, strict=True) if other == label][:PER_CLASS]
-    tiles = [np.array(Image.open(folder / "images" / name)) for name in shown]
-    stacked = torch.from_numpy(np.stack([tile[None] if tile.ndim == 2 else tile.transpose(2, 0, 1) for tile in tiles]))
-    return images.encode_png(images.tile_images(stacked, PER_CLASS))
+    """Returns a PNG with a row for each class: its name and its first PER_CLASS samples, enlarged to at least TILE pixels."""
+    rows: dict[str, list[str]] = {}
+    for name, label in zip(names, labels, strict=True):
+        rows.setdefault(label, []).append(name)
+    width = Image.open(folder / "images" / names[0]).width
+    side = width * -(-TILE // width)
+    font = ImageFont.load_default(14)
+    titles = {label: label or "no label" for label in rows}
+    left = 8 + round(max(font.getlength(title) for title in titles.values()))
+    sheet = Image.new("RGB", (left + PER_CLASS * (side + 2), len(rows) * (side + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (label, shown) in enumerate(rows.items()):
+        top = row * (side + 2)
+        draw.text((4, top + side // 2), titles[label], "black", font, anchor="lm")
+        for column, name in enumerate(shown[:PER_CLASS]):
+            tile = Image.open(folder / "images" / name).resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(tile, (left + column * (side + 2), top))
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    return content.getvalue()

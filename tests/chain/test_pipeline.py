@@ -106,7 +106,9 @@ def test_samples_say_where_they_come_from(run):
     assert image.text["label"] == rows[3]["label"]
     assert image.text["synthetic"] == "true"
     assert image.text["tokenizer"] == json.loads((run / "tokenizer" / "stage.json").read_text())["digest"]
-    assert Image.open(run / "samples" / "contact.png").width > 64
+    sheet = Image.open(run / "samples" / "contact.png")
+    number = len({row["label"] for row in csv.DictReader((run / "samples" / "metadata.csv").open())})
+    assert sheet.height == number * (96 + 2) and sheet.width > 8 * 96  # a row with its name for each class
 
 
 def test_the_report_opens_from_disk(run):
