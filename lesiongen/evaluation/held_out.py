@@ -28,7 +28,10 @@ SHOWN = 8  # images in the pictures
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    net: Tokenizer, data: ImageShards, batch_size: int, loss: Callable[[torch.Tensor], torch.Tensor] | None = None
+    net: Tokenizer,
+    data: ImageShards,
+    batch_size: int,
+    loss: Callable[[torch.Tensor, dict[str, Quantized]], torch.Tensor] | None = None,
 ) -> tuple[dict[str, float], dict[str, bytes]]:
     """Measures a tokenizer on a split. Collective.
 
@@ -36,7 +39,8 @@ def evaluate_tokenizer(
         net: The tokenizer, in evaluation mode.
         data: The split.
         batch_size: Images that are reconstructed at once.
-        loss: Returns a loss of a batch of images [B, C, H, W] in [-1, 1], whose mean over the images is to be measured, too.
+        loss: A loss whose mean over the images is to be measured, too. Arguments: images [B, C, H, W] in [-1, 1], and what the
+            tokenizer makes of them, {level: Quantized}.
 
     Returns:
         The metrics: loss (if asked for), psnr (dB), ssim, mse (for pixels in [-1, 1]), nmse (mse over the variance of the
@@ -52,7 +56,7 @@ def evaluate_tokenizer(
         y, levels = net(x)
         psnr_B = totals.add_images(x, y)
         if loss is not None:
-            totals.loss[0] += float(loss(x)) * len(x)
+            totals.loss[0] += float(loss(x, levels)) * len(x)
             totals.loss[1] += len(x)
         watchdog.beat()
         totals.add_codes(batch["label"], [levels[name] for name in net.names])

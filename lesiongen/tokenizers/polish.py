@@ -11,6 +11,7 @@ from torch import nn
 from lesiongen.data.images import to_float, to_unit
 from lesiongen.data.similarity import psnr, ssim
 from lesiongen.tokenizers.energy import EnergyScore
+from lesiongen.tokenizers.quantizer import Quantized
 from lesiongen.tokenizers.texture import hashed, seeds_of
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
@@ -60,14 +61,13 @@ class Objective(nn.Module):
             terms |= {"psnr": psnr(to_unit(a), to_unit(x)).mean(), "ssim": ssim(to_unit(a[:4]), to_unit(x[:4])).mean()}
         return {"loss": loss, "metrics": terms, "statistics": None}
 
-    def held_out_loss(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """Returns the score of images in [-1, 1]. Their codes decide the noise."""
-        levels = self.tokenizer.quantized(x_BCHW)
-        seed_B = seeds_of([q.codes for q in levels.values()])
-        return self.score(*self._draws({name: q.x for name, q in levels.items()}, seed_B), x_BCHW)[0]
+    def held_out_loss(self, x_BCHW: torch.Tensor, levels: dict[str, Quantized]) -> torch.Tensor:
+        """Returns the score of encoded images in [-1, 1]. A hash of their codes decides the noise, so that it never changes."""
+        number_B = seeds_of([q.codes for q in levels.values()])
+        return self.score(*self._draws({name: q.x for name, q in levels.items()}, number_B), x_BCHW)[0]
 
     def _draws(self, vectors: dict[str, torch.Tensor], number_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decodes two draws of each image. The image's number decides their noise."""
+        """Decodes two draws of each image. The seeds of both are hashes of a number that the caller gives each image."""
         seeds = [hashed(2 * number_B + draw) for draw in (0, 1)]
         a, b = self.tokenizer.decode(vectors, torch.cat(seeds)).chunk(2)
         return a, b

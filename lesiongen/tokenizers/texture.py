@@ -60,7 +60,7 @@ class Texture(nn.Module):
         """
         size = y_BCHW.shape[-2:]
         noise = [_resized(self._noise(seed_B, scale, size), size) for scale in SCALES]
-        # The mean image is an input, but only the sum learns from the loss.
+        # The network sees the mean image detached, so the decoder gets its gradient through the sum in the last line alone.
         h = self.first(torch.cat([y_BCHW.detach().float(), *noise], 1)) + _resized(self.of_codes(h_BDhw), size)
         for layer in self.layers:
             h = h + layer(F.silu(h))

