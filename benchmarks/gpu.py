@@ -1,36 +1,39 @@
-"""What a GPU makes of this project, in one call: tests, speeds beside other projects, real training. At most six minutes.
+"""What a GPU makes of this project, in one call: tests, speeds beside other projects, real training. At most nine minutes.
 
-    python -m benchmarks.gpu OUT [--peers PEERS] [--images DIR --metadata CSV] [--rehearse]
+    python -m benchmarks.gpu OUT [--peers PEERS] [--images DIR --metadata CSV] [--seconds 540] [--rehearse]
 
 Runs the sections below one after another, each in processes of its own and with a time limit. OUT/results.json and
 OUT/results.md grow after every section; a second call skips the sections that have succeeded. Pictures are OUT/*.png.
 
-PEERS is a folder that holds checkouts of other projects: nanoGPT/ (karpathy), vq-vae-2-pytorch/ (rosinality) and hf/ (the
-target of `pip install --target hf transformers`). A comparison whose peer is absent is left out, and the table says so. Without
---images the lesions are drawn.
+PEERS is a folder that holds checkouts of other projects: nanoGPT/ (karpathy) and vq-vae-2-pytorch/ (rosinality). transformers
+and vector-quantize-pytorch are compared where they are installed. A comparison whose peer is absent is left out, and the table
+says so. Without --images the lesions are drawn.
 
---rehearse runs every section with tiny sizes, also on a CPU, in about two minutes: it shows that each section runs, and its
-figures mean nothing.
+--rehearse runs every section with tiny sizes, also on a CPU: it shows that each section runs, and its figures mean nothing. The
+sections run at the same time where there are cores for it.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
-PYTHON = (sys.executable, "-m")
-TOTAL_SECONDS = 355  # of one call
+TESTS = ("tests/gpu", "tests/unit/test_prefetch.py", "tests/unit/test_graphs.py", "tests/chain/test_device_augment.py")
+TINY_SECTION_CORES = 2  # cores that a section of a rehearsal keeps busy
 
 
 @dataclass(frozen=True)
@@ -39,23 +42,25 @@ class Section:
 
     Attributes:
         name: Name in the results.
-        commands: Commands that run one after another. Their output is the section's result.
-        seconds: Time limit of each command.
+        command: Its output is the section's result.
+        seconds: Time limit.
         missing: Peers that are absent, so that the section cannot compare with them.
     """
 
     name: str
-    commands: list[tuple[str, ...]]
+    command: tuple[str, ...]
     seconds: int
     missing: tuple[str, ...] = ()
 
 
 class Peers:
-    """The checkouts of other projects that are present."""
+    """The other projects that are present: checkouts and installed packages."""
 
     def __init__(self, folder: Path | None):
-        places = {"nanoGPT": "nanoGPT", "rosinality": "vq-vae-2-pytorch", "transformers": "hf"}
+        places = {"nanoGPT": "nanoGPT", "rosinality": "vq-vae-2-pytorch"}
         self.paths = {name: folder / place for name, place in places.items() if folder and (folder / place).is_dir()}
+        packages = ("transformers", "vector-quantize-pytorch")
+        self.present = set(self.paths) | {p for p in packages if importlib.util.find_spec(p.replace("-", "_"))}
 
     def option(self, peer: str, flag: str) -> tuple[str, ...]:
         """Returns the command-line option that names a peer's folder, or nothing."""
@@ -63,11 +68,11 @@ class Peers:
 
     def missing(self, *names: str) -> tuple[str, ...]:
         """Returns those of the named peers that are absent."""
-        return tuple(name for name in names if name not in self.paths)
+        return tuple(name for name in names if name not in self.present)
 
 
 def sections(peers: Peers, images: tuple[str, ...], work: Path, out: Path, tiny: bool) -> list[Section]:
-    """Lists the sections.
+    """Lists the sections, the most telling first.
 
     Args:
         peers: The peers that are present.
@@ -77,68 +82,77 @@ def sections(peers: Peers, images: tuple[str, ...], work: Path, out: Path, tiny:
         tiny: Whether this is a rehearsal.
     """
     nanogpt, rosinality = peers.option("nanoGPT", "--nanogpt"), peers.option("rosinality", "--peer")
-    tokenizer = ("--size", "32", "--batch", "2") if tiny else ("--size", "256", "--batch", "32", "--compile")
+    tokenizer = ("speed", *rosinality, *(("--size", "32", "--batch", "2") if tiny else ("--size", "256", "--batch", "32")))
     tokenizer += ("--number", "1", "--rounds", "1") if tiny else ("--number", "5", "--rounds", "3")
+    bf16 = (*tokenizer, "--precision", "bf16")
     feed = ("--number", "24", "--size", "32") if tiny else ("--number", "1500", "--size", "256")
     quick = ("--quick",) if tiny else ()
-    prior = ("--cases", "tiny") if tiny else ("--cases", "350m", "1b", "--compile")
-    prior += ("--number", "1", "--rounds", "1") if tiny else ("--number", "3", "--rounds", "3")
-    zero = ("--cases", "tiny" if tiny else "350m", "--stages", "1", "2", "3", "--number", "1", "--rounds", "1")
+    prior = ("--number", "1", "--rounds", "1") if tiny else ("--number", "3", "--rounds", "3")
+    case, large = ("small", "small") if tiny else ("350m", "1b")
+    zero = ("--cases", case, "--stages", "1", "2", "3", "--number", "1", "--rounds", "1")
+    found = [
+        ("tests", "pytest", ("-q", "-m", "gpu", "-p", "no:cacheprovider", *TESTS), 90, ()),
+        ("training", "benchmarks.train_real", (str(work), str(out), *images, *quick), 260, ()),
+        ("VQ-VAE-2 step", "benchmarks.tokenizer", bf16, 60, ("rosinality",)),
+        ("GPT training", "benchmarks.prior", (*nanogpt, "--cases", case, *prior), 60, ("nanoGPT",)),
+        ("sampling", "benchmarks.sampling", ("gpt", *nanogpt, *quick, "--rounds", "1"), 80, ("nanoGPT", "transformers")),
+        ("quantizer", "benchmarks.quantizer", quick, 40, ("vector-quantize-pytorch",)),
+        ("GPT under ZeRO 1 to 3 on one rank", "benchmarks.prior", zero, 60, ()),
+        ("data", "benchmarks.feed", (*images, *feed), 50, ()),
+        ("GPT training, 1 billion parameters", "benchmarks.prior", (*nanogpt, "--cases", large, *prior), 60, ("nanoGPT",)),
+        # Compiling a model takes minutes.
+        (
+            "VQ-VAE-2 step, compiled",
+            "benchmarks.tokenizer",
+            (*tokenizer, "--precision", "bf16", "--compile"),
+            150,
+            ("rosinality",),
+        ),
+        ("GPT training, compiled", "benchmarks.prior", (*nanogpt, "--cases", case, "--compile", *prior), 240, ("nanoGPT",)),
+    ]
     return [
-        Section("tests", [(*PYTHON, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/unit", "tests/gpu")], 60),
-        Section(
-            "VQ-VAE-2 step",
-            [
-                (*PYTHON, "benchmarks.tokenizer", "speed", *rosinality, *tokenizer, "--precision", p)
-                for p in (("bf16",) if tiny else ("bf16", "fp32"))
-            ],
-            60,
-            peers.missing("rosinality"),
-        ),
-        Section("quantizer", [(*PYTHON, "benchmarks.quantizer", *quick)], 40),
-        Section("GPT training", [(*PYTHON, "benchmarks.prior", *nanogpt, *prior)], 110, peers.missing("nanoGPT")),
-        Section("GPT under ZeRO 1 to 3 on one rank", [(*PYTHON, "benchmarks.prior", *zero)], 40),
-        Section(
-            "sampling",
-            [(*PYTHON, "benchmarks.sampling", "gpt", *nanogpt, *quick, "--rounds", "1")],
-            60,
-            peers.missing("nanoGPT", "transformers"),
-        ),
-        Section("data", [(*PYTHON, "benchmarks.feed", *images, *feed)], 40),
-        Section("training", [(*PYTHON, "benchmarks.train_real", str(work), str(out), *images, *quick)], 150),
+        Section(name, (sys.executable, "-m", module, *options), seconds, peers.missing(*others))
+        for name, module, options, seconds, others in found
     ]
 
 
-def run_section(section: Section, environment: dict[str, str], deadline: float) -> dict:
-    """Runs a section's commands. Returns {"ok", "seconds", "commands", "output", "missing"}.
+def run_command(command: tuple[str, ...], environment: dict[str, str], limit: float | None) -> tuple[str, str, int]:
+    """Runs a command. Returns what it wrote to stdout and stderr, and its exit code.
+
+    After `limit` seconds the command is killed with all processes that it has started; the exit code is then negative.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    try:
+        output, error = process.communicate(timeout=limit)
+        return output, error, process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, error = process.communicate()
+        return output, f"{error}\nstopped after {limit:.0f} s", process.returncode
+
+
+def run_section(section: Section, environment: dict[str, str], deadline: float) -> dict | None:
+    """Runs a section. Returns {"ok", "seconds", "command", "output", "missing"}; None if no time is left.
 
     Args:
         section: The section.
-        environment: Environment variables of its commands.
-        deadline: Time at which the last command must end, as time.monotonic() gives it; infinite in a rehearsal, which may run
-            on a slow and busy machine and has no limits.
+        environment: Environment variables of its command.
+        deadline: Time at which it must end, as time.monotonic() gives it; infinite in a rehearsal, which may run on a slow and
+            busy machine and has no limits.
     """
-    began, outputs, ok = time.monotonic(), [], True
-    for command in section.commands:
-        limit = None if math.isinf(deadline) else max(1.0, min(section.seconds, deadline - time.monotonic()))
-        try:
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
-            output, code = done.stdout, done.returncode
-            error = done.stderr
-        except subprocess.TimeoutExpired as raised:
-            output, error = _text(raised.stdout), _text(raised.stderr) + f"\nstopped after {limit:.0f} s"
-            code = -1
-        if code not in (0, 5):  # 5: pytest has found no test to run
-            ok = False
-            output += "\n" + "\n".join(error.strip().splitlines()[-15:])
-        outputs.append(output.strip())
-    commands = [" ".join(("python", *command[1:])) for command in section.commands]
+    began = time.monotonic()
+    if began > deadline - 10:
+        return None
+    print(f"{section.name} …", flush=True)
+    limit = None if math.isinf(deadline) else min(section.seconds, deadline - began)
+    output, error, code = run_command(section.command, environment, limit)
+    ok = code in (0, 5)  # 5: pytest has found no test to run
+    if not ok:
+        output += "\n" + "\n".join(error.strip().splitlines()[-15:])
+    command = " ".join(("python", *section.command[1:]))
     seconds = round(time.monotonic() - began, 1)
-    return {"ok": ok, "seconds": seconds, "commands": commands, "output": "\n\n".join(outputs), "missing": section.missing}
-
-
-def _text(content: bytes | str | None) -> str:
-    return content.decode(errors="replace") if isinstance(content, bytes) else content or ""
+    return {"ok": ok, "seconds": seconds, "command": command, "output": output.strip(), "missing": section.missing}
 
 
 def hardware() -> dict[str, str]:
@@ -155,7 +169,7 @@ def markdown(results: dict) -> str:
         lines += ["", "A rehearsal with tiny sizes. The figures mean nothing."]
     for name, found in results["sections"].items():
         state = "" if found["ok"] else " — failed"
-        lines += ["", f"## {name}{state}", "", *(f"    {command}" for command in found["commands"]), ""]
+        lines += ["", f"## {name}{state}", "", f"    {found['command']}", ""]
         if found["missing"]:
             lines += [f"Not compared with {', '.join(found['missing'])}: absent on this machine.", ""]
         lines += [found["output"], "", f"{found['seconds']} s"]
@@ -169,37 +183,37 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, help="folder with checkouts of other projects")
     parser.add_argument("--images", help="folder of images")
     parser.add_argument("--metadata", help="CSV with the images' labels")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit of this call")
     parser.add_argument("--rehearse", action="store_true", help="run every section with tiny sizes, also on a CPU")
     arguments = parser.parse_args()
-    if not arguments.rehearse and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if not arguments.rehearse and not has_gpu:
         parser.error("this machine has no GPU; --rehearse runs every section with tiny sizes on the CPU")
-    peers = Peers(arguments.peers)
     path = arguments.out / "results.json"
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {"sections": {}}
     results |= {"hardware": hardware(), "rehearsal": arguments.rehearse}
     environment = os.environ | {"OMP_NUM_THREADS": "1" if arguments.rehearse else "4"}
-    environment |= {} if arguments.rehearse else {"LESIONGEN_TEST_GPU": "1"}
-    if "transformers" in peers.paths:
-        environment["PYTHONPATH"] = os.pathsep.join([str(peers.paths["transformers"]), os.environ.get("PYTHONPATH", "")])
+    environment |= {"LESIONGEN_TEST_GPU": "1"} if has_gpu else {}
     images = ("--images", arguments.images, "--metadata", arguments.metadata) if arguments.images else ()
     work = Path(tempfile.mkdtemp(prefix="lesiongen-gpu-"))
-    deadline = math.inf if arguments.rehearse else time.monotonic() + TOTAL_SECONDS
-    todo = sections(peers, images, work, arguments.out.resolve(), arguments.rehearse)
-    number = len(todo)
-    for section in todo:
-        if results["sections"].get(section.name, {}).get("ok"):
-            continue
-        if time.monotonic() > deadline - 10:
-            print(f"{section.name}: no time left; the same command goes on here")
-            continue
-        print(f"{section.name} …", flush=True)
-        results["sections"][section.name] = found = run_section(section, environment, deadline)
-        print(f"{section.name}: {'done' if found['ok'] else 'FAILED'} in {found['seconds']} s", flush=True)
-        path.write_text(json.dumps(results, indent=1))
-        (arguments.out / "results.md").write_text(markdown(results))
+    deadline = math.inf if arguments.rehearse else time.monotonic() + arguments.seconds
+    every = sections(Peers(arguments.peers), images, work, arguments.out.resolve(), arguments.rehearse)
+    todo = [section for section in every if not results["sections"].get(section.name, {}).get("ok")]
+    at_once = max(1, (os.cpu_count() or 1) // TINY_SECTION_CORES) if arguments.rehearse else 1
+    with ThreadPoolExecutor(at_once) as pool:
+        running = {pool.submit(run_section, section, environment, deadline): section for section in todo}
+        for done in as_completed(running):
+            name, found = running[done].name, done.result()
+            if found is None:
+                print(f"{name}: no time left; the same command goes on here")
+                continue
+            results["sections"][name] = found
+            print(f"{name}: {'done' if found['ok'] else 'FAILED'} in {found['seconds']} s", flush=True)
+            path.write_text(json.dumps(results, indent=1))
+            (arguments.out / "results.md").write_text(markdown(results))
     shutil.rmtree(work)
-    return 0 if len(results["sections"]) == number and all(f["ok"] for f in results["sections"].values()) else 1
+    return 0 if len(results["sections"]) == len(every) and all(f["ok"] for f in results["sections"].values()) else 1
 
 
 if __name__ == "__main__":

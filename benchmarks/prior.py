@@ -27,7 +27,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from benchmarks.timing import DEVICE, Apart
+from benchmarks.timing import DEVICE, Apart, warm_up
 from hpc import dist
 from hpc.dist import Topology
 from hpc.train.engine import Engine, EngineConfig, build
@@ -63,7 +63,6 @@ CASES = {
     "medium": Case((32, 32), 2),
     "350m": Case((32, 32), 16, layers=24, width=1024, heads=16),
     "1b": Case((32, 32), 8, layers=20, width=2048, heads=16),
-    "tiny": Case((4, 4), 2, layers=1, width=32, heads=2),
 }
 
 
@@ -181,7 +180,8 @@ def contender_kinds(args: argparse.Namespace) -> dict[str, tuple[Callable, bool]
         kinds |= {f"{kind}, compiled": (partial(make, compiled=True), keep) for kind, (make, keep) in kinds.items()}
     if args.nanogpt and DEVICE.type == "cpu":
         kinds["nanoGPT, our allocator"] = their, True
-    return kinds | {f"ours, ZeRO {zero}": (partial(engine, zero=zero), True) for zero in args.stages}
+    kinds |= {f"ours, ZeRO {zero}": (partial(engine, zero=zero), True) for zero in args.stages}
+    return {kind: made for kind, made in kinds.items() if kind in (args.only or kinds)}
 
 
 def measure(name: str, args: argparse.Namespace) -> None:
@@ -195,8 +195,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
             assert abs(sizes["ours"] / sizes["nanoGPT"] - 1) < 0.01, sizes
     kinds = contender_kinds(args)
     contenders = {kind: Apart(partial(contender, make, case), keep) for kind, (make, keep) in kinds.items()}
-    for each in contenders.values():  # the first steps allocate, tune and compile
-        each.timed("step", 3)
+    warm_up(contenders, "step")
     found: dict[str, list[float]] = {}
     for _ in range(args.rounds):
         for kind, each in contenders.items():
@@ -207,7 +206,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
     )
     print(f"{PRECISION}; {args.rounds} rounds of {args.number} steps, {torch.get_num_threads()} threads, {DEVICE}")
     print("non-embedding parameters: " + ", ".join(f"{who} {number:,}" for who, number in sizes.items()) + "\n")
-    first = "nanoGPT" if module else "ours, engine"
+    first = "nanoGPT" if "nanoGPT" in found else "ours, engine"
     print(f"| | ms per step | tokens/s | ÷ {first} | MFU |\n|---|---|---|---|---|")
     work, peak = flops(case, module), peak_flops(DEVICE)
     for kind, seconds in found.items():  # compiled contenders are compared with nanoGPT compiled, the others with it as it is
@@ -223,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nanogpt", type=Path, help="folder that holds nanoGPT's model.py")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: small and medium; on a GPU also 350m")
+    parser.add_argument("--only", nargs="+", default=[], help="time only these rows of the table")
     parser.add_argument("--stages", type=int, nargs="+", default=[], help="also time our engine under these ZeRO stages")
     parser.add_argument("--compile", action="store_true", help="also time all contenders with torch.compile")
     parser.add_argument("--number", type=int, default=3, help="steps timed in each round")

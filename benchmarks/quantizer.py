@@ -4,7 +4,7 @@
 
 Prints a table within three minutes, for a step of forward, backward and update: K = 512 codes of D = 64 dimensions, grids of
 32×32, fp32, on the GPU if there is one. Times are medians over rounds. Every round times every contender once, so that a busy
-machine slows all of them alike. Memory is the peak growth of a fresh process (on a GPU, of the allocator) during a step,
+machine slows all of them alike. Memory is the peak growth of a fresh process (on a GPU, of its allocator) during a step,
 without its input. vector-quantize-pytorch is measured where it is installed.
 """
 
@@ -44,7 +44,7 @@ class OneHot(nn.Module):
         flat_ND = z_BHWD.view(-1, DIM)
         distances_NK = flat_ND.square().sum(1, keepdim=True) + self.codebook.square().sum(1) - 2 * flat_ND @ self.codebook.T
         codes_N1 = distances_NK.argmin(1, keepdim=True)
-        onehot_NK = torch.zeros(len(flat_ND), ENTRIES).scatter_(1, codes_N1, 1)
+        onehot_NK = flat_ND.new_zeros(len(flat_ND), ENTRIES).scatter_(1, codes_N1, 1)
         q_BHWD = (onehot_NK @ self.codebook).view_as(z_BHWD)
         with torch.no_grad():
             self.count.mul_(DECAY).add_(onehot_NK.sum(0), alpha=1 - DECAY)
@@ -134,6 +134,9 @@ def main() -> None:
     for batch in (2,) if quick else BATCHES:
         taken, extra = times(batch, 1 if quick else ROUNDS), {}
         for name in taken:
+            if DEVICE.type == "cuda":
+                extra[name] = peak(name, batch)
+                continue
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 extra[name] = pool.apply(peak, (name, batch))
         slow, large, number = taken["one-hot form"], extra["one-hot form"], batch * GRID**2

@@ -52,6 +52,21 @@ class Apart:
         return self.pipe.recv()
 
 
+def warm_up(contenders: dict[str, Apart], kind: str) -> None:
+    """Calls the function called `kind` three times in each process: the first calls allocate, tune and compile.
+
+    Contenders that are compiled, as their names say, do so at the same time, because compiling takes minutes of one core.
+    """
+    compiled = [each for name, each in contenders.items() if "compiled" in name]
+    for each in compiled:
+        each.pipe.send((kind, 3))
+    for each in compiled:
+        each.pipe.recv()
+    for name, each in contenders.items():
+        if "compiled" not in name:
+            each.timed(kind, 3)
+
+
 def _serve(pipe, make: Callable, keep: bool) -> None:
     """Runs in the contender's process: answers each (kind, number) with the seconds measured."""
     if keep:

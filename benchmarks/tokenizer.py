@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.resident import reset_peak, status_bytes
-from benchmarks.timing import DEVICE, Apart
+from benchmarks.timing import DEVICE, Apart, warm_up
 from hpc import dist
 from hpc.dist import Topology
 from hpc.train import allocator
@@ -202,8 +202,7 @@ def speed(args: argparse.Namespace) -> None:
             kinds["theirs, compiled"] = partial(other, compiled=True), False
             kinds["theirs, compiled, channels-last"] = partial(other, compiled=True, channels_last=True), False
     contenders = {name: Apart(partial(contender, make, args.size, args.batch), keep) for name, (make, keep) in kinds.items()}
-    for net in contenders.values():  # the first steps allocate, tune and compile
-        net.timed("step", 3)
+    warm_up(contenders, "step")
     found: dict[tuple[str, str], list[float]] = {}
     for _ in range(args.rounds):
         for kind in ("step", "encode"):

@@ -3,7 +3,7 @@
     python -m benchmarks.train_real WORK OUT [--images DIR --metadata CSV] [--quick]
 
 The stages are pack, tokenizer, codes, polish, prior and samples; then samples and reconstructions are compared with held-out
-images. WORK holds the run. OUT gets samples.png and pictures of the trainings. Without --images the lesions are drawn.
+images. WORK holds the run. OUT gets a picture of each training, and samples.png. Without --images the lesions are drawn.
 """
 
 import argparse
@@ -28,13 +28,19 @@ from lesiongen.ingest import phantom
 from lesiongen.stages.base import load_decoder, packed, packed_locations, require
 
 STAGES = ("shards", "tokenizer", "codes", "polish", "prior-codes", "samples")
+PICTURES = {
+    "tokenizer": "images/reconstructions-*.png",
+    "polish": "images/reconstructions-*.png",
+    "prior-codes": "images/bits-*.png",
+    "samples": "contact.png",
+}
 
 
 def settings(runs: Path, images: str, metadata: str, quick: bool) -> dict:
     """Returns the config of the run: 128 px, one grid of 16², K = 1,024, a GPT of 8 × 512; tiny if `quick`."""
     bf16 = {"precision": "bf16" if torch.cuda.is_available() else "fp32"}
-    lengths = {"tokenizer": 160_000, "polish": 64_000, "prior": 192_000}
-    hidden, width, layers, heads, batch = 128, 512, 8, 8, 128
+    lengths = {"tokenizer": 64_000, "polish": 32_000, "prior": 72_000}
+    hidden, width, layers, heads, batch = 256, 512, 8, 8, 128
     if quick:
         lengths = dict.fromkeys(lengths, 320)
         hidden, width, layers, heads, batch = 16, 32, 1, 2, 16
@@ -65,12 +71,12 @@ def settings(runs: Path, images: str, metadata: str, quick: bool) -> dict:
             "augment": {"crop": 0.8},
             "train": train("tokenizer", 6e-4, "trapezoid"),
         },
-        "encode": {"draws": 2 if quick else 8, "augment": {"crop": 0.85}},
+        "encode": {"draws": 2 if quick else 4, "augment": {"crop": 0.85}},
         "polish": {"train": train("polish", 8e-4, "trapezoid")},
         "priors": {
             "codes": {"model": prior, "stream": {"balance": 0.5}, "train": train("prior", 1e-3, "cosine", weight_decay=0.1)}
         },
-        "sample": {"number": 14 if quick else 504, "batch": 14 if quick else 126},
+        "sample": dict.fromkeys(("number", "batch"), 14 if quick else 504),
         "evaluate": {"batch": 32, "classifier_samples": 320 if quick else 6_000},
     }
 
@@ -116,11 +122,11 @@ def main() -> int:
         values = {k: v for row in read_metrics(config.directory / name) for k, v in row.items() if k.startswith("val/")}
         held_out = ", ".join(f"{k[4:]} {values[k]:.3f}" for k in ("val/psnr", "val/ssim", "val/bits_per_token") if k in values)
         print(f"| {name} | {time.perf_counter() - began:.1f} | {held_out} |", flush=True)
-    print(*distances(config), sep="\n")
-    shutil.copy(config.directory / "samples" / "contact.png", arguments.out / "samples.png")
-    for stage, picture in (("tokenizer", "reconstructions"), ("polish", "reconstructions"), ("prior-codes", "bits")):
-        newest = sorted((config.directory / stage / "images").glob(f"{picture}-*.png"))[-1]
-        shutil.copy(newest, arguments.out / f"{stage}-{picture}.png")
+        if name in PICTURES:
+            newest = sorted((config.directory / name).glob(PICTURES[name]))[-1]
+            shutil.copy(newest, arguments.out / f"{name}.png")
+    for line in distances(config):
+        print(line, flush=True)
     return 0
 
 

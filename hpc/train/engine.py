@@ -133,7 +133,7 @@ class Engine:
         # ZeRO 1 to 3 store filters in flat buffers, which have no channels-last layout. So they convert only the images.
         if config.channels_last and config.zero == 0:
             self.module.to(memory_format=torch.channels_last)
-        self._broadcast_buffers()
+        self._place_buffers()
         self._nonfinite = torch.zeros((), device=self.device)  # 0 while all gradients of the step are finite, else NaN
         self._collected: list[torch.Tensor] = []  # gradients that are not yet checked
         self._collected_elements = 0  # their elements
@@ -320,10 +320,14 @@ class Engine:
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
-    def _broadcast_buffers(self) -> None:
-        """Copies rank 0's buffers to all ranks. deepspeed.initialize() copies only the parameters."""
-        if self.world_size > 1:
-            for buffer in self.module.buffers():
+    def _place_buffers(self) -> None:
+        """Moves the buffers to the device and copies rank 0's to all ranks; deepspeed.initialize() copies only parameters.
+
+        Under ZeRO 3 it leaves the buffers on the device on which they were made.
+        """
+        for buffer in self.module.buffers():
+            buffer.data = buffer.data.to(self.device)
+            if self.world_size > 1:
                 torch.distributed.broadcast(buffer, 0)
 
 

@@ -1,6 +1,6 @@
 """CUDA graphs for sampling. A batch launches thousands of small kernels, and launching them takes longer than running them.
 
-Not yet run on a GPU: the tests replace the recording of a graph by a stand-in on the CPU.
+On a CPU the tests replace the recording of a graph by a stand-in; those marked gpu record one.
 """
 
 from collections.abc import Callable

@@ -16,8 +16,8 @@ def test_the_rehearsal_runs_every_section_and_resumes(tmp_path):
     done = subprocess.run([*COMMAND, str(tmp_path), "--rehearse"], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "results.md").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["sections"]) == 8 and all(found["ok"] for found in results["sections"].values())
-    pictures = {"samples.png", "tokenizer-reconstructions.png", "polish-reconstructions.png", "prior-codes-bits.png"}
+    assert len(results["sections"]) == 11 and all(found["ok"] for found in results["sections"].values())
+    pictures = {"samples.png", "tokenizer.png", "polish.png", "prior-codes.png"}
     assert pictures <= {path.name for path in tmp_path.iterdir()}
     page = (tmp_path / "results.md").read_text()
     assert "The figures mean nothing" in page and "Not compared with rosinality" in page
