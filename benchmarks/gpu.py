@@ -101,13 +101,7 @@ def sections(peers: Peers, images: tuple[str, ...], work: Path, out: Path, tiny:
         ("data", "benchmarks.feed", (*images, *feed), 50, ()),
         ("GPT training, 1 billion parameters", "benchmarks.prior", (*nanogpt, "--cases", large, *prior), 60, ("nanoGPT",)),
         # Compiling a model takes minutes.
-        (
-            "VQ-VAE-2 step, compiled",
-            "benchmarks.tokenizer",
-            (*tokenizer, "--precision", "bf16", "--compile"),
-            150,
-            ("rosinality",),
-        ),
+        ("VQ-VAE-2 step, compiled", "benchmarks.tokenizer", (*bf16, "--compile"), 150, ("rosinality",)),
         ("GPT training, compiled", "benchmarks.prior", (*nanogpt, "--cases", case, "--compile", *prior), 240, ("nanoGPT",)),
     ]
     return [
