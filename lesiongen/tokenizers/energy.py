@@ -3,8 +3,11 @@
 For an image x and two draws a and b from the same codes, the score is (|a - x| + |b - x|) / 2 - |a - b| / 2. Its expectation
 is smallest if draws and images with these codes have one distribution (Gneiting and Raftery 2007, Strictly proper scoring
 rules; the two-sample estimate is that of Gritsenko et al. 2020, arXiv:2008.01160). A loss without the last term, such as MSE,
-is smallest for the mean of these images, which is blurred. The norms are those of small patches of pixels and of the features
-of a network at each place, so what is learned is local texture.
+is smallest for the mean of these images, which is blurred.
+
+The norms are those of small patches of pixels, of the features of a network at each place, and of the means and standard
+deviations of these features over an image (the statistics of Huang and Belongie 2017, arXiv:1703.06868). The first two teach
+local texture. The last teaches what differs between whole images: a photograph is grainy or smooth all over.
 """
 
 from dataclasses import dataclass
@@ -26,14 +29,16 @@ class EnergyConfig:
 
     pixels: float = 8.0  # patches of 4 × 4 pixels; with 1.0, violet specks appeared that the features hardly see
     features: float = 1.0  # features of EfficientNet-Lite1, at each place of each compared layer
+    style: float = 2.0  # means and standard deviations of these features over an image
 
     def __post_init__(self):
-        if min(self.pixels, self.features) < 0 or not self.pixels + self.features:
-            raise ValueError("pixels and features must be at least 0, and one of them above 0")
+        weights = (self.pixels, self.features, self.style)
+        if min(weights) < 0 or not any(weights):
+            raise ValueError("pixels, features and style must be at least 0, and one of them above 0")
 
 
 class EnergyScore(nn.Module):
-    """The weighted sum of the scores of patches and of features.
+    """The weighted sum of the scores of patches, of features and of style.
 
     Make it before the engine builds the model: under ZeRO 3, weights that are made meanwhile are divided among the ranks.
     """
@@ -43,12 +48,12 @@ class EnergyScore(nn.Module):
         super().__init__()
         self.config = config
         # In a tuple, so that the network is not a submodule: an engine would shard its weights and checkpoints would hold them.
-        self.networks = (Perceptual("polish.loss.features"),) if config.features else ()
+        self.networks = (Perceptual("polish.loss.features or polish.loss.style"),) if config.features or config.style else ()
 
     @property
     def worst(self) -> float:
         """A value that no score exceeds."""
-        return LARGEST * (self.config.pixels + self.config.features)
+        return LARGEST * (self.config.pixels + self.config.features + self.config.style)
 
     def forward(self, a_BCHW: torch.Tensor, b_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, dict]:
         """Returns the mean score of a batch, and its terms {name: detached scalar}.
@@ -66,8 +71,11 @@ class EnergyScore(nn.Module):
             network.to(x_BCHW.device)
             with torch.no_grad():
                 of_images = network.features(x_BCHW)
-            scores = [_score(*pair) for pair in zip(network.features(draws), of_images, strict=True)]
-            terms["features"] = torch.stack(scores).mean()
+            pairs = list(zip(network.features(draws), of_images, strict=True))
+            if self.config.features:
+                terms["features"] = torch.stack([_score(*pair) for pair in pairs]).mean()
+            if self.config.style:
+                terms["style"] = torch.stack([_score(*map(_style, pair)) for pair in pairs]).mean()
         loss = torch.stack([getattr(self.config, name) * score for name, score in terms.items()]).sum()
         return loss, {name: score.detach() for name, score in terms.items()}
 
@@ -81,6 +89,14 @@ def _score(draws_MDN: torch.Tensor, x_BDN: torch.Tensor) -> torch.Tensor:
 def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Returns the mean Euclidean distance along dimension 1. Its gradient is finite where the vectors are equal."""
     return ((a - b).square().sum(1) + 1e-8).sqrt().mean()
+
+
+def _style(h_BCHW: torch.Tensor) -> torch.Tensor:
+    """Returns the mean and the standard deviation of each channel over an image, [B, 2 C, 1]."""
+    h_BCN = h_BCHW.flatten(2)
+    mean_BC1 = h_BCN.mean(2, keepdim=True)
+    variance_BC1 = (h_BCN - mean_BC1).square().mean(2, keepdim=True)
+    return torch.cat([mean_BC1, (variance_BC1 + 1e-6).sqrt()], 1)
 
 
 def _patches(x_BCHW: torch.Tensor) -> torch.Tensor:

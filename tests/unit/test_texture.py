@@ -69,14 +69,28 @@ def test_draws_of_one_image_differ():
     assert torch.allclose(net.decode(vectors, torch.tensor([3, 4])), b, atol=1e-6)
 
 
-@pytest.mark.parametrize("term", ["pixels", "features"])
+@pytest.mark.parametrize("term", ["pixels", "features", "style"])
 def test_the_score_is_smallest_for_draws_like_the_images(term):
     torch.manual_seed(0)
-    score = EnergyScore(EnergyConfig(**{"pixels": 0.0, "features": 0.0, term: 1.0}))
+    score = EnergyScore(EnergyConfig(**({"pixels": 0.0, "features": 0.0, "style": 0.0} | {term: 1.0})))
     x, a, b = (0.3 * torch.randn(64, 3, 32, 32) for _ in range(3))
     found = {scale: float(score(scale * a, scale * b, x)[0]) for scale in (0.0, 0.5, 1.0, 1.5)}
     assert min(found, key=found.get) == 1.0, "the mean is not the best, nor are too quiet or too loud draws"
     assert found[1.0] < score.worst
+
+
+def test_style_sees_that_images_differ_as_wholes():
+    """Images are grainy or smooth as wholes. Draws with both in one image have the right mean of grain, but not its spread."""
+    torch.manual_seed(0)
+    score = EnergyScore(EnergyConfig(pixels=0.0, features=0.0, style=1.0))
+
+    def grain(mixed: bool) -> torch.Tensor:
+        amount = torch.rand(64, 1, 8, 8) if mixed else torch.rand(64, 1, 1, 1).expand(-1, -1, 8, 8)
+        return 0.5 * amount.repeat_interleave(4, 2).repeat_interleave(4, 3) * torch.randn(64, 3, 32, 32)
+
+    images = grain(mixed=False)
+    likely, mixed = (float(score(grain(kind), grain(kind), images)[0]) for kind in (False, True))
+    assert likely < mixed
 
 
 def test_equal_draws_have_a_finite_gradient():
@@ -87,8 +101,8 @@ def test_equal_draws_have_a_finite_gradient():
 
 
 def test_wrong_weights_are_refused():
-    for weights in ({"pixels": -1.0}, {"pixels": 0.0, "features": 0.0}):
-        with pytest.raises(ValueError, match="pixels and features"):
+    for weights in ({"pixels": -1.0}, {"pixels": 0.0, "features": 0.0, "style": 0.0}):
+        with pytest.raises(ValueError, match="pixels, features and style"):
             EnergyConfig(**weights)
     with pytest.raises(ValueError, match="width and noise"):
         TextureConfig(width=0)
