@@ -292,12 +292,31 @@ def loader(
         wds.map(partial(source.decode_or_replace, decode)),
         wds.batched(batch, collation_fn=collate, partial=True),
     )
-    options = {"collate_fn": _no_collate}
+    return map(_arrays_to_tensors, _ended_at_exit(iter(wds.WebLoader(pipeline, **_worker_options(workers)))))
+
+
+def computed_ahead(items: torch.utils.data.Dataset, workers: int) -> Iterator[Any]:
+    """Yields items[0], items[1], …, which data workers compute ahead, as those of loader() do.
+
+    Args:
+        items: Has a length; __getitem__ computes an item. It must be possible to pickle it.
+        workers: Number of data workers. 0 = this process computes.
+    """
+    return _ended_at_exit(item for item in torch.utils.data.DataLoader(items, **_worker_options(workers)))
+
+
+def _worker_options(workers: int) -> dict:
+    """Returns the arguments with which a DataLoader starts data workers that each yield whole batches."""
+    options = {"batch_size": None, "num_workers": workers, "collate_fn": _no_collate}
     if workers:
         options |= {"prefetch_factor": 4, "multiprocessing_context": "spawn", "worker_init_fn": _init_worker}
-    batches = iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **options))
+    return options
+
+
+def _ended_at_exit(batches: Iterator[Any]) -> Iterator[Any]:
+    """Returns the generator that it is given, and ends its data workers at exit if they still run."""
     atexit.register(_end_workers, weakref.ref(batches))
-    return map(_arrays_to_tensors, batches)
+    return batches
 
 
 def _no_collate(batch: Any) -> Any:

@@ -6,6 +6,7 @@ hpc/data/codestore.py. The store is complete: an image that cannot be read ends 
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from hpc.config import to_plain
 from hpc.data import manifest
 from hpc.data.codestore import code_dtype, file_name, write_codes
 from hpc.data.order import sample_seed
-from hpc.data.shards import BadSample
+from hpc.data.shards import BadSample, computed_ahead
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import progress_bar
@@ -58,20 +59,20 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     shards = packed(config)
     splits = {name: ImageShards(shards, name) for name in shards.splits}
     mine = _files(config, splits)[topology.rank :: topology.world_size]
-    entries: list[dict] = []
+    records = {file: folder / "work" / f"{Path(file_name(file.split, file.draw, file.shard)).stem}.json" for file in mine}
+    completed = {file: entry for file, done in records.items() if (entry := _completed(folder, done))}
+    left = [file for file in mine if file not in completed]
+    views = computed_ahead(_Views(config, splits, left), config.data.workers)
     with progress_bar(sum(file.count for file in mine), "encode", shown=topology.leader) as progress:
-        for split, draw, shard, count in mine:
-            path = folder / file_name(split, draw, shard)
-            done = folder / "work" / f"{path.stem}.json"
-            entry = _completed(folder, done)
-            if entry is None:
-                arrays = _encode_shard(config, net, splits[split], draw, shard, shards.vocabularies)
-                write_codes(folder, split, draw, shard, arrays)
-                contents = {"split": split, "draw": draw, "shard": shard, "set": splits[split].sets[shard]}
-                entry = manifest.describe(path, **contents, count=count)
-                atomic_write(done, json.dumps(entry).encode())
-            entries.append(entry)
-            progress.update(count)
+        progress.update(sum(file.count for file in completed))
+        for file in left:
+            write_codes(folder, file.split, file.draw, file.shard, _encode_file(net, file, views, shards.vocabularies))
+            contents = {"split": file.split, "draw": file.draw, "shard": file.shard, "set": splits[file.split].sets[file.shard]}
+            path = folder / file_name(file.split, file.draw, file.shard)
+            completed[file] = manifest.describe(path, **contents, count=file.count)
+            atomic_write(records[file], json.dumps(completed[file]).encode())
+            progress.update(file.count)
+    entries = list(completed.values())
     entries = sorted((entry for part in dist.gather(entries) for entry in part), key=lambda entry: entry["name"])
     facts = _describe(config, net, shards, splits)
     return dist.run_on_leader(_finish, folder, facts | {"shards": entries})
@@ -129,31 +130,67 @@ def _describe(config: Experiment, net: Tokenizer, shards: Packed, splits: dict[s
 
 
 @torch.no_grad()
-def _encode_shard(
-    config: Experiment, net: Tokenizer, data: ImageShards, draw: int, shard: int, vocabularies: dict[str, list[str]]
+def _encode_file(
+    net: Tokenizer, file: _File, views: Iterator[tuple[np.ndarray, list[dict]] | str], vocabularies: dict[str, list[str]]
 ) -> dict[str, np.ndarray]:
-    """Encodes one shard at one draw. Returns the arrays of its file."""
-    reader, device = data.reader(), next(net.parameters()).device
+    """Encodes the images of one file. Returns the arrays of the file.
+
+    Args:
+        net: The tokenizer.
+        file: The file.
+        views: What _Views computes; the file's batches come next.
+        vocabularies: Values of each fact that has a vocabulary.
+
+    Raises:
+        UserError: An image cannot be read.
+    """
+    device = next(net.parameters()).device
     columns: dict[str, list[int]] = {}
     codes: dict[str, list[np.ndarray]] = {name: [] for name in net.names}
-    count = data.counts[shard]
-    for first in range(0, count, config.encode.batch):
-        views = []
-        for ordinal in range(first, min(first + config.encode.batch, count)):
-            # A code store must hold every image of its shards, so a damaged image ends the stage.
-            try:
-                image, facts = data.image(reader.read(shard, ordinal))
-            except BadSample as error:
-                raise UserError(f"The shards in {data.packed.name} are damaged: {error}. See `lesiongen verify`.") from None
-            views.append(_view(config, image, data.size, draw, shard, ordinal))
-            for column, value in fact_indices(facts, vocabularies).items():
+    count = 0
+    while count < file.count:
+        found = next(views)
+        if isinstance(found, str):
+            raise UserError(found)
+        images_BCHW, facts = found
+        count += len(facts)
+        for each in facts:
+            for column, value in fact_indices(each, vocabularies).items():
                 columns.setdefault(column, []).append(value)
-        for name, codes_Bhw in net.encode(to_float(torch.stack(views).to(device))).items():
+        for name, codes_Bhw in net.encode(to_float(torch.from_numpy(images_BCHW).to(device))).items():
             codes[name].append(codes_Bhw.cpu().numpy())
     dtype = code_dtype(net.config.entries)
     arrays = {f"codes.{name}": np.concatenate(parts).astype(dtype) for name, parts in codes.items()}
     arrays["index"] = np.arange(count, dtype=np.int64)
     return arrays | {column: np.array(values, dtype=np.int16) for column, values in columns.items()}
+
+
+class _Views(torch.utils.data.Dataset):
+    """The batches of views of some files, one after the other. Data workers compute them."""
+
+    def __init__(self, config: Experiment, splits: dict[str, ImageShards], files: list[_File]):
+        self.config, self.splits = config, splits
+        self.readers = {split: data.reader() for split, data in splits.items()}
+        self.batches = [(file, first) for file in files for first in range(0, file.count, config.encode.batch)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, list[dict]] | str:
+        """Returns the views of a batch, uint8 [B, C, H, W], and the facts of each image; or why an image cannot be read.
+
+        A code store must hold every image of its shards, so one such image ends the stage.
+        """
+        (split, draw, shard, count), first = self.batches[number]
+        data, views, found = self.splits[split], [], []
+        for ordinal in range(first, min(first + self.config.encode.batch, count)):
+            try:
+                image, facts = data.image(self.readers[split].read(shard, ordinal))
+            except BadSample as error:
+                return f"The shards in {data.packed.name} are damaged: {error}. See `lesiongen verify`."
+            views.append(_view(self.config, image, data.size, draw, shard, ordinal))
+            found.append(facts)
+        return torch.stack(views).numpy(), found
 
 
 def _view(config: Experiment, image_CHW: torch.Tensor, size: int, draw: int, shard: int, ordinal: int) -> torch.Tensor:

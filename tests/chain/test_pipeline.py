@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,17 @@ def test_the_code_store_is_read_with_safetensors_alone(run):
     draws = {e["draw"] for e in manifest["shards"] if e["split"] == "train"}
     assert draws == {0, 1}
     assert {e["draw"] for e in manifest["shards"] if e["split"] == "val"} == {0}
+
+
+def test_data_workers_change_no_code(phantoms, run):
+    store, record = run / "codes", json.loads((run / "codes" / "stage.json").read_text())
+    shutil.copytree(store, run.parent / "codes-before")
+    try:
+        assert main(["encode", *again(phantoms, run, "data.workers=2"), "--fresh", "codes"]) == 0
+        assert json.loads((store / "stage.json").read_text())["digest"] == record["digest"]
+    finally:
+        shutil.rmtree(store)
+        shutil.move(run.parent / "codes-before", store)
 
 
 def test_samples_say_where_they_come_from(run):
