@@ -109,6 +109,20 @@ def test_data_workers_change_no_code(phantoms, run):
         shutil.move(run.parent / "codes-before", store)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_ends_encoding(phantoms, run, tmp_path, capsys, workers):
+    shutil.copytree(run / "shards", tmp_path / "set" / "shards")
+    shard = sorted((tmp_path / "set" / "shards").glob("train-*.tar"))[-1]
+    content = bytearray(shard.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4096] = bytes(4096)  # longer than what lies between two members
+    shard.write_bytes(content)
+    inputs = [f"inputs.shards=[{tmp_path / 'set'}]", f"inputs.tokenizer={run}", f"data.workers={workers}"]
+    assert main(["encode", DEMO, *tiny(phantoms, tmp_path / "runs"), *inputs]) == 2
+    assert "lesiongen verify" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "tiny" / "codes" / "manifest.json").exists()
+
+
 def test_samples_say_where_they_come_from(run):
     rows = list(csv.DictReader((run / "samples" / "metadata.csv").open()))
     assert len(rows) == 14
