@@ -181,6 +181,8 @@ def contender_kinds(args: argparse.Namespace) -> dict[str, tuple[Callable, bool]
     if args.nanogpt and DEVICE.type == "cpu":
         kinds["nanoGPT, our allocator"] = their, True
     kinds |= {f"ours, ZeRO {zero}": (partial(engine, zero=zero), True) for zero in args.stages}
+    if unknown := set(args.only) - set(kinds):
+        raise SystemExit(f"--only: no row is called {', '.join(sorted(unknown))}; the rows are {', '.join(kinds)}")
     return {kind: made for kind, made in kinds.items() if kind in (args.only or kinds)}
 
 
@@ -210,11 +212,11 @@ def measure(name: str, args: argparse.Namespace) -> None:
     print(f"| | ms per step | tokens/s | ÷ {first} | MFU |\n|---|---|---|---|---|")
     work, peak = flops(case, module), peak_flops(DEVICE)
     for kind, seconds in found.items():  # compiled contenders are compared with nanoGPT compiled, the others with it as it is
-        peer = found[f"{first}, compiled" if "compiled" in kind else first]
-        ratio = statistics.median(b / a for a, b in zip(seconds, peer, strict=True))
+        peer = found.get(f"{first}, compiled" if "compiled" in kind else first)
+        ratio = f"{statistics.median(b / a for a, b in zip(seconds, peer, strict=True)):.2f}" if peer else "–"
         middle = statistics.median(seconds)
         mfu = f"{work[kind.split(',')[0]] / middle / peak:.1%}" if peak else "–"
-        row = f"{middle * 1e3:.1f} | {case.batch * case.length / middle:,.0f} | {ratio:.2f} | {mfu}"
+        row = f"{middle * 1e3:.1f} | {case.batch * case.length / middle:,.0f} | {ratio} | {mfu}"
         print(f"| {kind} | {row} |", flush=True)
 
 

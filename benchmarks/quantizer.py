@@ -4,7 +4,7 @@
 
 Prints a table within three minutes, for a step of forward, backward and update: K = 512 codes of D = 64 dimensions, grids of
 32×32, fp32, on the GPU if there is one. Times are medians over rounds. Every round times every contender once, so that a busy
-machine slows all of them alike. Memory is the peak growth of a fresh process (on a GPU, of its allocator) during a step,
+machine slows all of them alike. Memory is the peak growth of a fresh process during a step, on a GPU of the allocator,
 without its input. vector-quantize-pytorch is measured where it is installed.
 """
 

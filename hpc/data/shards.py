@@ -292,31 +292,23 @@ def loader(
         wds.map(partial(source.decode_or_replace, decode)),
         wds.batched(batch, collation_fn=collate, partial=True),
     )
-    return map(_arrays_to_tensors, _ended_at_exit(iter(wds.WebLoader(pipeline, **_worker_options(workers)))))
+    return map(_arrays_to_tensors, computed_ahead(pipeline, workers))
 
 
 def computed_ahead(items: torch.utils.data.Dataset, workers: int) -> Iterator[Any]:
-    """Yields items[0], items[1], …, which data workers compute ahead, as those of loader() do.
+    """Yields what a dataset holds, in order. Data workers compute it ahead, as loader() describes.
 
     Args:
-        items: Has a length; __getitem__ computes an item. It must be possible to pickle it.
+        items: Yields or indexes what is computed. It must be possible to pickle it.
         workers: Number of data workers. 0 = this process computes.
     """
-    return _ended_at_exit(item for item in torch.utils.data.DataLoader(items, **_worker_options(workers)))
-
-
-def _worker_options(workers: int) -> dict:
-    """Returns the arguments with which a DataLoader starts data workers that each yield whole batches."""
-    options = {"batch_size": None, "num_workers": workers, "collate_fn": _no_collate}
+    options = {}
     if workers:
-        options |= {"prefetch_factor": 4, "multiprocessing_context": "spawn", "worker_init_fn": _init_worker}
-    return options
-
-
-def _ended_at_exit(batches: Iterator[Any]) -> Iterator[Any]:
-    """Returns the generator that it is given, and ends its data workers at exit if they still run."""
-    atexit.register(_end_workers, weakref.ref(batches))
-    return batches
+        options = {"prefetch_factor": 4, "multiprocessing_context": "spawn", "worker_init_fn": _init_worker}
+    found = iter(torch.utils.data.DataLoader(items, batch_size=None, num_workers=workers, collate_fn=_no_collate, **options))
+    if workers:
+        atexit.register(_end_workers, weakref.ref(found))
+    return found
 
 
 def _no_collate(batch: Any) -> Any:
@@ -333,13 +325,13 @@ def _arrays_to_tensors(batch: dict) -> dict:
     return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
 
 
-def _end_workers(batches: weakref.ref) -> None:
+def _end_workers(found: weakref.ref) -> None:
     """Ends the data workers at exit, if they still run.
 
     Otherwise Python would send the workers SIGTERM, which they ignore, and then wait for them without end.
     """
-    if iterator := batches():
-        iterator.close()
+    if iterator := found():
+        iterator._shutdown_workers()
 
 
 def _init_worker(_number: int) -> None:

@@ -40,7 +40,7 @@ class DataConfig:
     max_rejected: float = volatile(0.05)  # packing fails if a larger fraction of the images and rows cannot be used
     # Processes per rank that pack. 0 = divide the node's cores among its ranks, but use one process for up to 2,000 images.
     processes: int = volatile(0)
-    workers: int = volatile(1)  # processes per rank that decode and augment in training; 0 = the training process does it
+    workers: int = volatile(1)  # processes per rank that decode and augment images; 0 = the rank itself does it
     # Where training images are augmented. workers: by the data workers. device: on the training device, for whole batches; the
     # data workers then only decode. Pixels differ slightly between the two.
     augment_on: Literal["workers", "device"] = volatile("workers")

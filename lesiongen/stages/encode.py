@@ -19,6 +19,7 @@ from hpc.data import manifest
 from hpc.data.codestore import code_dtype, file_name, write_codes
 from hpc.data.order import sample_seed
 from hpc.data.shards import BadSample, computed_ahead
+from hpc.data.storage import StorageError
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import progress_bar
@@ -62,18 +63,21 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     records = {file: folder / "work" / f"{Path(file_name(file.split, file.draw, file.shard)).stem}.json" for file in mine}
     completed = {file: entry for file, done in records.items() if (entry := _completed(folder, done))}
     left = [file for file in mine if file not in completed]
-    views = computed_ahead(_Views(config, splits, left), config.data.workers)
+    views = _Views(config, splits, left)
+    batches = computed_ahead(views, min(config.data.workers, len(views)))
     with progress_bar(sum(file.count for file in mine), "encode", shown=topology.leader) as progress:
         progress.update(sum(file.count for file in completed))
         for file in left:
-            write_codes(folder, file.split, file.draw, file.shard, _encode_file(net, file, views, shards.vocabularies))
+            write_codes(folder, file.split, file.draw, file.shard, _encode_file(net, file, batches, shards.vocabularies))
             contents = {"split": file.split, "draw": file.draw, "shard": file.shard, "set": splits[file.split].sets[file.shard]}
             path = folder / file_name(file.split, file.draw, file.shard)
             completed[file] = manifest.describe(path, **contents, count=file.count)
             atomic_write(records[file], json.dumps(completed[file]).encode())
             progress.update(file.count)
-    entries = list(completed.values())
-    entries = sorted((entry for part in dist.gather(entries) for entry in part), key=lambda entry: entry["name"])
+    del batches  # ends the data workers
+    entries = sorted(
+        (entry for part in dist.gather(list(completed.values())) for entry in part), key=lambda entry: entry["name"]
+    )
     facts = _describe(config, net, shards, splits)
     return dist.run_on_leader(_finish, folder, facts | {"shards": entries})
 
@@ -131,33 +135,36 @@ def _describe(config: Experiment, net: Tokenizer, shards: Packed, splits: dict[s
 
 @torch.no_grad()
 def _encode_file(
-    net: Tokenizer, file: _File, views: Iterator[tuple[np.ndarray, list[dict]] | str], vocabularies: dict[str, list[str]]
+    net: Tokenizer,
+    file: _File,
+    batches: Iterator[tuple[torch.Tensor, list[dict]] | Exception],
+    vocabularies: dict[str, list[str]],
 ) -> dict[str, np.ndarray]:
     """Encodes the images of one file. Returns the arrays of the file.
 
     Args:
         net: The tokenizer.
         file: The file.
-        views: What _Views computes; the file's batches come next.
+        batches: What _Views computes; the file's batches come next.
         vocabularies: Values of each fact that has a vocabulary.
 
     Raises:
-        UserError: An image cannot be read.
+        UserError, StorageError: An image cannot be read.
     """
     device = next(net.parameters()).device
     columns: dict[str, list[int]] = {}
     codes: dict[str, list[np.ndarray]] = {name: [] for name in net.names}
     count = 0
     while count < file.count:
-        found = next(views)
-        if isinstance(found, str):
-            raise UserError(found)
+        found = next(batches)
+        if isinstance(found, Exception):
+            raise found
         images_BCHW, facts = found
         count += len(facts)
         for each in facts:
             for column, value in fact_indices(each, vocabularies).items():
                 columns.setdefault(column, []).append(value)
-        for name, codes_Bhw in net.encode(to_float(torch.from_numpy(images_BCHW).to(device))).items():
+        for name, codes_Bhw in net.encode(to_float(images_BCHW.to(device))).items():
             codes[name].append(codes_Bhw.cpu().numpy())
     dtype = code_dtype(net.config.entries)
     arrays = {f"codes.{name}": np.concatenate(parts).astype(dtype) for name, parts in codes.items()}
@@ -176,10 +183,11 @@ class _Views(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, list[dict]] | str:
-        """Returns the views of a batch, uint8 [B, C, H, W], and the facts of each image; or why an image cannot be read.
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, list[dict]] | Exception:
+        """Returns the views of a batch, uint8 [B, C, H, W], and the facts of each image; or the error if one cannot be read.
 
-        A code store must hold every image of its shards, so one such image ends the stage.
+        A code store must hold every image of its shards, so one such image ends the stage. An error that is raised in a data
+        worker would reach the user as the text of a traceback.
         """
         (split, draw, shard, count), first = self.batches[number]
         data, views, found = self.splits[split], [], []
@@ -187,10 +195,12 @@ class _Views(torch.utils.data.Dataset):
             try:
                 image, facts = data.image(self.readers[split].read(shard, ordinal))
             except BadSample as error:
-                return f"The shards in {data.packed.name} are damaged: {error}. See `lesiongen verify`."
+                return UserError(f"The shards in {data.packed.name} are damaged: {error}. See `lesiongen verify`.")
+            except (UserError, StorageError) as error:
+                return error
             views.append(_view(self.config, image, data.size, draw, shard, ordinal))
             found.append(facts)
-        return torch.stack(views).numpy(), found
+        return torch.stack(views), found
 
 
 def _view(config: Experiment, image_CHW: torch.Tensor, size: int, draw: int, shard: int, ordinal: int) -> torch.Tensor:

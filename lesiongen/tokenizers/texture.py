@@ -37,20 +37,22 @@ class Texture(nn.Module):
 
     Stages at an eighth, a quarter, a half and all of the resolution each see the stage before, the decoder's image and noise
     of their own. So a draw has coarse structure, such as hair, as well as grain. Further noise is the same all over the image,
-    which is grainy or smooth as a whole.
+    which is grainy or smooth as a whole. There is no stage coarser than the grid, where codes decide.
     """
 
-    def __init__(self, config: TextureConfig, inputs: int, channels: int):
+    def __init__(self, config: TextureConfig, inputs: int, channels: int, cell: int):
         """Builds the network.
 
         Args:
             config: Its size.
             inputs: Channels of the decoder's input.
             channels: Colour channels of the images.
+            cell: Side of a cell of the finest grid, in pixels.
         """
         super().__init__()
         self.config = config
-        widths = [config.width * multiple for _, multiple in STAGES]
+        self.pixels = [pixels for pixels, _ in STAGES if pixels <= cell]
+        widths = [config.width * multiple for pixels, multiple in STAGES if pixels <= cell]
         self.stages = nn.ModuleList(
             _Stage(before, channels + 2 * config.noise, width) for before, width in pairwise([inputs, *widths])
         )
@@ -70,7 +72,7 @@ class Texture(nn.Module):
         # The network sees the mean image detached, so the decoder gets its gradient through the sum in the last line alone.
         mean, h = y_BCHW.detach().float(), h_BDhw
         whole = uniform(seed_B, (self.config.noise, 1, 1))
-        for stage, (pixels, _) in zip(self.stages, STAGES, strict=True):
+        for stage, pixels in zip(self.stages, self.pixels, strict=True):
             size = max(1, height // pixels), max(1, width // pixels)
             noise = uniform(seed_B ^ pixels, (self.config.noise, *size))
             h = stage(h, torch.cat([_resized(mean, size), noise, whole.expand(-1, -1, *size)], 1))

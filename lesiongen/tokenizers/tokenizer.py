@@ -40,7 +40,8 @@ class Tokenizer(nn.Module, ABC):
     def add_texture(self, config: TextureConfig) -> None:
         """Adds a texture network, which changes nothing before it is trained."""
         inputs = next(layer for layer in self.decoder.modules() if isinstance(layer, nn.Conv2d)).in_channels
-        self.texture = Texture(config, inputs, self.channels)
+        side = 1024
+        self.texture = Texture(config, inputs, self.channels, side // max(self.config.grids(side).values()))
 
     @abstractmethod
     def quantized(

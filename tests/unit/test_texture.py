@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lesiongen.tokenizers import make
+from lesiongen.tokenizers import make, texture
 from lesiongen.tokenizers.energy import EnergyConfig, EnergyScore
 from lesiongen.tokenizers.texture import TextureConfig, seeds_of, uniform
 from lesiongen.tokenizers.vqvae import VQVAEConfig
@@ -67,6 +67,27 @@ def test_draws_of_one_image_differ():
     a, b = net.decode(vectors, torch.tensor([1, 2, 3, 4])).chunk(2)
     assert a.shape == b.shape == net.decode(vectors).shape and not torch.allclose(a, b, atol=1e-3)
     assert torch.allclose(net.decode(vectors, torch.tensor([3, 4])), b, atol=1e-6)
+
+
+def test_part_of_the_noise_is_one_value_for_the_whole_image(monkeypatch):
+    torch.manual_seed(0)
+    net = make(VQVAEConfig(**SIZES), 3, batch=1)
+    net.add_texture(TextureConfig(width=8))
+    nn.init.normal_(net.texture.last.weight, std=0.1)
+    vectors, seed, noise = {"codes": torch.randn(1, 8, 8, 8)}, torch.tensor([1]), texture.uniform
+    before = net.decode(vectors, seed)
+    monkeypatch.setattr(texture, "uniform", lambda seed_B, shape: noise(seed_B + (shape[1:] == (1, 1)), shape))
+    assert not torch.allclose(net.decode(vectors, seed), before, atol=1e-3)
+
+
+@pytest.mark.parametrize(("stride", "stages"), [(4, [4, 2, 1]), (8, [8, 4, 2, 1]), (16, [8, 4, 2, 1])])
+def test_no_stage_is_coarser_than_the_grid(stride, stages):
+    net = make(VQVAEConfig(stride=stride, **SIZES), 3, batch=1)
+    net.add_texture(TextureConfig(width=8))
+    assert net.texture.pixels == stages
+    nn.init.normal_(net.texture.last.weight, std=0.1)
+    grid = 32 // stride
+    assert net.decode({"codes": torch.randn(2, 8, grid, grid)}, torch.tensor([1, 2])).shape == (2, 3, 32, 32)
 
 
 @pytest.mark.parametrize("term", ["pixels", "features", "style"])
