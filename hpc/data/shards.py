@@ -330,7 +330,8 @@ def _end_workers(found: weakref.ref) -> None:
 
     Otherwise Python would send the workers SIGTERM, which they ignore, and then wait for them without end.
     """
-    if iterator := found():
+    iterator = found()
+    if iterator is not None:  # its truth would ask for a length, which a stream has not
         iterator._shutdown_workers()
 
 
