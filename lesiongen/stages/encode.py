@@ -43,6 +43,11 @@ class _File(NamedTuple):
     shard: int
     count: int
 
+    @property
+    def name(self) -> str:
+        """The file's name in the store."""
+        return file_name(self.split, self.draw, self.shard)
+
 
 def stage(config: Experiment) -> Stage:
     """Returns the stage that encodes all images."""
@@ -60,7 +65,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     shards = packed(config)
     splits = {name: ImageShards(shards, name) for name in shards.splits}
     mine = _files(config, splits)[topology.rank :: topology.world_size]
-    records = {file: folder / "work" / f"{Path(file_name(file.split, file.draw, file.shard)).stem}.json" for file in mine}
+    records = {file: folder / "work" / f"{Path(file.name).stem}.json" for file in mine}
     completed = {file: entry for file, done in records.items() if (entry := _completed(folder, done))}
     left = [file for file in mine if file not in completed]
     views = _Views(config, splits, left)
@@ -70,14 +75,12 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
         for file in left:
             write_codes(folder, file.split, file.draw, file.shard, _encode_file(net, file, batches, shards.vocabularies))
             contents = {"split": file.split, "draw": file.draw, "shard": file.shard, "set": splits[file.split].sets[file.shard]}
-            path = folder / file_name(file.split, file.draw, file.shard)
-            completed[file] = manifest.describe(path, **contents, count=file.count)
+            completed[file] = manifest.describe(folder / file.name, **contents, count=file.count)
             atomic_write(records[file], json.dumps(completed[file]).encode())
             progress.update(file.count)
     del batches  # ends the data workers
-    entries = sorted(
-        (entry for part in dist.gather(list(completed.values())) for entry in part), key=lambda entry: entry["name"]
-    )
+    gathered = dist.gather(list(completed.values()))
+    entries = sorted((entry for part in gathered for entry in part), key=lambda entry: entry["name"])
     facts = _describe(config, net, shards, splits)
     return dist.run_on_leader(_finish, folder, facts | {"shards": entries})
 

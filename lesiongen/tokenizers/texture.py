@@ -36,7 +36,7 @@ class Texture(nn.Module):
     """Adds texture to decoded images. It adds nothing before it is trained.
 
     Stages at an eighth, a quarter, a half and all of the resolution each see the stage before, the decoder's image and noise
-    of their own. So a draw has coarse structure, such as hair, as well as grain. Further noise is the same all over the image,
+    of their own, so that a draw may have coarse structure as well as grain. Further noise is the same all over the image,
     which is grainy or smooth as a whole. There is no stage coarser than the grid, where codes decide.
     """
 

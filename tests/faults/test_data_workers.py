@@ -25,7 +25,7 @@ class Failing(torch.utils.data.Dataset):
 def fail() -> None:
     """The main program: keeps the error, and with it the workers, alive until the end."""
     try:
-        print(list(computed_ahead(Failing(), 2)))
+        list(computed_ahead(Failing(), 2))
     except StorageError as error:
         kept.append(error)
     print("failed", flush=True)
