@@ -321,7 +321,7 @@ class Engine:
                     state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _place_buffers(self) -> None:
-        """Moves the buffers to the device and copies rank 0's to all ranks. deepspeed.initialize() does it for parameters only."""
+        """Moves the buffers to the device and copies rank 0's to all ranks. deepspeed does it for parameters only."""
         for buffer in self.module.buffers():
             buffer.data = buffer.data.to(self.device)
             if self.world_size > 1:
