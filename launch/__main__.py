@@ -213,9 +213,6 @@ def main(arguments: list[str] | None = None) -> int:
     print_in_any_encoding()
     options = parse_arguments(arguments)
     name_the_user()
-    # OpenMP threads that spin while they wait slow one another down by up to 30 times when ranks or data workers share
-    # the cores. The variable must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if options.verb == "rank":  # before the imports, which take seconds
         exit_with_parent(options.parent)
     from launch import commands

@@ -19,7 +19,8 @@ from torch import nn
 from lesiongen.tokenizers.perceptual import Perceptual
 
 PATCH, STRIDE = 4, 2  # pixels
-# A bound of each term: patches of -1 and of 1 have the distance 2, and so have opposite features; draws may leave [-1, 1].
+# More than each term of a sound decoder: patches of -1 and of 1 have the distance 2, and the features of two photographs, whose
+# mean length is 1, about as much at most.
 LARGEST = 4.0
 
 
@@ -27,7 +28,7 @@ LARGEST = 4.0
 class EnergyConfig:
     """Weights of the score's terms. A term of weight 0 is not computed."""
 
-    pixels: float = 24.0  # patches of 4 × 4 pixels; with 8.0, a tenth of the draws had violet specks, which features hardly see
+    pixels: float = 12.0  # patches of 4 × 4 pixels; more makes draws duller, less gives them colours that skin has not
     features: float = 1.0  # features of EfficientNet-Lite1, at each place of each compared layer
     style: float = 2.0  # means and standard deviations of these features over an image
 
@@ -53,7 +54,7 @@ class EnergyScore(nn.Module):
 
     @property
     def worst(self) -> float:
-        """A value that no score exceeds."""
+        """A value that the score of no sound decoder exceeds."""
         return LARGEST * (self.config.pixels + self.config.features + self.config.style)
 
     def forward(self, a_BCHW: torch.Tensor, b_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -72,13 +73,22 @@ class EnergyScore(nn.Module):
             network.to(x_BCHW.device)
             with torch.no_grad():
                 of_images = network.features(x_BCHW)
-            pairs = list(zip(network.features(draws), of_images, strict=True))
+            pairs = list(map(_scaled, network.features(draws), of_images))
             if self.config.features:
                 terms["features"] = torch.stack([_score(*pair) for pair in pairs]).mean()
             if self.config.style:
                 terms["style"] = torch.stack([_score(*map(_style, pair)) for pair in pairs]).mean()
         loss = torch.stack([getattr(self.config, name) * score for name, score in terms.items()]).sum()
         return loss, {name: score.detach() for name, score in terms.items()}
+
+
+def _scaled(of_draws: torch.Tensor, of_images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales the features of one layer, so that those of the images have the mean length 1.
+
+    A length of 1 at each place, as in a perceptual distance, would hide how far from any image a draw is.
+    """
+    length = of_images.square().sum(1).sqrt().mean() + 1e-8
+    return of_draws / length, of_images / length
 
 
 def _score(draws_MDN: torch.Tensor, x_BDN: torch.Tensor) -> torch.Tensor:

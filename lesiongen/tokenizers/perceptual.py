@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpc.errors import UserError
-from lesiongen.data.efficientnet_lite import has_lite, install, lite_network
+from lesiongen.data.efficientnet_lite import frozen_for_losses, has_lite, install, lite_network
 
 NUMBER = 1  # which EfficientNet-Lite: another one than the evaluation's
 BLOCKS = (1, 4, 7, 12, 18)  # blocks whose outputs are compared, besides the stem's
@@ -37,7 +37,7 @@ class Perceptual(nn.Module):
         network = lite_network(NUMBER)
         self.stem = nn.Sequential(network.conv_stem, network.bn1)
         self.blocks = nn.Sequential(*(block for stage in network.blocks for block in stage))[: max(BLOCKS) + 1]
-        self.requires_grad_(False).eval()
+        frozen_for_losses(self)
 
     def forward(self, y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Returns the distance of each pair of images with 1 or 3 channels, [B]."""
@@ -45,18 +45,18 @@ class Perceptual(nn.Module):
             of_images = self.features(x_BCHW)
         distance = torch.zeros(len(x_BCHW), device=x_BCHW.device)
         for mine, other in zip(self.features(y_BCHW), of_images, strict=True):
-            distance = distance + (mine - other).square().sum(1).mean((1, 2))
+            distance = distance + (_unit(mine) - _unit(other)).square().sum(1).mean((1, 2))
         return distance
 
     def features(self, x_BCHW: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the features of each compared layer, of length 1 at each place."""
+        """Returns the features of each compared layer, float32 [B, C', H', W']."""
         h = self.stem(x_BCHW.expand(-1, 3, -1, -1))  # pixels in [-1, 1] are what the network was trained on
         found = [h]
         for number, block in enumerate(self.blocks):
             h = block(h)
             if number in BLOCKS:
                 found.append(h)
-        return [_unit(h.float()) for h in found]
+        return [h.float() for h in found]
 
 
 def _unit(h_BCHW: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 # Stages of the network, coarse to fine: pixels that share one value, and channels as a multiple of the config's width.
 STAGES = ((8, 4), (4, 4), (2, 2), (1, 1))
 LAYERS = 2
+LIMIT = 0.4  # of the texture of a pixel, whose values are in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class TextureConfig:
     """Size of a texture network."""
 
     width: int = 32  # channels at the full resolution; twice as many at a half of it, four times at a quarter and an eighth
-    noise: int = 4  # noise channels at each resolution, and as many for the whole image
+    noise: int = 4  # noise channels at each resolution
 
     def __post_init__(self):
         if min(self.width, self.noise) < 1:
@@ -36,8 +37,8 @@ class Texture(nn.Module):
     """Adds texture to decoded images. It adds nothing before it is trained.
 
     Stages at an eighth, a quarter, a half and all of the resolution each see the stage before, the decoder's image and noise
-    of their own, so that a draw may have coarse structure as well as grain. Further noise is the same all over the image,
-    which is grainy or smooth as a whole. There is no stage coarser than the grid, where codes decide.
+    of their own, so that a draw may have coarse structure as well as grain. There is no stage coarser than the grid: there, and
+    for the image as a whole, codes decide.
     """
 
     def __init__(self, config: TextureConfig, inputs: int, channels: int, cell: int):
@@ -54,7 +55,7 @@ class Texture(nn.Module):
         self.pixels = [pixels for pixels, _ in STAGES if pixels <= cell]
         widths = [config.width * multiple for pixels, multiple in STAGES if pixels <= cell]
         self.stages = nn.ModuleList(
-            _Stage(before, channels + 2 * config.noise, width) for before, width in pairwise([inputs, *widths])
+            _Stage(before, channels + config.noise, width) for before, width in pairwise([inputs, *widths])
         )
         self.last = nn.Conv2d(widths[-1], channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
@@ -71,12 +72,11 @@ class Texture(nn.Module):
         height, width = y_BCHW.shape[-2:]
         # The network sees the mean image detached, so the decoder gets its gradient through the sum in the last line alone.
         mean, h = y_BCHW.detach().float(), h_BDhw
-        whole = uniform(seed_B, (self.config.noise, 1, 1))
         for stage, pixels in zip(self.stages, self.pixels, strict=True):
             size = max(1, height // pixels), max(1, width // pixels)
             noise = uniform(seed_B ^ pixels, (self.config.noise, *size))
-            h = stage(h, torch.cat([_resized(mean, size), noise, whole.expand(-1, -1, *size)], 1))
-        return y_BCHW + self.last(F.silu(h))
+            h = stage(h, torch.cat([_resized(mean, size), noise], 1))
+        return y_BCHW + LIMIT * torch.tanh(self.last(F.silu(h)) / LIMIT)
 
 
 class _Stage(nn.Module):
