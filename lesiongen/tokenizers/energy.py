@@ -83,12 +83,12 @@ class EnergyScore(nn.Module):
 
 
 def _scaled(of_draws: torch.Tensor, of_images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales the features of one layer, so that those of the images have the mean length 1.
+    """Scales the features of one layer, so that those of each image have the mean length 1; draws are scaled as their image is.
 
     A length of 1 at each place, as in a perceptual distance, would hide how far from any image a draw is.
     """
-    length = of_images.square().sum(1).sqrt().mean() + 1e-8
-    return of_draws / length, of_images / length
+    length_B = of_images.square().sum(1).sqrt().mean((1, 2)) + 1e-8
+    return of_draws / length_B.repeat(2)[:, None, None, None], of_images / length_B[:, None, None, None]
 
 
 def _score(draws_MDN: torch.Tensor, x_BDN: torch.Tensor) -> torch.Tensor:
