@@ -38,9 +38,9 @@ def lite_network(number: int) -> nn.Module:
 def frozen_for_losses(module: nn.Module) -> nn.Module:
     """Makes a part of an EfficientNet-Lite cheap to compute and to differentiate by its input. Its weights never train.
 
-    Each norm becomes part of the convolution before it. Convolutions of single channels are computed in fp32 also under
-    autocast, because their backward pass in bf16 is three times slower on CPUs. Both make a loss of its features twice as
-    fast (two cores with AVX-512, 64 images of 64 px).
+    Each norm becomes part of the convolution before it. On a CPU, depthwise convolutions are computed in fp32 also under
+    autocast, because their backward pass in bf16 is slow there. Together this halved the time of a loss of its features
+    (docs/notes/trials.md).
 
     Returns:
         The module itself, with channels-last weights.

@@ -19,8 +19,7 @@ from torch import nn
 from lesiongen.tokenizers.perceptual import Perceptual
 
 PATCH, STRIDE = 4, 2  # pixels
-# More than each term of a sound decoder: patches of -1 and of 1 have the distance 2, and the features of two photographs, whose
-# mean length is 1, about as much at most.
+# A sound decoder scores less in each term: patches of -1 and of 1 have the distance 2, and so have opposite unit vectors.
 LARGEST = 4.0
 
 
@@ -28,7 +27,7 @@ LARGEST = 4.0
 class EnergyConfig:
     """Weights of the score's terms. A term of weight 0 is not computed."""
 
-    pixels: float = 12.0  # patches of 4 × 4 pixels; more makes draws duller, less gives them colours that skin has not
+    pixels: float = 12.0  # patches of 4 × 4 pixels: they see wrong colours, which features hardly see
     features: float = 1.0  # features of EfficientNet-Lite1, at each place of each compared layer
     style: float = 2.0  # means and standard deviations of these features over an image
 

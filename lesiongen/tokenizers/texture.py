@@ -18,7 +18,7 @@ from torch import nn
 # Stages of the network, coarse to fine: pixels that share one value, and channels as a multiple of the config's width.
 STAGES = ((8, 4), (4, 4), (2, 2), (1, 1))
 LAYERS = 2
-LIMIT = 0.4  # of the texture of a pixel, whose values are in [-1, 1]
+LIMIT = 0.4  # texture changes no value of a pixel, which is in [-1, 1], by more than this
 
 
 @dataclass(frozen=True)

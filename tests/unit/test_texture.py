@@ -70,7 +70,7 @@ def test_draws_of_one_image_differ():
 
 
 def test_texture_is_bounded():
-    """However large the network's output is, no draw gets pixels of a colour that skin has not."""
+    """However large the network's output is, texture changes no pixel by more than LIMIT."""
     torch.manual_seed(0)
     net = make(VQVAEConfig(**SIZES), 3, batch=1)
     net.add_texture(TextureConfig(width=8))
