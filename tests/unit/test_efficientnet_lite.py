@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from lesiongen.data import images
-from lesiongen.data.efficientnet_lite import frozen_for_losses, has_lite, lite_network, stored_weights
+from lesiongen.data.efficientnet_lite import frozen, frozen_for_losses, has_lite, lite_network, stored_weights
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -26,13 +26,13 @@ def test_the_weights_know_a_flower(number):
     assert torch.allclose(features @ stored["_fc.weight"].T + stored["_fc.bias"], whole(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_network_made_cheap_for_a_loss_has_the_same_features_and_gradient(number):
+@pytest.mark.parametrize("number, freeze", [(0, frozen), (1, frozen_for_losses)])
+def test_a_frozen_network_has_the_same_features_and_gradient(number, freeze):
     if not has_lite(number):
         pytest.skip("the weights are not installed")
     images_BCHW = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = []
-    for change in (lambda network: network, frozen_for_losses):
+    for change in (lambda network: network, freeze):
         network = change(lite_network(number).eval().requires_grad_(False))
         x = images_BCHW.clone().requires_grad_(True)
         features = network(x)
