@@ -36,7 +36,9 @@ def lite_network(number: int) -> nn.Module:
 
 
 def frozen(module: nn.Module) -> nn.Module:
-    """Makes a part of an EfficientNet-Lite that never trains a quarter faster: each norm becomes part of the convolution before it.
+    """Prepares a part of an EfficientNet-Lite that never trains: each norm becomes part of the convolution before it.
+
+    It computes the same features in three quarters of the time.
 
     Returns:
         The module itself, in evaluation mode, with channels-last weights.

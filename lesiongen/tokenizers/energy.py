@@ -8,6 +8,9 @@ is smallest for the mean of these images, which is blurred.
 The norms are those of small patches of pixels, of the features of a network at each place, and of the means and standard
 deviations of these features over an image (the statistics of Huang and Belongie 2017, arXiv:1703.06868). The first two teach
 local texture. The last teaches what differs between whole images: a photograph is grainy or smooth all over.
+
+In training, draws and image are shifted together by a few pixels, for each image another way. Patches and the network see every
+second pixel, or fewer, so a decoder that was always compared at the same places learns a lattice of dots.
 """
 
 from dataclasses import dataclass
@@ -17,8 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesiongen.tokenizers.perceptual import Perceptual
+from lesiongen.tokenizers.texture import hashed
 
 PATCH, STRIDE = 4, 2  # pixels
+SHIFT = 4  # the largest shift, in pixels, in each of the four directions
 # A sound decoder scores less in each term: patches of -1 and of 1 have the distance 2, and so have opposite unit vectors.
 LARGEST = 4.0
 
@@ -56,16 +61,21 @@ class EnergyScore(nn.Module):
         """A value that the score of no sound decoder exceeds."""
         return LARGEST * (self.config.pixels + self.config.features + self.config.style)
 
-    def forward(self, a_BCHW: torch.Tensor, b_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    def forward(
+        self, a_BCHW: torch.Tensor, b_BCHW: torch.Tensor, x_BCHW: torch.Tensor, shift_B: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict]:
         """Returns the mean score of a batch, and its terms {name: detached scalar}.
 
         Args:
             a_BCHW: A draw for each image, in about [-1, 1].
             b_BCHW: Another draw for each image, from the same codes.
             x_BCHW: The images in [-1, 1].
+            shift_B: An integer for each image, whose hash decides how far it and its draws are shifted; None shifts nothing.
         """
         terms = {}
         draws = torch.cat([a_BCHW, b_BCHW])
+        if shift_B is not None:
+            draws, x_BCHW = _shifted(draws, shift_B.repeat(2)), _shifted(x_BCHW, shift_B)
         if self.config.pixels:
             terms["pixels"] = _score(_patches(draws), _patches(x_BCHW))
         for network in self.networks:
@@ -79,6 +89,18 @@ class EnergyScore(nn.Module):
                 terms["style"] = torch.stack([_score(*map(_style, pair)) for pair in pairs]).mean()
         loss = torch.stack([getattr(self.config, name) * score for name, score in terms.items()]).sum()
         return loss, {name: score.detach() for name, score in terms.items()}
+
+
+def _shifted(x_BCHW: torch.Tensor, shift_B: torch.Tensor) -> torch.Tensor:
+    """Shifts images by up to SHIFT pixels down or up, and right or left; what an edge leaves free is filled by reflection."""
+    channels, *sizes = x_BCHW.shape[1:]
+    for axis, size in enumerate(sizes):
+        offset_B = hashed(2 * shift_B + axis) % (2 * SHIFT + 1) - SHIFT
+        place_BN = torch.arange(size, device=x_BCHW.device) + offset_B[:, None]
+        place_BN = size - 1 - (size - 1 - place_BN.abs()).abs()  # reflected at the first and at the last pixel
+        where = place_BN[:, None, :, None] if axis == 0 else place_BN[:, None, None, :]
+        x_BCHW = x_BCHW.gather(2 + axis, where.expand(-1, channels, *sizes))
+    return x_BCHW
 
 
 def _scaled(of_draws: torch.Tensor, of_images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

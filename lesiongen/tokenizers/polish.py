@@ -55,8 +55,9 @@ class Objective(nn.Module):
         x = to_float(batch["image"])
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the codes are those of the encode stage
             vectors = {name: q.x for name, q in self.tokenizer.quantized(x).items()}
-        a, b = self._draws(vectors, batch["position"].to(x.device))
-        loss, terms = self.score(a, b, x)
+        position_B = batch["position"].to(x.device)
+        a, b = self._draws(vectors, position_B)
+        loss, terms = self.score(a, b, x, position_B)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for SSIM's variances
             terms |= {"psnr": psnr(to_unit(a), to_unit(x)).mean(), "ssim": ssim(to_unit(a[:4]), to_unit(x[:4])).mean()}
         return {"loss": loss, "metrics": terms, "statistics": None}

@@ -26,7 +26,7 @@ def test_the_weights_know_a_flower(number):
     assert torch.allclose(features @ stored["_fc.weight"].T + stored["_fc.bias"], whole(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("number, freeze", [(0, frozen), (1, frozen_for_losses)])
+@pytest.mark.parametrize(("number", "freeze"), [(0, frozen), (1, frozen_for_losses)])
 def test_a_frozen_network_has_the_same_features_and_gradient(number, freeze):
     if not has_lite(number):
         pytest.skip("the weights are not installed")
