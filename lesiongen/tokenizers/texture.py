@@ -18,7 +18,8 @@ from torch import nn
 # Stages of the network, coarse to fine: pixels that share one value, and channels as a multiple of the config's width.
 STAGES = ((8, 4), (4, 4), (2, 2), (1, 1))
 LAYERS = 2
-LIMIT = 0.4  # texture changes no value of a pixel, which is in [-1, 1], by more than this
+# The furthest that texture moves a pixel, whose values are in [-1, 1], along the axes of lightness, red - green and yellow - blue.
+LIGHTNESS, COLOUR = 0.7, 0.1
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Texture(nn.Module):
     Stages at an eighth, a quarter, a half and all of the resolution each see the stage before, the decoder's image and noise
     of their own, so that a draw may have coarse structure as well as grain. There is no stage coarser than the grid: there, and
     for the image as a whole, codes decide.
+
+    Attributes:
+        axes: The axes of colour along which texture moves a pixel, as vectors whose length is the limit, [C, C].
     """
 
     def __init__(self, config: TextureConfig, inputs: int, channels: int, cell: int):
@@ -60,6 +64,8 @@ class Texture(nn.Module):
         self.last = nn.Conv2d(widths[-1], channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+        # The axes are saved with the weights, because weights work only with the axes that they were trained with.
+        self.register_buffer("axes", colour_axes(channels))
 
     def forward(self, y_BCHW: torch.Tensor, h_BDhw: torch.Tensor, seed_B: torch.Tensor) -> torch.Tensor:
         """Returns the images with texture, [B, C, H, W].
@@ -76,7 +82,9 @@ class Texture(nn.Module):
             size = max(1, height // pixels), max(1, width // pixels)
             noise = uniform(seed_B ^ pixels, (self.config.noise, *size))
             h = stage(h, torch.cat([_resized(mean, size), noise], 1))
-        return y_BCHW + LIMIT * torch.tanh(self.last(F.silu(h)) / LIMIT)
+        limit_C = self.axes.norm(dim=1)
+        along_BCHW = torch.tanh(self.last(F.silu(h)) / limit_C[:, None, None])
+        return y_BCHW + torch.einsum("bkhw,kc->bchw", along_BCHW, self.axes)
 
 
 class _Stage(nn.Module):
@@ -95,6 +103,18 @@ class _Stage(nn.Module):
         for layer in self.layers:
             h = h + layer(F.silu(h))
         return h
+
+
+def colour_axes(channels: int) -> torch.Tensor:
+    """Returns orthogonal axes with the limits as lengths, [C, C]: lightness and two of colour for RGB, otherwise the channels.
+
+    Colour has narrow limits, because what a decoder misses is mostly lightness, and features hardly see a wrong colour: without
+    such limits some draws have violet or cyan specks.
+    """
+    if channels != 3:
+        return torch.eye(channels) * LIGHTNESS / 3**0.5
+    axes = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]), dim=1)
+    return axes * torch.tensor([LIGHTNESS, COLOUR, COLOUR])[:, None]
 
 
 def _resized(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:

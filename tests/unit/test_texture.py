@@ -69,15 +69,22 @@ def test_draws_of_one_image_differ():
     assert torch.allclose(net.decode(vectors, torch.tensor([3, 4])), b, atol=1e-6)
 
 
-def test_texture_is_bounded():
-    """However large the network's output is, texture changes no pixel by more than LIMIT."""
+@pytest.mark.parametrize("channels", [1, 3])
+def test_texture_is_bounded(channels):
+    """However large the network's output is, texture moves no pixel further than its axes are long: colours by less."""
     torch.manual_seed(0)
-    net = make(VQVAEConfig(**SIZES), 3, batch=1)
+    net = make(VQVAEConfig(**SIZES), channels, batch=1)
     net.add_texture(TextureConfig(width=8))
     nn.init.normal_(net.texture.last.weight, std=100.0)
     vectors = {"codes": torch.randn(2, 8, 8, 8)}
     added = net.decode(vectors, torch.tensor([1, 2])) - net.decode(vectors)
-    assert 0.9 * texture.LIMIT < added.abs().max() <= texture.LIMIT + 1e-6
+    axes = texture.colour_axes(channels)
+    limit_C = axes.norm(dim=1)
+    along_C = torch.einsum("bchw,kc->bkhw", added, axes / limit_C[:, None]).abs().amax((0, 2, 3))
+    assert (along_C <= limit_C + 1e-5).all() and (along_C > 0.9 * limit_C).all()
+    if channels == 3:
+        assert torch.allclose(axes @ axes.T, torch.diag(limit_C.square()), atol=1e-6), "the axes are orthogonal"
+        assert (limit_C[1:] < limit_C[0] / 3).all()
 
 
 @pytest.mark.parametrize(("stride", "stages"), [(4, [4, 2, 1]), (8, [8, 4, 2, 1]), (16, [8, 4, 2, 1])])
