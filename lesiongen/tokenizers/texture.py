@@ -18,7 +18,7 @@ from torch import nn
 # Stages of the network, coarse to fine: pixels that share one value, and channels as a multiple of the config's width.
 STAGES = ((8, 4), (4, 4), (2, 2), (1, 1))
 LAYERS = 2
-# The furthest that texture moves a pixel, whose values are in [-1, 1], along the axes of lightness, red - green and yellow - blue.
+# The furthest that texture moves a pixel, whose values are in [-1, 1], along the axes of lightness and of colour.
 LIGHTNESS, COLOUR = 0.7, 0.1
 
 
