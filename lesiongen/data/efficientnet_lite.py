@@ -38,7 +38,7 @@ def lite_network(number: int) -> nn.Module:
 def frozen(module: nn.Module) -> nn.Module:
     """Prepares a part of an EfficientNet-Lite that never trains: each norm becomes part of the convolution before it.
 
-    It computes the same features in three quarters of the time.
+    It computes the same features in less time (docs/notes/trials.md).
 
     Returns:
         The module itself, in evaluation mode, with channels-last weights.
@@ -53,7 +53,7 @@ def frozen(module: nn.Module) -> nn.Module:
 
 
 def frozen_for_losses(module: nn.Module) -> nn.Module:
-    """Does as frozen(), for a part that is differentiated by its input under autocast.
+    """Does what frozen() does, for a part that is differentiated by its input under autocast.
 
     On a CPU, depthwise convolutions are computed in fp32 also under autocast, because their backward pass in bf16 is slow
     there. Together with frozen() this halved the time of a loss of its features (docs/notes/trials.md).

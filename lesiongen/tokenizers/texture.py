@@ -109,7 +109,7 @@ def colour_axes(channels: int) -> torch.Tensor:
     """Returns orthogonal axes with the limits as lengths, [C, C]: lightness and two of colour for RGB, otherwise the channels.
 
     Colour has narrow limits, because what a decoder misses is mostly lightness, and features hardly see a wrong colour: without
-    such limits some draws have violet or cyan specks.
+    such limits some draws have violet or cyan specks. A grey pixel may move as far as each channel of a coloured one.
     """
     if channels != 3:
         return torch.eye(channels) * LIGHTNESS / 3**0.5
