@@ -18,12 +18,12 @@ from tests.conftest import DEMO, tiny
 class Command:
     """A running lesiongen command. Finds its processes by an environment variable, which they inherit."""
 
-    def __init__(self, arguments: list[str], log: Path):
+    def __init__(self, arguments: list[str], log: Path, **environment: str):
         self.mark = f"LEAK_TEST={uuid.uuid4().hex}"
         name, _, value = self.mark.partition("=")
         command = [sys.executable, "-m", "launch", *arguments]
         with open(log, "wb") as file:
-            env = os.environ | {"OMP_NUM_THREADS": "1", name: value}
+            env = os.environ | {"OMP_NUM_THREADS": "1", name: value} | environment
             self.process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
 
     def alive(self) -> dict[int, str]:
@@ -64,9 +64,9 @@ def train(phantoms, packed, tmp_path):
     """train(ranks) starts a training with two data workers for each rank."""
     commands = []
 
-    def start(ranks: int) -> Command:
+    def start(ranks: int, **environment: str) -> Command:
         own = {"inputs.shards": packed, "local.ranks": ranks, "data.workers": 2, "tokenizer.train.samples": 1_000_000}
-        command = Command(["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path, **own)], tmp_path / "log")
+        command = Command(["train", "tokenizer", DEMO, *tiny(phantoms, tmp_path, **own)], tmp_path / "log", **environment)
         commands.append(command)
         return command
 
@@ -93,6 +93,27 @@ def test_a_killed_launcher_leaves_nothing_at_any_moment_of_the_start(train, tmp_
     command = train(2)
     wait(lambda: len(command.alive()) >= processes, command, tmp_path / "log")
     time.sleep(delay)
+    command.kill(command.process.pid)
+
+
+# Python runs this file at the start of each process. It makes the data workers' imports take longer than they may live.
+SLOW_IMPORTS = """
+import sys, time
+
+class Slow:
+    def find_spec(name, path=None, target=None):
+        time.sleep(60 if name == "torch" else 0)
+
+if "--multiprocessing-fork" in sys.orig_argv:
+    sys.meta_path.insert(0, Slow)
+"""
+
+
+def test_workers_whose_imports_take_long_do_not_outlive_a_killed_launcher(train, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORTS)
+    command = train(2, PYTHONPATH=str(tmp_path))
+    wait(lambda: sum("spawn_main" in line for line in command.alive().values()) == 4, command, tmp_path / "log")
+    time.sleep(2)  # the workers' interpreters have started
     command.kill(command.process.pid)
 
 
