@@ -12,7 +12,8 @@ def exit_with_parent(parent: int) -> None:
     Otherwise an orphaned rank would keep the stage's lock, and the stage could not be started again. The parent must be given:
     a process whose parent was killed during its imports has another parent by now.
 
-    The thread ends this process's data workers first: while they import, which takes seconds, they do not watch their parent yet.
+    The thread ends this process's data workers first: while they import, which takes seconds, they do not watch their parent
+    yet.
 
     Args:
         parent: Process id of the parent.
