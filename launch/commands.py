@@ -251,19 +251,19 @@ def plan(options: argparse.Namespace) -> int:
 
 def show_status(options: argparse.Namespace) -> int:
     """Prints the state of a run's stages and jobs."""
-    print(status.format_status(status.load_run(options.run)))
+    print(status.format_status(experiment.load(options.run)))
     return errors.DONE
 
 
 def logs(options: argparse.Namespace) -> int:
     """Prints the last lines of a run's newest log files."""
-    print(status.newest_logs(status.load_run(options.run), options.stage))
+    print(status.newest_logs(experiment.load(options.run), options.stage))
     return errors.DONE
 
 
 def cancel(options: argparse.Namespace) -> int:
     """Cancels a run's Slurm jobs."""
-    cancelled = status.cancel(status.load_run(options.run))
+    cancelled = status.cancel(experiment.load(options.run))
     print(f"cancelled jobs {', '.join(cancelled)}" if cancelled else "no jobs to cancel")
     return errors.DONE
 

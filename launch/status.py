@@ -3,7 +3,6 @@
 Without Slurm, or when Slurm does not answer, the run directory alone is shown. Slurm's accounting is not needed.
 """
 
-import json
 import os
 import re
 import time
@@ -13,26 +12,8 @@ from hpc.errors import UserError
 from hpc.run import metrics_log, mlflow_sync
 from launch import slurm
 from launch.pipeline import stage_statuses
-from lesiongen.experiment import Experiment, load
+from lesiongen.experiment import Experiment
 from lesiongen.stages.base import changed_images
-
-
-def load_run(run: str) -> Experiment:
-    """Loads the config of a run. A run directory may have been renamed or copied: its own name and place count.
-
-    Args:
-        run: The run directory, or the path of a config file.
-
-    Raises:
-        UserError: The path is neither.
-    """
-    path = Path(run)
-    if path.is_file():
-        return load(run)
-    if not (path / "config.yaml").exists():
-        raise UserError(f"{run} is not a run directory: it has no config.yaml. Give runs/NAME, or the path of a config.")
-    folder = path.resolve()
-    return load(str(path / "config.yaml"), [f"runs={json.dumps(str(folder.parent))}", f"name={json.dumps(folder.name)}"])
 
 
 def format_status(config: Experiment) -> str:

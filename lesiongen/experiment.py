@@ -7,6 +7,7 @@ Fields declared `volatile` change only where, how fast or how long a stage runs.
 finished stage stays valid when they change.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -259,14 +260,22 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
     """Reads a config file. Relative paths in the config are relative to the working directory; ~ and $VARIABLE are replaced.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or the directory of a run. A run's directory may have been renamed or copied: its own name and
+            place count, not those in its config.yaml.
         overrides: Values to change, each as "section.key=value".
 
     Raises:
         UserError: The file cannot be read, or a key or value is wrong.
     """
-    data = hpc_config.apply_overrides(hpc_config.read_yaml(Path(path)), list(overrides))
-    data.setdefault("name", Path(path).stem)
+    file, folder = Path(path), Path(path).resolve()
+    if file.is_dir():
+        file = file / "config.yaml"
+        if not file.exists():
+            raise UserError(f"{path} is not a run directory: it has no config.yaml. Give runs/NAME, or the path of a config.")
+        place = {"runs": str(folder.parent), "name": folder.name}
+        overrides = [*(f"{key}={json.dumps(value)}" for key, value in place.items()), *overrides]
+    data = hpc_config.apply_overrides(hpc_config.read_yaml(file), list(overrides))
+    data.setdefault("name", file.stem)
     return make(presets.fill_in(data))
 
 

@@ -33,7 +33,7 @@ from lesiongen.evaluation.skin_tone import skin_tone, tone_index
 from lesiongen.evaluation.subject import Subject
 from lesiongen.evaluation.training_sets import Pool, classical_views
 from lesiongen.evaluation.utility import Fit, utility
-from lesiongen.priors.generator import Generator
+from lesiongen.priors.code_sampler import CodeSampler
 
 
 def likeness_part(subject: Subject) -> dict:
@@ -109,11 +109,11 @@ def copies_of(subject: Subject, views: TrainingViews, candidates: Candidates) ->
     return measure(views, decode_batches(subject.net, codes), codes, subject.seed, subject.topology)
 
 
-def audit_parts(subject: Subject, generator: Generator) -> dict:
+def audit_parts(subject: Subject, code_sampler: CodeSampler) -> dict:
     """Returns "membership" and "extraction": whether the priors reveal training images."""
     groups = subject.train.groups_by_shard() | subject.held_out.groups_by_shard()
     rows = choose_rows(subject.store, groups, subject.config.audited, subject.seed)
-    priors = {level: sampler.prior for level, sampler in generator.samplers.items()}
+    priors = {level: sampler.prior for level, sampler in code_sampler.samplers.items()}
     coarsest = next(iter(priors.values()))
     return {
         "membership": membership(subject.store, priors, rows, groups, subject.device, subject.seed),
@@ -138,7 +138,7 @@ def gate_part(subject: Subject, candidates: Candidates) -> dict | None:
     return found
 
 
-def fairness_part(subject: Subject, generator: Generator) -> dict:
+def fairness_part(subject: Subject, code_sampler: CodeSampler) -> dict:
     """Returns "fairness": whether the models treat images of every site, sex, age and skin tone alike."""
     watched, vocabularies = subject.watched, subject.shards.vocabularies
     names = [fact for fact in FACTS if vocabularies.get(fact)]
@@ -157,7 +157,7 @@ def fairness_part(subject: Subject, generator: Generator) -> dict:
         _psnr(subject),
         real.labels,
         real.predicted if len(subject.trained_on) > 1 else None,
-        _bits(subject, generator, {fact: values[watched] for fact, values in columns["held_out"].items()}),
+        _bits(subject, code_sampler, {fact: values[watched] for fact, values in columns["held_out"].items()}),
     )
     return fairness(slices, held_out, subject.seed)
 
@@ -177,15 +177,15 @@ def _psnr(subject: Subject) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _bits(subject: Subject, generator: Generator, facts: dict[str, np.ndarray]) -> np.ndarray:
+def _bits(subject: Subject, code_sampler: CodeSampler, facts: dict[str, np.ndarray]) -> np.ndarray:
     """Returns the bits of each watched image's codes under the priors and its own facts, all levels together, [N]."""
-    tokens = {level: sampler.prior.length for level, sampler in generator.samplers.items()}
+    tokens = {level: sampler.prior.length for level, sampler in code_sampler.samplers.items()}
     parts = []
     with progress_bar(len(subject.watched), "held-out bits") as progress:
         for first in range(0, len(subject.watched), BATCH):
             part = slice(first, first + BATCH)
             codes = subject.reconstructions.codes(subject.held_out, subject.watched[part])
-            bits = generator.bits(codes, {fact: values[part] for fact, values in facts.items()})
+            bits = code_sampler.bits(codes, {fact: values[part] for fact, values in facts.items()})
             parts.append(sum(bits[level] * tokens[level] for level in tokens))
             progress.update(len(parts[-1]))
     return np.concatenate(parts)

@@ -26,6 +26,8 @@ from lesiongen.data.packed import Packed
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import contents
 from lesiongen.ingest.folders import count_images
+from lesiongen.priors.export import load_prior
+from lesiongen.priors.prior import Prior
 from lesiongen.tokenizers.export import load_tokenizer
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
@@ -172,6 +174,24 @@ def load_decoder(config: Experiment, device: torch.device) -> tuple[Tokenizer, d
             "polish), or set inputs.polish and inputs.tokenizer to a run that has polished its tokenizer."
         )
     return net, about
+
+
+def load_priors(config: Experiment, device: torch.device) -> dict[str, tuple[Prior, dict]]:
+    """Loads the prior of each level, coarse to fine, as load_prior() does.
+
+    Raises:
+        UserError: A prior was trained on the codes of another tokenizer than the run's.
+    """
+    priors, tokenizer = {}, digest_of(config, "tokenizer")
+    for level in config.levels:
+        priors[level] = load_prior(require(config, f"prior-{level}"), device)
+        made_for = priors[level][1]["tokenizer"]
+        if made_for != tokenizer:
+            raise UserError(
+                f"prior-{level} was trained on codes of tokenizer {made_for}, but this run's tokenizer is {tokenizer}. Train "
+                "the prior on this tokenizer's codes, or set inputs.tokenizer."
+            )
+    return priors
 
 
 def check_codes(config: Experiment, store: CodeStore) -> None:

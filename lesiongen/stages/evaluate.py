@@ -24,7 +24,6 @@ from hpc.run import rundir
 from hpc.run.metrics_log import MetricsLog, metric_name, read_metrics
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
-from lesiongen.data.facts import PriorFacts
 from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation import parts, plots
 from lesiongen.evaluation.backbone import check_backbone
@@ -38,18 +37,16 @@ from lesiongen.evaluation.report.page import page
 from lesiongen.evaluation.report.pictures import nearest_pairs, strips
 from lesiongen.evaluation.report.verdict import in_lines, verdict
 from lesiongen.evaluation.subject import Subject
-from lesiongen.experiment import Experiment
+from lesiongen.experiment import Experiment, SampleConfig
 from lesiongen.ingest.licences import merge_counts
-from lesiongen.priors.export import load_prior
-from lesiongen.priors.generator import Generator
-from lesiongen.priors.level_sampler import LevelSampler
-from lesiongen.priors.sampling import TokenChooser, guidance
+from lesiongen.priors.code_sampler import CodeSampler
 from lesiongen.stages.base import (
     Stage,
     check_codes,
     decoder_stage,
     digest_of,
     load_decoder,
+    load_priors,
     model_stages,
     packed,
     packed_locations,
@@ -123,7 +120,8 @@ def _finish(
     Returns:
         The digest of all figures.
     """
-    shards, generator = subject.shards, _generator(config, subject)
+    shards, priors = subject.shards, load_priors(config, subject.device)
+    code_sampler = CodeSampler.of(priors, dict.fromkeys(priors, SampleConfig()), subject.device)
     candidates = Candidates(require(config, "samples"))
     # floor_psnr is the PSNR of a tokenizer that gives all pixels one colour.
     floor_psnr = -10 * math.log10(max(shards.moments["data_variance"], 1e-10))
@@ -137,9 +135,9 @@ def _finish(
         | {"about": f"{subject.judge.recipe.name}, images at {subject.judge.recipe.size} px"},
         "diversity": parts.diversity_part(subject),
         "utility": parts.utility_part(subject),
-        "privacy": {"copies": copies.metrics(), **parts.audit_parts(subject, generator)},
+        "privacy": {"copies": copies.metrics(), **parts.audit_parts(subject, code_sampler)},
         "gate": parts.gate_part(subject, candidates),
-        "fairness": parts.fairness_part(subject, generator),
+        "fairness": parts.fairness_part(subject, code_sampler),
         "data": _data_metrics(subject) | merge_counts(shards.about, tokenizer_data),
     }
     metrics = _without_nan(metrics)
@@ -148,17 +146,6 @@ def _finish(
     _write(config.name, folder, metrics, pictures, subject, copies, candidates)
     print(in_lines(metrics["verdict"]))
     return digest({part: content for part, content in metrics.items() if part != "made"})  # "made" has paths and the date
-
-
-def _generator(config: Experiment, subject: Subject) -> Generator:
-    """Loads the priors of all levels."""
-    samplers, facts = {}, {}
-    for level in config.levels:
-        prior, about = load_prior(require(config, f"prior-{level}"), subject.device)
-        without_guidance = guidance(1.0, "constant", prior.length)
-        samplers[level] = LevelSampler(prior, TokenChooser(), without_guidance, config.sample.seed, subject.device)
-        facts[level] = PriorFacts(about["facts"], about["training_facts"])
-    return Generator(samplers, facts)
 
 
 def _made(config: Experiment, subject: Subject) -> dict:

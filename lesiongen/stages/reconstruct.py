@@ -11,14 +11,13 @@ from pathlib import Path
 
 import torch
 
-from hpc.config import from_plain
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
-from lesiongen.data.augment import PreprocessConfig, centre, preprocess
 from lesiongen.data.images import to_float, to_uint8, to_unit
+from lesiongen.data.prepare import Preparation
 from lesiongen.data.similarity import psnr, ssim
 from lesiongen.evaluation import figures
 from lesiongen.experiment import Experiment
@@ -47,17 +46,17 @@ def reconstruct(config: Experiment, paths: list[Path], out: Path, batch: int = 3
         UserError: None of the files can be read.
     """
     net, facts = load_decoder(config, Topology().device)
-    reader = _Reader(facts)
-    results = _Results(net, out)
-    files = _image_files(paths)
+    prepare, results = Preparation(facts), _Results(net, out)
+    files, refused = _image_files(paths), []
     with progress_bar(len(files), "reconstruct") as progress:
         for first in range(0, len(files), batch):
             part = files[first : first + batch]
-            readable, originals = reader.read(part)
-            if readable:
-                results.add(readable, torch.stack(originals))
+            originals, lines = _read(part, prepare)
+            refused += lines
+            if originals:
+                results.add(list(originals), torch.stack(list(originals.values())))
             progress.update(len(part))
-    for line in reader.refused:
+    for line in refused:
         print(f"skipped: {line}")
     if not results.rows:
         raise UserError("None of these files is an image that can be read. Give image files, or folders that contain some.")
@@ -71,26 +70,19 @@ def _image_files(paths: list[Path]) -> list[Path]:
     return [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES or file in paths]
 
 
-class _Reader:
-    """Reads image files as the tokenizer's training images were read; keeps a line for each that it cannot read."""
+def _read(files: list[Path], prepare: Preparation) -> tuple[dict[Path, torch.Tensor], list[str]]:
+    """Reads image files as the tokenizer's training images were read.
 
-    def __init__(self, facts: dict):
-        self.size, self.channels = facts["size"], facts["channels"]
-        self.preprocess = from_plain(PreprocessConfig, facts["preprocess"])
-        self.refused: list[str] = []
-
-    def read(self, files: list[Path]) -> tuple[list[Path], list[torch.Tensor]]:
-        """Returns the readable files among `files`, and their images, uint8 [C, size, size]."""
-        readable, originals = [], []
-        for file in files:
-            try:
-                image = images.resize_short_side(images.read(file, self.channels), round(self.size / self.preprocess.centre))
-            except (OSError, images.BadImage) as error:
-                self.refused.append(f"{file}: {error}")
-                continue
-            readable.append(file)
-            originals.append(centre(preprocess(images.to_tensor(image), self.preprocess), self.size))
-        return readable, originals
+    Returns:
+        The images that can be read, uint8 [C, size, size], and a line for each file that cannot.
+    """
+    found, refused = {}, []
+    for file in files:
+        try:
+            found[file] = prepare(file)
+        except (OSError, images.BadImage) as error:
+            refused.append(f"{file}: {error}")
+    return found, refused
 
 
 class _Results:

@@ -42,10 +42,18 @@ from lesiongen.evaluation.privacy.views import training_views
 from lesiongen.evaluation.reconstructions import decode
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
 from lesiongen.ingest.licences import merge_counts, strictest
-from lesiongen.priors.export import load_prior
-from lesiongen.priors.generator import Codes, Generator
-from lesiongen.priors.level_sampler import LevelSampler
-from lesiongen.stages.base import Stage, check_codes, decoder_stage, digest_of, load_decoder, model_stages, packed, require
+from lesiongen.priors.code_sampler import Codes, CodeSampler
+from lesiongen.stages.base import (
+    Stage,
+    check_codes,
+    decoder_stage,
+    digest_of,
+    load_decoder,
+    load_priors,
+    model_stages,
+    packed,
+    require,
+)
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 PER_CLASS = 8  # samples of each class in the contact sheet
@@ -81,21 +89,17 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     sampling = config.sample
     # Load the models.
     net, tokenizer_facts = load_decoder(config, topology.device)
-    priors = {level: load_prior(require(config, f"prior-{level}"), topology.device) for level in config.levels}
-    samplers = {
-        level: LevelSampler.of(sampling.at(level), i, prior, topology.device)
-        for i, (level, (prior, _)) in enumerate(priors.items())
-    }
+    priors = load_priors(config, topology.device)
+    code_sampler = CodeSampler.of(priors, {level: sampling.at(level) for level in priors}, topology.device)
 
     # Decide what each sample shows, and what its metadata says.
-    prior_facts = {level: PriorFacts(about["facts"], about["training_facts"]) for level, (_, about) in priors.items()}
-    facts = draw_facts(sampling, list(prior_facts.values()))
-    provenance = _provenance(config, {level: about["tokenizer"] for level, (_, about) in priors.items()})
+    facts = draw_facts(sampling, list(code_sampler.facts.values()))
+    provenance = _provenance(config)
     data = merge_counts(tokenizer_facts["data"], *(about["data"] for _, about in priors.values()))
     provenance["licence_of_training_images"] = strictest(data["licences"])
 
     # Sample, and replace what the gate rejects.
-    work = _Sampling(config, topology, folder, net, Generator(samplers, prior_facts), facts, provenance)
+    work = _Sampling(config, topology, folder, net, code_sampler, facts, provenance)
     kept = work.with_gate() if sampling.gate else work.without_gate()
     dist.barrier()
     gate = {"gate": "samples that copied a training image or were unlikely were replaced"} if sampling.gate else {}
@@ -112,11 +116,11 @@ class _Sampling:
         topology: Topology,
         folder: Path,
         net: Tokenizer,
-        generator: Generator,
+        code_sampler: CodeSampler,
         facts: list[dict[str, str]],
         provenance: dict[str, str],
     ):
-        self.config, self.topology, self.folder, self.net, self.generator = config, topology, folder, net, generator
+        self.config, self.topology, self.folder, self.net, self.code_sampler = config, topology, folder, net, code_sampler
         self.facts, self.provenance = facts, provenance
         self.candidates = Candidates(folder)
 
@@ -173,7 +177,7 @@ class _Sampling:
         views = training_views(
             config.directory, store, self.net, digest_of(config, decoder_stage(config)), backbone, self.topology
         )
-        return prepare(sampling.gate, views, self.generator, self.candidates, config.seed, sampling.batch, self.topology)
+        return prepare(sampling.gate, views, self.code_sampler, self.candidates, config.seed, sampling.batch, self.topology)
 
     def _batches(self, members: list[int]) -> dict[int, list[int]]:
         """Divides samples into batches. Returns this rank's batches by their number."""
@@ -186,7 +190,7 @@ class _Sampling:
         """Returns the codes of a batch: those that an earlier run wrote, or new ones."""
         codes = self.candidates.load(attempt, members)
         if codes is None:
-            codes = self.generator.sample([self.facts[i] for i in members], members, attempt)
+            codes = self.code_sampler.sample([self.facts[i] for i in members], members, attempt)
             self.candidates.save(attempt, codes)
         return codes
 
@@ -218,27 +222,10 @@ class _Sampling:
             yield lambda batch: progress.update(len(batch) * (self.topology.world_size if self.topology.leader else 1))
 
 
-def _provenance(config: Experiment, trained_on: dict[str, str]) -> dict[str, str]:
-    """Returns what every sample's PNG and metadata row say of its origin: the software and the digests of the models.
-
-    Args:
-        config: The run's config.
-        trained_on: For each level, the digest of the tokenizer whose codes its prior was trained on.
-
-    Raises:
-        UserError: A prior was trained on the codes of another tokenizer.
-    """
-    provenance = {"software": "lesiongen", "synthetic": "true", "tokenizer": digest_of(config, "tokenizer")}
-    if decoder_stage(config) == "polish":
-        provenance["decoder"] = digest_of(config, "polish")
-    for level, tokenizer in trained_on.items():
-        provenance[f"prior-{level}"] = digest_of(config, f"prior-{level}")
-        if tokenizer != provenance["tokenizer"]:
-            raise UserError(
-                f"prior-{level} was trained on codes of tokenizer {tokenizer}, but this run's tokenizer is "
-                f"{provenance['tokenizer']}. Train the prior on this tokenizer's codes, or set inputs.tokenizer."
-            )
-    return provenance
+def _provenance(config: Experiment) -> dict[str, str]:
+    """Returns what every sample's PNG and metadata row say of its origin: the software and the digests of the models."""
+    made_by = {("decoder" if name == "polish" else name): digest_of(config, name) for name in model_stages(config)}
+    return {"software": "lesiongen", "synthetic": "true"} | made_by
 
 
 def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[str, str]]:

@@ -34,9 +34,17 @@ from lesiongen.evaluation.image_sets import RealImages
 from lesiongen.evaluation.likeness import draw_repeated
 from lesiongen.evaluation.reconstructions import Reconstructions, decode, decode_batches
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
-from lesiongen.priors.export import load_prior
 from lesiongen.priors.level_sampler import LevelSampler
-from lesiongen.stages.base import check_codes, digest_of, load_decoder, model_stages, packed, packed_locations, require
+from lesiongen.stages.base import (
+    check_codes,
+    digest_of,
+    load_decoder,
+    load_priors,
+    model_stages,
+    packed,
+    packed_locations,
+    require,
+)
 
 GUIDANCE = ((1.0, "constant"), (1.5, "constant"), (2.0, "constant"), (3.0, "constant"), (2.0, "linear"), (3.0, "linear"))
 TEMPERATURES = (0.95, 0.9, 0.85)  # besides 1
@@ -107,7 +115,7 @@ class _Search:
         store, shards = CodeStore(require(config, "codes")), packed(config)
         check_codes(config, store)
         self.net, _ = load_decoder(config, self.device)
-        self.priors = {level: load_prior(require(config, f"prior-{level}"), self.device) for level in config.levels}
+        self.priors = load_priors(config, self.device)
         train, val = RealImages(shards, ["train"]), RealImages(shards, ["val"])
         self.labels, chosen = equal_classes(train, val, number, config.seed)
         self.real = Reconstructions(store, self.net).codes(train, chosen[0])

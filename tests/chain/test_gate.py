@@ -25,7 +25,7 @@ from lesiongen.evaluation.privacy import copies
 from lesiongen.evaluation.privacy.candidates import Candidates
 from lesiongen.evaluation.privacy.gate import gate_metrics
 from lesiongen.evaluation.reconstructions import decode
-from lesiongen.priors.generator import Codes
+from lesiongen.priors.code_sampler import Codes
 from lesiongen.tokenizers.export import load_tokenizer
 from tests.conftest import DEMO, tiny
 from tests.dist import gate_cases

@@ -115,9 +115,10 @@ def test_added_images_are_told_and_appended(data, again, tmp_path):
 
 
 def status(tmp_path: Path) -> str:
-    from launch.status import format_status, load_run
+    from launch.status import format_status
+    from lesiongen.experiment import load
 
-    return format_status(load_run(str(tmp_path / "runs" / "tiny")))
+    return format_status(load(str(tmp_path / "runs" / "tiny")))
 
 
 def test_changed_and_removed_images_are_told(data, again, tmp_path):

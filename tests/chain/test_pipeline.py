@@ -6,15 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+import lesiongen.generator
+from hpc.errors import UserError
 from hpc.run import metrics_log
 from launch.__main__ import main
+from lesiongen.experiment import LevelSampling
 from tests.conftest import DEMO, tiny
 
 STAGES = ("shards", "tokenizer", "codes", "prior-top", "prior-bottom", "samples", "report")
@@ -179,6 +184,56 @@ def test_same_seed_same_images(phantoms, run, tmp_path):
         assert main(["sample", *again(phantoms, run), "-n", "5", "--seed", "9", "--out", str(tmp_path / name)]) == 0
     for path in sorted((tmp_path / "a" / "images").iterdir()):
         assert path.read_bytes() == (tmp_path / "b" / "images" / path.name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def generator(run) -> lesiongen.generator.Generator:
+    return lesiongen.load(run)
+
+
+def test_a_loaded_generator_samples_what_the_command_writes(phantoms, run, generator, tmp_path):
+    settings = ["sample.guidance=2", "sample.levels.top.temperature=0.9"]
+    command = ["sample", *again(phantoms, run, *settings), "--label", "mel", "-n", "9", "--seed", "4", "--out"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    config = replace(generator.config, sample=replace(generator.config.sample, levels={"top": LevelSampling(temperature=0.9)}))
+    samples = lesiongen.generator.Generator(config, generator.device).sample("mel", n=9, seed=4, guidance=2)
+    files = sorted((tmp_path / "out" / "images").iterdir())
+    written = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+    assert torch.equal(samples.images, written) and len(samples.pictures()) == len(samples) == 9
+    assert {facts["label"] for facts in samples.facts} == {"mel"}
+    # A setting of the call wins over the level's in the config.
+    asked = lesiongen.generator.Generator(config, generator.device).sample("mel", n=2, temperature=1)
+    assert torch.equal(asked.images, generator.sample("mel", n=2).images)
+
+
+def test_a_loaded_generator_encodes_decodes_and_knows_what_is_likely(phantoms, generator):
+    files = sorted((phantoms / "images").iterdir())[:3]
+    codes = generator.encode(files)
+    assert {level: grid.shape for level, grid in codes.items()} == {"top": (3, 4, 4), "bottom": (3, 8, 8)}
+    pictures = [Image.open(file) for file in files]
+    assert all(np.array_equal(codes[level], grid) for level, grid in generator.encode(pictures).items())
+    assert generator.decode(codes).shape == generator.prepare(files).shape == (3, 3, 32, 32)
+    samples = generator.sample("nv", n=50)
+    likely = generator.log_likelihood(samples.codes, samples.facts)
+    tokens = {"top": 16, "bottom": 64}
+    assert np.allclose(likely, -np.log(2) * sum(samples.bits[level] * n for level, n in tokens.items()), rtol=1e-5)
+    noise = {level: np.random.default_rng(0).integers(0, 32, grid.shape) for level, grid in samples.codes.items()}
+    assert generator.log_likelihood(noise, samples.facts).mean() < likely.mean()
+
+
+def test_a_loaded_generator_says_what_it_cannot_do(phantoms, generator, tmp_path):
+    with pytest.raises(UserError, match=r"Unknown label 'melon'; this generator knows: akiec, bcc"):
+        generator.sample("melon")
+    with pytest.raises(UserError, match=r"no setting 'guidence' of sampling; there are temperature"):
+        generator.sample("mel", guidence=2)
+    with pytest.raises(UserError, match="temperature above 0"):
+        generator.sample("mel", temperature=0)
+    with pytest.raises(UserError, match="'melon' is not a known value of label"):
+        generator.log_likelihood(generator.sample("mel").codes, [{"label": "melon"}])
+    with pytest.raises(UserError, match=r"metadata\.csv cannot be used: not a JPEG"):
+        generator.encode([phantoms / "metadata.csv"])
+    with pytest.raises(UserError, match=r"it has no config\.yaml"):
+        lesiongen.load(tmp_path)
 
 
 def test_status_and_verify(run, capsys):

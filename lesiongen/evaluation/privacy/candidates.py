@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save
 from hpc.errors import UserError
 from hpc.run.rundir import atomic_write
 from lesiongen.evaluation.privacy.copies import write_table
-from lesiongen.priors.generator import Codes
+from lesiongen.priors.code_sampler import Codes
 
 FOLDER = "private"
 

@@ -24,7 +24,7 @@ from lesiongen.evaluation.privacy.candidates import Candidates
 from lesiongen.evaluation.privacy.copies import below, is_copy, neighbour_columns, rate, thresholds
 from lesiongen.evaluation.privacy.nearest import Nearest, nearest_views
 from lesiongen.evaluation.privacy.views import Described, TrainingViews, joined
-from lesiongen.priors.generator import Codes, Generator
+from lesiongen.priors.code_sampler import Codes, CodeSampler
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Gate:
 def prepare(
     config: GateConfig,
     views: TrainingViews,
-    generator: Generator,
+    code_sampler: CodeSampler,
     candidates: Candidates,
     seed: int,
     batch: int,
@@ -129,7 +129,7 @@ def prepare(
     Args:
         config: The rules.
         views: The training views.
-        generator: Measures the held-out images' bits per token.
+        code_sampler: Measures the held-out images' bits per token.
         candidates: Keeps the thresholds.
         seed: Seed that draws the held-out images.
         batch: Held-out images that a rank measures at once.
@@ -139,7 +139,7 @@ def prepare(
     if limits is None:
         held_out, rows = views.held_out(seed)
         found = nearest_views(views, held_out, topology, unseen)
-        bits = _held_out_bits(views, held_out, rows, generator, batch, topology)
+        bits = _held_out_bits(views, held_out, rows, code_sampler, batch, topology)
         limits = {
             "rules": to_plain(config),
             "thresholds": thresholds(found),
@@ -153,12 +153,12 @@ def prepare(
 
 
 def _held_out_bits(
-    views: TrainingViews, held_out: Described, rows_N2: np.ndarray, generator: Generator, batch: int, topology: Topology
+    views: TrainingViews, held_out: Described, rows_N2: np.ndarray, code_sampler: CodeSampler, batch: int, topology: Topology
 ) -> dict[str, np.ndarray]:
     """Measures the bits per token of held-out images at each level, under their own facts. Collective."""
     facts = {
         name: np.array([views.store.arrays(*views.held_out_files[file])[name][i] for file, i in rows_N2.tolist()])
-        for name in {name for prior in generator.facts.values() for name in prior.values}
+        for name in {name for prior in code_sampler.facts.values() for name in prior.values}
     }
     mine = range(0, len(held_out), batch)[topology.rank :: topology.world_size]
     measured = {}
@@ -166,10 +166,10 @@ def _held_out_bits(
         for first in mine:
             part = slice(first, first + batch)
             codes = {level: array[part] for level, array in held_out.codes.items()}
-            measured[first] = generator.bits(codes, {name: values[part] for name, values in facts.items()})
+            measured[first] = code_sampler.bits(codes, {name: values[part] for name, values in facts.items()})
             progress.update(batch)
     gathered = {first: bits for part in dist.gather(measured) for first, bits in part.items()}
-    return {level: np.concatenate([gathered[first][level] for first in sorted(gathered)]) for level in generator.samplers}
+    return {level: np.concatenate([gathered[first][level] for first in sorted(gathered)]) for level in code_sampler.samplers}
 
 
 def add_attempt(candidates: Candidates, attempt: int, verdicts: Verdicts, packed: Packed) -> None:

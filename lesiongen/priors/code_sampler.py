@@ -1,6 +1,6 @@
 """Generates codes from the priors of all levels, coarse to fine, and measures how likely they are.
 
-The sample stage owns one Generator. The codes of a sample depend on the seed, the sample's index and the attempt, not on the
+The sample stage owns one CodeSampler. The codes of a sample depend on the seed, the sample's index and the attempt, not on the
 batch or the number of ranks.
 
 Shapes: B batch, h × w codes.
@@ -15,7 +15,8 @@ import torch
 
 from hpc.data.codestore import code_dtype
 from lesiongen.data.facts import PriorFacts
-from lesiongen.priors.level_sampler import LevelSampler
+from lesiongen.priors.level_sampler import LevelSampler, Settings
+from lesiongen.priors.prior import Prior
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Codes:
     bits: dict[str, np.ndarray]
 
 
-class Generator:
+class CodeSampler:
     """Samples all levels.
 
     Attributes:
@@ -44,6 +45,21 @@ class Generator:
     def __init__(self, samplers: dict[str, LevelSampler], facts: dict[str, PriorFacts]):
         """Joins the parts. Both have the levels coarse to fine."""
         self.samplers, self.facts = samplers, facts
+
+    @classmethod
+    def of(cls, priors: dict[str, tuple[Prior, dict]], settings: dict[str, Settings], device: torch.device) -> "CodeSampler":
+        """Prepares the samplers of all levels.
+
+        Args:
+            priors: The prior of each level, coarse to fine, as load_prior() returns it.
+            settings: The settings of `sample` for each level.
+            device: The device that computes.
+        """
+        samplers = {
+            level: LevelSampler.of(settings[level], i, prior, device) for i, (level, (prior, _)) in enumerate(priors.items())
+        }
+        facts = {level: PriorFacts(about["facts"], about["training_facts"]) for level, (_, about) in priors.items()}
+        return cls(samplers, facts)
 
     @torch.no_grad()
     def sample(self, facts: Sequence[dict[str, str]], members: Sequence[int], attempt: int = 0) -> Codes:
