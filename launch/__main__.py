@@ -108,6 +108,11 @@ def _add_stage_verbs(verbs: Verbs) -> None:
     evaluate.add_argument("--share", metavar="FILE", type=_path, help="write a copy of the report without real images to FILE")
     _add_fresh(evaluate)
 
+    publish = _add_verb(verbs, "publish", "write a folder with the trained generator, and nothing of the training images")
+    _add_config(publish)
+    publish.add_argument("--out", type=_path, metavar="DIR", required=True, help="the new folder")
+    publish.add_argument("--force", action="store_true", help="publish without a report, or against its advice")
+
 
 def _add_pipeline_verbs(verbs: Verbs) -> None:
     """Adds the verbs that act on all stages of a config: run, submit, plan."""

@@ -211,6 +211,16 @@ def sample(options: argparse.Namespace) -> int:
     return errors.DONE
 
 
+def publish(options: argparse.Namespace) -> int:
+    """Writes a folder that holds a trained generator and nothing of the training images."""
+    from lesiongen.stages.publish import publish as write_generator
+
+    out = Path(options.out)
+    write_generator(experiment.load(options.config, options.overrides), out, options.force)
+    print(f"{out} holds the generator; {out / 'README.md'} says how to load it")
+    return errors.DONE
+
+
 def submit(options: argparse.Namespace) -> int:
     """Submits every unfinished stage as a Slurm job."""
     config = experiment.load(options.config, options.overrides)
@@ -313,6 +323,7 @@ COMMANDS = {
     "sample": sample,
     "tune": tune,
     "evaluate": evaluate,
+    "publish": publish,
     "run": run,
     "submit": submit,
     "plan": plan,

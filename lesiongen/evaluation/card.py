@@ -1,6 +1,6 @@
 """The README.md beside exported weights and samples: what they are, what they were made from, and under which licences.
 
-The tokenizer, polish, prior and sample stages write it. It always states the strictest licence among the training images.
+The stages that train, the sample stage and `publish` write it. It states the strictest licence among the training images.
 """
 
 from lesiongen.ingest.licences import canonical_name, strictest
@@ -8,6 +8,7 @@ from lesiongen.ingest.licences import canonical_name, strictest
 KINDS = {
     "tokenizer": "Encodes dermoscopic images as grids of codes, and decodes them: a hierarchical VQ-VAE (arXiv:1906.00446).",
     "prior": "Generates grids of a tokenizer's codes for a given label: an autoregressive prior, which draws code by code.",
+    "generator": "Generates labelled images of skin lesions: priors generate codes, a tokenizer decodes them.",
     "samples": "Synthetic images: priors generated the codes, a tokenizer decoded them. None of the images shows a patient.",
 }
 

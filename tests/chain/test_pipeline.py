@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -234,6 +235,58 @@ def test_a_loaded_generator_says_what_it_cannot_do(phantoms, generator, tmp_path
         generator.encode([phantoms / "metadata.csv"])
     with pytest.raises(UserError, match=r"it has no config\.yaml"):
         lesiongen.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def published(phantoms, run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("published") / "generator"
+    assert main(["publish", *again(phantoms, run), "--out", str(out), "--force"]) == 0
+    return out
+
+
+def test_a_published_generator_gives_the_runs_samples(run, published, generator, tmp_path):
+    other = shutil.copytree(published, tmp_path / "elsewhere")
+    same = lesiongen.load(other).sample("mel", n=3, seed=4)
+    assert torch.equal(same.images, generator.sample("mel", n=3, seed=4).images)
+    snippet = (other / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    subprocess.run([sys.executable, "-c", snippet], cwd=other, check=True)
+    assert Image.open(other / "sample.png").size == (32, 32)
+    assert main(["sample", str(other), "-n", "7", "--out", str(tmp_path / "out")]) == 0
+    assert main(["verify", str(published)]) == 0
+
+
+def test_a_published_generator_holds_nothing_of_the_training_images(phantoms, run, published):
+    files = {str(path.relative_to(published)) for path in published.rglob("*") if path.is_file()}
+    models = {f"{stage}/{name}" for stage in ("tokenizer", "prior-top", "prior-bottom") for name in ("stage.json",)}
+    models |= {
+        f"{model.split('/')[0]}/export/{name}" for model in models for name in ("README.md", "config.yaml", "model.safetensors")
+    }
+    assert files == models | {"README.md", "config.yaml", "samples.png", "report.html"}
+    for name in files:
+        content = (published / name).read_bytes()
+        assert str(phantoms).encode() not in content and str(run.parent).encode() not in content, name
+    text = (published / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "lesiongen" and front["license"] == "cc0-1.0"
+    assert "verdict: " in text
+
+
+def test_what_may_not_be_published(phantoms, run, published, tmp_path, capsys):
+    command = ["publish", *again(phantoms, run), "--out"]
+    assert main([*command, str(published)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    other = shutil.copytree(run, tmp_path / "tiny")
+    shutil.rmtree(other / "report")
+    assert main(["publish", str(other), "--out", str(tmp_path / "out")]) == 2
+    assert "has no finished report" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["publish", str(other), "--out", str(tmp_path / "out"), "--force"]) == 0
+    assert "There is no report" in (tmp_path / "out" / "README.md").read_text()
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    metrics["verdict"]["overall"] = "do not share"
+    shutil.copytree(run / "report", other / "report")
+    (other / "report" / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["publish", str(other), "--out", str(tmp_path / "two")]) == 2
+    assert "The report advises against it. verdict: do not share" in capsys.readouterr().err
 
 
 def test_status_and_verify(run, capsys):
