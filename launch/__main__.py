@@ -6,8 +6,12 @@ To add a verb, add it to one of the `_add_…_verbs` functions below and to COMM
 """
 
 import argparse
+import difflib
 import getpass
 import os
+import sys
+import textwrap
+from importlib import metadata
 
 from hpc import errors
 from hpc.run.parent import exit_with_parent
@@ -18,7 +22,14 @@ DESCRIPTION = (
     "same command again to resume. Exit codes: 0 done, 2 wrong usage or config, 75 stopped early and can be resumed, 76 a "
     "training step hung, 77 training diverged, 1 any other failure."
 )
-CONFIG_HELP = "the run's config, a YAML file"
+EXAMPLES = """examples:
+  lesiongen demo                                               the whole pipeline in a few minutes, on drawn lesions
+  lesiongen run configs/ham10000-cpu.yaml data.images=PHOTOS data.metadata=metadata.csv
+  lesiongen status runs/ham10000-cpu                           how far it is
+  lesiongen sample runs/ham10000-cpu --label mel -n 100        more images from a trained run
+  lesiongen submit CONFIG --cluster my-cluster.yaml            the same run as jobs of Slurm
+"""
+CONFIG_HELP = "the run's config, a YAML file, or the run's directory"
 OVERRIDE_FORMAT = "section.key=value"
 RUN_HELP = "run directory or config file"
 Verbs = argparse._SubParsersAction  # what add_subparsers() returns; argparse has no public name for this class
@@ -26,7 +37,13 @@ Verbs = argparse._SubParsersAction  # what add_subparsers() returns; argparse ha
 
 def make_parser() -> argparse.ArgumentParser:
     """Builds the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="lesiongen", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        prog="lesiongen",
+        description=textwrap.fill(DESCRIPTION, 96),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lesiongen {metadata.version('lesiongen')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_data_verbs(verbs)
     _add_stage_verbs(verbs)
@@ -119,10 +136,12 @@ def _add_pipeline_verbs(verbs: Verbs) -> None:
     run = _add_verb(verbs, "run", "run every unfinished stage on this machine")
     _add_config(run)
     _add_fresh(run)
+    _add_yes(run)
 
     submit = _add_verb(verbs, "submit", "submit every unfinished stage as a Slurm job")
     _add_config(submit)
     _add_fresh(submit)
+    _add_yes(submit)
     submit.add_argument("--cluster", type=_path, required=True, help="cluster file, such as configs/cluster/example.yaml")
     submit.add_argument("--dry", action="store_true", help="print the batch scripts and submit nothing")
 
@@ -191,6 +210,10 @@ def _add_fresh(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_yes(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--yes", action="store_true", help="let --fresh also delete what was made from the stage, without asking")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses a command line. Exits with code 2 if it is wrong, as argparse does.
 
@@ -198,6 +221,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         arguments: The words after `lesiongen`. None for those of this process.
     """
     parser = make_parser()
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and not words[0].startswith("-"):
+        _refuse_unknown_verb(parser, words[0])
     options, rest = parser.parse_known_args(arguments)
     # argparse leaves over the overrides that follow an option, as in "CONFIG --fresh codes a.b=c". Accept them here.
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]:
@@ -207,6 +233,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if getattr(options, "preset", None):
         options.overrides.insert(0, f"preset={options.preset}")
     return options
+
+
+def _refuse_unknown_verb(parser: argparse.ArgumentParser, word: str) -> None:
+    """Ends the process with code 2 if a word is no verb, and names the nearest verb. argparse would list them all."""
+    [verbs] = (action.choices for action in parser._actions if isinstance(action, Verbs))
+    if word not in verbs:
+        near = difflib.get_close_matches(word, verbs, 1)
+        parser.error(f"there is no verb '{word}'; " + (f"did you mean '{near[0]}'?" if near else "see lesiongen --help"))
 
 
 def main(arguments: list[str] | None = None) -> int:

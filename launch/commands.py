@@ -6,6 +6,7 @@ imported inside its function.
 
 import argparse
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,15 +23,34 @@ from lesiongen.stages.base import changed_images, training_images
 def run(options: argparse.Namespace) -> int:
     """Runs every unfinished stage on this machine."""
     config = experiment.load(options.config, options.overrides)
-    todo = pipeline.stages_to_do(config, tuple(options.fresh))
+    fresh = fresh_stages(config, options)
+    todo = pipeline.stages_to_do(config, fresh)
     if not todo:
         print(f"everything is done; see {config.directory / 'report' / 'report.html'}")
     if not todo or todo[0].name != "shards":
         tell_of_changed_images(config)
-    code = pipeline.run_stages(config, todo, tuple(options.fresh))
+    confirm_fresh(options, fresh)
+    code = pipeline.run_stages(config, todo, fresh)
     if code == errors.DONE and todo:
         print(pipeline.result_locations(config))
     return code
+
+
+def fresh_stages(config: Experiment, options: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the stages of --fresh, and those that were made from their results: these would not fit the new results."""
+    return (*options.fresh, *pipeline.made_from(config, tuple(options.fresh)))
+
+
+def confirm_fresh(options: argparse.Namespace, fresh: tuple[str, ...]) -> None:
+    """Asks before stages are deleted that the user has not named. Raises UserError if the user does not agree."""
+    others = fresh[len(options.fresh) :]
+    if not others or options.yes:
+        return
+    text = f"--fresh {' --fresh '.join(options.fresh)} also deletes what was made from it: {', '.join(others)}."
+    if not (sys.stdin and sys.stdin.isatty()):
+        raise UserError(f"{text} Add --yes to agree.")
+    if input(f"{text} Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("Nothing was deleted.")
 
 
 def tell_of_changed_images(config: Experiment) -> None:
@@ -237,10 +257,12 @@ def submit(options: argparse.Namespace) -> int:
         )
 
     # Check everything before anything is changed.
-    todo = pipeline.stages_to_do(config, tuple(options.fresh))
+    fresh = fresh_stages(config, options)
+    todo = pipeline.stages_to_do(config, fresh)
     executors.check_before_queue(config, todo, cluster, options.dry)
     if not options.dry:
-        pipeline.clear_stages(config, tuple(options.fresh))
+        confirm_fresh(options, fresh)
+        pipeline.clear_stages(config, fresh)
         pipeline.write_config(config)
     submitted = executors.submit_slurm(config, todo, cluster, options.dry)
     if not options.dry:

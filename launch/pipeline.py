@@ -115,6 +115,16 @@ def stages_to_do(config: Experiment, fresh: tuple[str, ...] = (), only: tuple[st
     return todo
 
 
+def made_from(config: Experiment, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the stages that have begun with results of the stages `names`, upstream first. They do not fit new results."""
+    affected = set(names)
+    for stage in stages(config).values():
+        if affected & set(stage.needs):
+            affected.add(stage.name)
+    begun = (stage.name for stage in stages(config).values() if stage_dir_of(config, stage).record is not None)
+    return tuple(name for name in begun if name in affected and name not in names)
+
+
 def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = ()) -> int:
     """Runs stages one after another on this machine, until a stage fails.
 

@@ -50,6 +50,7 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # avoids 8 unused processes of 160 MB each
 }
+SECTIONS = {"shards": "data", "codes": "encode", "samples": "sample", "report": "evaluate"}  # of stages with another name
 MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in one request
 STALE_CLOSE_S = 5.0  # seconds that the end of a stage waits for an MLflow that has failed or hung for some time
 ALL_RUNS = 3  # mlflow.entities.ViewType.ALL: active and deleted runs
@@ -143,7 +144,9 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
         SyncError: The server cannot be reached or refuses the data.
     """
     run_dir = Path(run_dir).absolute()
-    stage_dirs = sorted(p.parent for p in run_dir.glob(f"*/{METRICS_FILE}") if not p.parent.name.startswith("."))
+    stage_dirs = {p.parent for p in run_dir.glob(f"*/{METRICS_FILE}") if not p.parent.name.startswith(".")}
+    stage_dirs |= {run_dir / name for name in SECTIONS if (run_dir / name / "stage.json").exists()}  # these may have no metrics
+    stage_dirs = sorted(stage_dirs)
     if not stage_dirs and not (run_dir / "report" / "report.html").exists():
         return SyncResult()
     with contextlib.ExitStack() as held:
@@ -283,10 +286,7 @@ class _Sync:
             if (old.status, old.lifecycle_stage) == ("RUNNING", "active"):
                 client.set_terminated(entry["id"], "KILLED")
             entry = self.store["stages"][name] = {}
-        # The parameters are the stage's section of the config, and the values outside of sections.
-        level = name.removeprefix("prior-")
-        section = self.config.get(name) if level == name else self.config.get("priors", {}).get(level)
-        params = {k: v for k, v in self.config.items() if v is not None and not isinstance(v, dict)} | {name: section or {}}
+        params = self._params(name, record)
         uid, parent_id = f"{self.state['uid']}/{name}/{created}", self.store["parent"]["id"]
         run = self._get_or_create_run(entry, uid, name, params, created, parent_id)
         if created:
@@ -300,6 +300,17 @@ class _Sync:
                 entry["sent"].append(picture.name)
                 self.result.images += 1
         self._set_status(run, bool(record.get("done")), record)
+
+    def _params(self, stage: str, record: dict) -> dict:
+        """Returns a stage's parameters: values outside of sections, what stage.json says it was made from, its section.
+
+        The section of each prior is called "prior", so that MLflow compares priors of all levels.
+        """
+        kind, _, level = stage.partition("-")
+        section = self.config.get(f"{kind}s", {}).get(level) if level else self.config.get(SECTIONS.get(stage, stage))
+        params = {k: v for k, v in self.config.items() if v is not None and not isinstance(v, dict)}
+        params |= dict(_flatten(record.get("identity", {}))) | dict(_flatten({SECTIONS.get(kind, kind): section or {}}))
+        return params | dict(_flatten({"input": record.get("inputs", {})}))
 
     def _set_status(self, run: "Run", done: bool, record: dict) -> None:
         """Sets the status of an MLflow run to FINISHED, with the end time of the stage record, or to RUNNING."""
@@ -332,6 +343,8 @@ class _LineSender:
 
     def send(self) -> int:
         """Sends everything new and returns the number of values."""
+        if not self.path.exists():
+            return 0
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             for line in file:
@@ -372,6 +385,8 @@ def _file_stamp(path: Path) -> list[int] | None:
 
 def _checksum_before(path: Path, offset: int) -> int:
     """Returns the checksum of the 256 bytes before an offset. They include a line's time, so a rewritten file differs."""
+    if not offset:
+        return 0
     with open(path, "rb") as file:
         file.seek(max(0, offset - 256))
         return zlib.crc32(file.read(min(256, offset)))

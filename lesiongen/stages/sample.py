@@ -1,8 +1,9 @@
 """sample: priors + tokenizer (with its polished decoder, if there is one) → synthetic images.
 
-The stage writes PNGs whose text chunks hold facts, seed and models, a metadata.csv with the same values, a README.md and a
-contact sheet. The images do not depend on the number of ranks. The folder private/ holds the samples' codes, and with a gate
-(sample.gate) what it has rejected; see lesiongen/evaluation/privacy/candidates.py.
+The stage writes an image for each sample (sample_files.py), a metadata.csv with the facts, seed and models of each, a README.md
+and a contact sheet. torchvision's ImageFolder reads images/, Hugging Face's imagefolder the whole folder. Images do not depend
+on the number of ranks. The folder private/ holds the samples' codes, and with a gate (sample.gate) what it has rejected; see
+lesiongen/evaluation/privacy/candidates.py.
 
 The user may leave facts open, such as site, sex or age. The stage then draws all open facts of a sample from one training image
 of the sample's label, so that samples vary as the data do. Do not pass "unknown" for facts the user left open. In training,
@@ -13,15 +14,12 @@ import contextlib
 import csv
 import hashlib
 import io
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from hpc import dist
 from hpc.config import to_plain
@@ -31,8 +29,8 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
-from lesiongen.data import images
 from lesiongen.data.facts import PriorFacts, refuse_unknown
+from lesiongen.data.sample_files import contact_sheet, image_paths, png_with
 from lesiongen.evaluation.backbone import check_backbone
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.image_sets import BATCH
@@ -58,8 +56,6 @@ from lesiongen.tokenizers.tokenizer import Tokenizer
 
 PER_CLASS = 8  # samples of each class in the contact sheet
 TILE = 96  # pixels; a sample in the contact sheet is at least as large
-
-
 NO_CODES = (
     "sample.gate compares samples with the codes and shards of the training images, which are not here. A published generator "
     "cannot gate without its training codes. Set sample.gate=null, or make them with `lesiongen run`."
@@ -104,7 +100,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
     dist.barrier()
     gate = {"gate": "samples that copied a training image or were unlikely were replaced"} if sampling.gate else {}
     readme = card("samples", config.name, provenance | gate, data, {})
-    return dist.run_on_leader(_finish, folder, config, {i: facts[i] for i in kept}, provenance, readme)
+    return dist.run_on_leader(_finish, folder, config, {i: facts[i] for i in kept}, work.paths, provenance, readme)
 
 
 class _Sampling:
@@ -121,7 +117,7 @@ class _Sampling:
         provenance: dict[str, str],
     ):
         self.config, self.topology, self.folder, self.net, self.code_sampler = config, topology, folder, net, code_sampler
-        self.facts, self.provenance = facts, provenance
+        self.facts, self.provenance, self.paths = facts, provenance, image_paths([fact["label"] for fact in facts])
         self.candidates = Candidates(folder)
 
     def without_gate(self) -> list[int]:
@@ -202,9 +198,9 @@ class _Sampling:
         """Writes the images of a batch that are not there yet; those that have a reason among the rejected ones."""
         paths = {}
         for i in batch.members.tolist():
-            name = file_name(i, self.facts[i]["label"])
+            name = self.paths[i].removeprefix("images/").replace("/", "-")
             rejected = self.candidates.folder / "rejected" / f"{attempt:03d}-{name}"
-            paths[i] = rejected if reasons.get(i) else self.folder / "images" / name
+            paths[i] = rejected if reasons.get(i) else self.folder / self.paths[i]
         if all(path.exists() for path in paths.values()):
             return
         for (i, path), image in zip(paths.items(), self._decode(batch), strict=True):
@@ -286,33 +282,21 @@ def assign_labels(sampling: SampleConfig, prior: PriorFacts | None) -> list[str]
     return [labels[i * len(labels) // sampling.number] for i in range(sampling.number)]
 
 
-def file_name(index: int, label: str) -> str:
-    """Returns the file name of a sample.
-
-    Characters of the label that a file system may refuse are replaced. Even if two labels then look alike, the index keeps the
-    names different.
-    """
-    safe = re.sub(r"[^\w.-]+", "_", label)[:60]
-    return f"{index:06d}-{safe or 'any'}.png"
-
-
-def png_with(image_CHW: torch.Tensor, text: dict[str, str]) -> bytes:
-    """Encodes a uint8 image as PNG, with `text` in its text chunks."""
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_text(key, value or "")
-    buffer = io.BytesIO()
-    images.to_image(image_CHW).save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()
-
-
-def _finish(folder: Path, config: Experiment, facts: dict[int, dict[str, str]], provenance: dict[str, str], readme: str) -> str:
+def _finish(
+    folder: Path,
+    config: Experiment,
+    facts: dict[int, dict[str, str]],
+    paths: list[str],
+    provenance: dict[str, str],
+    readme: str,
+) -> str:
     """Writes contact.png, README.md and metadata.csv. Returns the digest of the tables and the images.
 
     Args:
         folder: Directory of the samples.
         config: The run's config.
         facts: The facts of each sample that is kept, by its index.
+        paths: Where the image of each sample lies, by its index, kept or not.
         provenance: What the metadata say of the samples' origin.
         readme: Content of README.md.
 
@@ -324,57 +308,37 @@ def _finish(folder: Path, config: Experiment, facts: dict[int, dict[str, str]], 
             "The gate has rejected every candidate of every sample; see private/candidates.csv of the samples. Loosen "
             "sample.gate, or train the priors again so that they memorise less."
         )
-    names = {i: file_name(i, sample["label"]) for i, sample in facts.items()}
+    paths = [paths[i] for i in facts]
     candidates = Candidates(folder)
     bits = candidates.accepted(list(facts)).bits
     bits = {f"bits_per_token-{level}": bits[level] for level in config.levels}
-    table = _table(names, config.sample, facts, provenance, bits)
-    atomic_write(folder / "contact.png", _contact_sheet(folder, list(names.values()), [s["label"] for s in facts.values()]))
+    table = _table(paths, config.sample, facts, provenance, bits)
+    atomic_write(folder / "contact.png", contact_sheet(folder, paths, [s["label"] for s in facts.values()]))
     atomic_write(folder / "README.md", readme.encode())
     atomic_write(folder / "metadata.csv", table.encode())
-    sums = "".join(hashlib.sha256((folder / "images" / name).read_bytes()).hexdigest() for name in names.values())
+    sums = "".join(hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in paths)
     private = "".join(f"{row['index']} {row['attempt']} {row['reason']}\n" for row in candidates.rows())
     return hashlib.sha256((table + sums + private).encode()).hexdigest()[:16]
 
 
 def _table(
-    names: dict[int, str],
+    paths: list[str],
     sampling: SampleConfig,
     facts: dict[int, dict[str, str]],
     provenance: dict[str, str],
     bits: dict[str, np.ndarray],
 ) -> str:
-    """Returns metadata.csv: a row for each sample, with its facts, its bits per token, the settings and the models."""
+    """Returns metadata.csv: a row for each sample, with its facts, its bits per token, the settings and the models.
+
+    The path is there twice: readers of this project's tables look for "file", Hugging Face's imagefolder for "file_name".
+    """
     settings = {f.name: getattr(sampling, f.name) for f in fields(LevelSampling)} | {"seed": sampling.seed}
     for level, level_sampling in sampling.levels.items():
         settings |= {f"{k}-{level}": v for k, v in to_plain(level_sampling).items() if v is not None}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["file", *next(iter(facts.values())), "index", *bits, *settings, *provenance])
-    for row, (i, sample) in enumerate(facts.items()):
+    writer.writerow(["file", "file_name", *next(iter(facts.values())), "index", *bits, *settings, *provenance])
+    for row, (path, (i, sample)) in enumerate(zip(paths, facts.items(), strict=True)):
         of_sample = [f"{values[row]:.4f}" for values in bits.values()]
-        writer.writerow([f"images/{names[i]}", *sample.values(), i, *of_sample, *settings.values(), *provenance.values()])
+        writer.writerow([path, path, *sample.values(), i, *of_sample, *settings.values(), *provenance.values()])
     return table.getvalue()
-
-
-def _contact_sheet(folder: Path, names: list[str], labels: list[str]) -> bytes:
-    """Returns a PNG with a row for each class: its name and its first PER_CLASS samples, enlarged to at least TILE pixels."""
-    rows: dict[str, list[str]] = {}
-    for name, label in zip(names, labels, strict=True):
-        rows.setdefault(label, []).append(name)
-    width = Image.open(folder / "images" / names[0]).width
-    side = width * -(-TILE // width)
-    font = ImageFont.load_default(14)
-    titles = {label: label or "no label" for label in rows}
-    left = 8 + round(max(font.getlength(title) for title in titles.values()))
-    sheet = Image.new("RGB", (left + PER_CLASS * (side + 2), len(rows) * (side + 2)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (label, shown) in enumerate(rows.items()):
-        top = row * (side + 2)
-        draw.text((4, top + side // 2), titles[label], "black", font, anchor="lm")
-        for column, name in enumerate(shown[:PER_CLASS]):
-            tile = Image.open(folder / "images" / name).resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(tile, (left + column * (side + 2), top))
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
-    return content.getvalue()

@@ -57,7 +57,7 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     assert children["tokenizer"].data.params == {
         "name": "two", "seed": "3", "batch": "[8, 8]", "tokenizer.dim": "64", "tokenizer.quantizer.kind": "ema"
     }  # fmt: skip
-    assert children["prior-top"].data.params["prior-top.width"] == "128"
+    assert children["prior-top"].data.params["prior.width"] == "128"
     assert parent.data.params["priors.top.width"] == "128"
     info = children["tokenizer"].info
     assert (info.status, info.start_time, info.end_time) == ("FINISHED", 1_700_000_000_000, 1_700_000_060_000)
@@ -77,7 +77,7 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     assert page.read_text() == "<p>one"
     assert {r.info.status for r in runs_of(run)} == {"FINISHED"}
     prior = client.get_run(children["prior-top"].info.run_id).data.params
-    assert (prior["prior-top.width"], prior["prior-top.depth"]) == ("128", "4")
+    assert (prior["prior.width"], prior["prior.depth"]) == ("128", "4")
     (run / "report" / "report.html").write_text("<p>second")
     assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
     assert page.read_text() == "<p>second"
@@ -86,12 +86,30 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     write_stage_record(run / "tokenizer", done=False)
     extend(run / "tokenizer", [50])
     assert sync(run, default_uri(run)).metrics == 4
-    assert len(runs_of(run)) == 3
     status = {r.info.run_name: r.info.status for r in runs_of(run)}
-    assert status == {"two": "RUNNING", "tokenizer": "RUNNING", "prior-top": "FINISHED"}
+    assert len(runs_of(run)) == len(status)
+    assert status == {"two": "RUNNING", "tokenizer": "RUNNING", "prior-top": "FINISHED", "report": "FINISHED"}
 
     assert capfd.readouterr() == ("", ""), "MLflow or alembic printed something"
     assert list(tmp_path.iterdir()) == [], "MLflow left something in the working directory"
+
+
+def test_every_stage_has_a_run_with_its_parameters(runs):
+    """A stage's settings are in stage.json; the config leaves out priors that use the defaults."""
+    run = make_run(runs, "parameters", ("tokenizer", "prior-bottom"))
+    prior = {"model": {"kind": "gpt", "layers": 4}, "facts": ["label"]}
+    write_stage_record(run / "prior-bottom", identity={"prior": prior, "level": "bottom"}, inputs={"codes": "0123"})
+    write_stage_record(run / "codes", identity={"encode": {"draws": 8}}, inputs={"tokenizer": "4567"}, done=True)
+    write_stage_record(run / "samples", identity={"sample": {"guidance": 2.0}})
+    with open(run / "config.yaml", "a") as file:
+        file.write("sample: {number: 9}\n")
+    sync(run, default_uri(run))
+    params = {r.info.run_name: r.data.params for r in runs_of(run)}
+    assert set(params) == {"parameters", "tokenizer", "prior-bottom", "codes", "samples"}
+    expected = {"prior.model.kind": "gpt", "prior.model.layers": "4", "prior.facts": '["label"]', "level": "bottom"}
+    assert params["prior-bottom"].items() >= (expected | {"input.codes": "0123"}).items()
+    assert params["codes"].items() >= {"encode.draws": "8", "input.tokenizer": "4567"}.items()
+    assert params["samples"].items() >= {"sample.guidance": "2.0", "sample.number": "9"}.items()
 
 
 @pytest.mark.parametrize("what", ["cursor", "ids", "wrong ids", "nothing but the uid"])

@@ -88,4 +88,4 @@ def _samples(seed: Path, kind: str, run: Path, overrides: list[str]) -> None:
     assert main(["sample", str(seed), *overrides, "sample.number=3"]) == 0
     for level in levels:
         assert read_yaml(run / f"prior-{level}" / "export" / "config.yaml")["model"]["kind"] == kind
-    assert len(list((run / "samples" / "images").glob("*.png"))) == 3
+    assert len(list((run / "samples" / "images").rglob("*.png"))) == 3

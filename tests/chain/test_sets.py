@@ -166,7 +166,7 @@ def test_one_channel_end_to_end(tmp_path):
     batch = next(data.held_out(4))
     assert batch["image"].shape == (4, 1, 32, 32)
     assert batch["image"].float().std() > 10
-    sample = Image.open(next((run / "samples" / "images").iterdir()))
+    sample = Image.open(next((run / "samples" / "images").rglob("*.png")))
     assert sample.mode == "L"
     assert (run / "report" / "report.html").exists()
 

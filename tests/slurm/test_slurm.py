@@ -72,8 +72,8 @@ def test_the_pipeline_as_jobs_makes_what_run_makes(cluster, phantoms, tmp_path):
     assert files(local) == files(slurm)
     for stage in ("tokenizer", "prior-top", "prior-bottom"):
         assert curve(local / stage) == curve(slurm / stage)
-    for image in (local / "samples" / "images").iterdir():
-        assert image.read_bytes() == (slurm / "samples" / "images" / image.name).read_bytes()
+    for image in (local / "samples" / "images").rglob("*.png"):
+        assert image.read_bytes() == (slurm / image.relative_to(local)).read_bytes()
     assert (tmp_path / "local" / "mlflow.db").exists()
     assert not (tmp_path / "slurm" / "mlflow.db").exists(), "a compute node wrote to SQLite"
     times = {stage: cluster.job(jobs[stage]) for stage in ("prior-top", "prior-bottom")}

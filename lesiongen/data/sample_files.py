@@ -1,0 +1,78 @@
+"""The image files of samples: where they lie, what a PNG says of its origin, and the contact sheet."""
+
+import io
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from lesiongen.data import images
+
+PER_CLASS = 8  # samples of each class in the contact sheet
+TILE = 96  # pixels; a sample in the contact sheet is at least as large
+# The IPTC's digital source type of media made by a trained model; programs that show where a picture comes from read it.
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+    'rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType='
+    '"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+def image_paths(labels: Sequence[str]) -> list[str]:
+    """Returns where the image of each sample lies below the stage's directory: images/<label>/<index>.png.
+
+    Characters of a label that a file system may refuse are replaced. Labels that then look alike, also to a file system that
+    ignores case, get a number.
+    """
+    folders: dict[str, str] = {}
+    for label in dict.fromkeys(labels):
+        safe = re.sub(r"[^\w.-]+", "_", label).strip(".")[:60] or "any"
+        taken = {name.lower() for name in folders.values()}
+        names = itertools.chain([safe], (f"{safe}-{number}" for number in itertools.count(2)))
+        folders[label] = next(name for name in names if name.lower() not in taken)
+    return [f"images/{folders[label]}/{i:06d}.png" for i, label in enumerate(labels)]
+
+
+def png_with(image_CHW: torch.Tensor, text: dict[str, str]) -> bytes:
+    """Encodes a uint8 image as PNG, with `text` in its text chunks and the standard mark of generated media in its XMP."""
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", XMP)
+    for key, value in text.items():
+        info.add_text(key, value or "")
+    buffer = io.BytesIO()
+    images.to_image(image_CHW).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def contact_sheet(folder: Path, paths: list[str], labels: list[str]) -> bytes:
+    """Returns a PNG with a row for each class: its name and its first PER_CLASS samples, enlarged to at least TILE pixels.
+
+    Args:
+        folder: The samples' directory.
+        paths: The images below it.
+        labels: The label of each image.
+    """
+    rows: dict[str, list[str]] = {}
+    for path, label in zip(paths, labels, strict=True):
+        rows.setdefault(label, []).append(path)
+    with Image.open(folder / paths[0]) as first:
+        width = first.width
+    side = width * -(-TILE // width)
+    font = ImageFont.load_default(14)
+    titles = {label: label or "no label" for label in rows}
+    left = 8 + round(max(font.getlength(title) for title in titles.values()))
+    sheet = Image.new("RGB", (left + PER_CLASS * (side + 2), len(rows) * (side + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (label, shown) in enumerate(rows.items()):
+        top = row * (side + 2)
+        draw.text((4, top + side // 2), titles[label], "black", font, anchor="lm")
+        for column, path in enumerate(shown[:PER_CLASS]):
+            tile = Image.open(folder / path).resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(tile, (left + column * (side + 2), top))
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    return content.getvalue()
