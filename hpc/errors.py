@@ -7,6 +7,14 @@ BLOCKED = 74  # in a Slurm job: the disk is full, or another process uses the st
 RESUMABLE = 75  # stopped early, state saved; the same command resumes
 HANG = 76  # the watchdog ended a training that made no progress
 DIVERGED = 77  # the training diverged; the same command would diverge again
+IN_WORDS = {
+    FAILED: "failed",
+    USAGE: "refused, something has to be changed",
+    BLOCKED: "blocked by a full disk or another process",
+    RESUMABLE: "stopped early",
+    HANG: "hung",
+    DIVERGED: "diverged",
+}
 
 
 class UserError(ValueError):

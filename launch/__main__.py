@@ -154,12 +154,14 @@ def _add_inspection_verbs(verbs: Verbs) -> None:
     """Adds the verbs that inspect or stop what exists already: status, cancel, logs, verify, ui."""
     status = _add_verb(verbs, "status", "print the state of the run's stages and jobs")
     status.add_argument("run", type=_path, help=RUN_HELP)
+    status.add_argument("--watch", action="store_true", help="print it again every few seconds, until every stage is done")
 
     cancel = _add_verb(verbs, "cancel", "cancel the run's Slurm jobs")
     cancel.add_argument("run", type=_path, help=RUN_HELP)
 
     logs = _add_verb(verbs, "logs", "print the last lines of the run's newest log files")
     logs.add_argument("run", type=_path, help=RUN_HELP)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is added, until Ctrl-C")
     logs.add_argument("--stage", help="stage whose logs to print (default: the stage that wrote last)")
 
     verify = _add_verb(verbs, "verify", "check every file against its checksum")

@@ -283,13 +283,20 @@ def plan(options: argparse.Namespace) -> int:
 
 def show_status(options: argparse.Namespace) -> int:
     """Prints the state of a run's stages and jobs."""
-    print(status.format_status(experiment.load(options.run)))
+    config = experiment.load(options.run)
+    if options.watch:
+        status.watch(config)
+    else:
+        print(status.format_status(config))
     return errors.DONE
 
 
 def logs(options: argparse.Namespace) -> int:
     """Prints the last lines of a run's newest log files."""
-    print(status.newest_logs(experiment.load(options.run), options.stage))
+    config = experiment.load(options.run)
+    print(status.newest_logs(config, options.stage))
+    if options.follow:
+        status.follow_logs(config, options.stage)
     return errors.DONE
 
 

@@ -29,8 +29,8 @@ class StageStatus:
 
     Attributes:
         stage: The stage.
-        state: "done", "started", "stale" (made from other settings or inputs), or "waiting" (not started, or an input is not
-            done).
+        state: "done", "started", "stale" (made from other settings or inputs), "diverged", or "waiting" (not started, or an
+            input is not done).
         detail: The reason for the state, or the progress, as text.
         progress: Share of the work that is done, from 0 to 1.
     """
@@ -76,6 +76,8 @@ def _status_of(config: Experiment, stage: Stage, unfinished: set[str], fresh: bo
     # The digest of an unfinished input is unknown, so the record cannot be compared with this input yet.
     if missing := unfinished & set(stage.needs):
         return StageStatus(stage, "waiting", "for " + ", ".join(sorted(missing)), progress)
+    if reason := stage_dir.record.get("diverged"):
+        return StageStatus(stage, "diverged", reason, progress)
     if changed := stage_dir.differences():
         return StageStatus(stage, "stale", "; ".join(changed[:3]), progress)
     if done:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hpc.run import journal
@@ -84,26 +85,37 @@ def job_state(job: str, timeout_s: float = 10) -> str:
         timeout_s: Seconds to wait for each of the commands.
 
     Returns:
-        Slurm's word, such as "RUNNING" or "PENDING (Dependency)"; GONE if Slurm no longer knows the job; NO_ANSWER if Slurm
-        does not answer; "" if Slurm is not installed here.
+        Slurm's word, such as "RUNNING on node1", "PENDING (Dependency)" or "TIMEOUT"; GONE if Slurm no longer knows the job;
+        NO_ANSWER if Slurm does not answer; "" if Slurm is not installed here.
     """
     if not any(map(find_command, ("scontrol", "squeue", "sbatch"))):
         return ""
     questions = (
         ("scontrol", "show", "job", job, "-o"),
-        ("squeue", "-h", "-t", "all", "-j", job, "-o", "JobState=%T Reason=%r"),
+        ("squeue", "-h", "-t", "all", "-j", job, "-o", "JobState=%T Reason=%r NodeList=%N"),
     )
     for question in questions:
         answer = run(*question, timeout_s=timeout_s)
         state = re.search(r"JobState=(\S+)", answer.stdout)
-        reason = re.search(r"Reason=(\S+)", answer.stdout)
+        reason, nodes = (re.search(rf"\b{key}=(\S+)", answer.stdout) for key in ("Reason", "NodeList"))
         if state:
-            return state[1] + (f" ({reason[1]})" if state[1] == "PENDING" and reason else "")
+            waiting = f" ({reason[1]})" if state[1] == "PENDING" and reason else ""
+            return state[1] + waiting + (f" on {nodes[1]}" if state[1] == "RUNNING" and nodes else "")
         if answer.returncode == 0 or "Invalid job id" in answer.stderr:
             return GONE
         if answer.returncode != NOT_FOUND:
             break
     return NO_ANSWER
+
+
+def job_states(jobs: list[str]) -> dict[str, str]:
+    """Asks Slurm for the state of several jobs at once, so that a slow Slurm is waited for only once.
+
+    Returns:
+        For each job what job_state() returns.
+    """
+    with ThreadPoolExecutor(max(1, len(jobs))) as threads:
+        return dict(zip(jobs, threads.map(job_state, jobs), strict=True))
 
 
 def record_job(run_dir: Path, stage: str, job: str, after: list[str], instead_of: str | None = None) -> None:

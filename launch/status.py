@@ -3,37 +3,110 @@
 Without Slurm, or when Slurm does not answer, the run directory alone is shown. Slurm's accounting is not needed.
 """
 
+import contextlib
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
+from hpc import errors
 from hpc.errors import UserError
-from hpc.run import metrics_log, mlflow_sync
-from launch import slurm
+from hpc.run import journal, metrics_log, mlflow_sync
+from launch import requeue, slurm
 from launch.pipeline import stage_statuses
 from lesiongen.experiment import Experiment
 from lesiongen.stages.base import changed_images
 
+WATCH_S, FOLLOW_S = 5.0, 1.0  # seconds between two looks of `status --watch`, of `logs -f`
+RECENT = 20  # lines of a metrics log that tell a training's speed
+LINE = 110  # characters of a log's line in the table
+TAIL_BYTES = 100_000  # of a log are read
+
 
 def format_status(config: Experiment) -> str:
-    """Returns a table of the run's stages with state, progress, held-out metrics and job, and how to see it in MLflow."""
+    """Returns a table of the run's stages, and how to see the run in MLflow.
+
+    A stage's line has its state, its progress, the time that it still needs, its held-out metrics, its job with what Slurm says
+    of it, and how its last attempt ended. The last line of its log follows while it is unfinished.
+    """
+    statuses = stage_statuses(config)
+    records = {status.stage.name: last_job(config.directory, status.stage.name) for status in statuses}
+    jobs = {name: record["job"] for name, record in records.items() if record}
+    states = slurm.job_states(list(jobs.values()))
     lines = [f"{config.name}   {config.directory}"]
-    for status in stage_statuses(config):
-        name = status.stage.name
+    for status in statuses:
+        name, folder = status.stage.name, config.directory / status.stage.name
         bar = "█" * round(status.progress * 20)
-        line = f"  {name:<14} {status.state:<8} {bar:<20} {status.progress:4.0%}  "
-        line += status.detail or held_out_metrics(config, name)
-        if job := last_job(config.directory, name):
-            line += f"  job {job['job']} {slurm.job_state(job['job'])}"
-        if status.state == "started" and (age := seconds_since_last_metrics(config.directory / name)) is not None:
-            line += f"  (last metrics {age:.0f} s ago)"
-        lines.append(line)
+        parts = [status.detail or held_out_metrics(config, name)]
+        if status.state == "started":
+            parts += [time_left(folder, status.stage.target), age_of_metrics(folder)]
+        if name in jobs:
+            parts.append(f"job {jobs[name]} {states[jobs[name]]}".strip())
+        if name in jobs and status.state != "done":
+            parts += [last_ending(config.directory / "jobs" / name)]
+        lines.append(f"  {name:<14} {status.state:<8} {bar:<20} {status.progress:4.0%}  " + "  ".join(filter(None, parts)))
+        if status.state in ("started", "diverged") and (said := last_line(config, name)):
+            lines.append(f"{'':17}{said}")
     if news := changed_images(config):
         lines.append(f"  {news}")
     link = mlflow_sync.run_link(config.directory, mlflow_sync.default_uri(config.directory))
     lines.append(f"  MLflow: {link or f'nothing sent yet; to see the run: lesiongen ui --runs {config.directory.parent}'}")
     return "\n".join(lines)
+
+
+def watch(config: Experiment) -> None:
+    """Prints the table again and again, until every stage is done or the user presses Ctrl-C."""
+    clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else ""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            print(f"{clear}{time.strftime('%H:%M:%S')}  {format_status(config)}", flush=True)
+            if all(status.state == "done" for status in stage_statuses(config)):
+                return
+            time.sleep(WATCH_S)
+
+
+def time_left(folder: Path, target: int) -> str:
+    """Returns how long a training still needs at its recent speed, such as "12 min left"; "" if that is not known."""
+    rows = metrics_log.read_metrics(folder)[-RECENT:]
+    if len(rows) < 2 or rows[-1]["samples"] <= rows[0]["samples"] or rows[-1].get("time", 0) <= rows[0].get("time", 0):
+        return ""
+    seconds = (rows[-1]["time"] - rows[0]["time"]) / (rows[-1]["samples"] - rows[0]["samples"]) * (target - rows[-1]["samples"])
+    return f"{duration(seconds)} left" if seconds > 0 else ""
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in its two largest units, such as "40 s", "12 min" or "3 h 5 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def age_of_metrics(folder: Path) -> str:
+    """Returns how old the last line of a stage's metrics log is, as text; "" without a log."""
+    path = folder / metrics_log.METRICS_FILE
+    return f"(last metrics {duration(max(0.0, time.time() - path.stat().st_mtime))} ago)" if path.exists() else ""
+
+
+def last_ending(folder: Path) -> str:
+    """Returns how the last attempt of a stage's jobs ended, such as "last attempt: diverged (code 77)"; "" if none has ended.
+
+    Args:
+        folder: The stage's directory in jobs/.
+    """
+    attempts = journal.read(folder / requeue.ATTEMPTS, "attempt", "kind", "code")
+    if not attempts:
+        return ""
+    code = attempts[-1]["code"]
+    return f"last attempt: {errors.IN_WORDS.get(code, attempts[-1]['kind'])} (code {code})"
+
+
+def last_line(config: Experiment, stage: str) -> str:
+    """Returns the last line of a stage's newest log, cut to the width of a terminal; "" without a log."""
+    files = log_files(config, stage)
+    lines = tail(files[-1], 1) if files else []
+    return lines[0][:LINE] if lines else ""
 
 
 def held_out_metrics(config: Experiment, stage: str) -> str:
@@ -48,12 +121,6 @@ def held_out_metrics(config: Experiment, stage: str) -> str:
         latest |= {k: v for k, v in row.items() if k.startswith("val/")}
     shown = [f"{k[4:]} {v:.3g}" for k, v in latest.items() if re.match(r"val/(loss|psnr|usage|bits_per_token|bigram)", k)]
     return "  ".join(shown[:4])
-
-
-def seconds_since_last_metrics(folder: Path) -> float | None:
-    """Returns the age of the last line in a stage's metrics log, None without a log."""
-    path = folder / metrics_log.METRICS_FILE
-    return max(0.0, time.time() - path.stat().st_mtime) if path.exists() else None
 
 
 def last_job(run_dir: Path, stage: str) -> dict | None:
@@ -73,6 +140,20 @@ def may_be_running(job: str) -> bool:
     return slurm.job_state(job).startswith(active)
 
 
+def log_files(config: Experiment, stage: str | None) -> list[Path]:
+    """Returns the log files of a stage, or of every stage, that hold something, oldest first."""
+    files = (path for path in (config.directory / "jobs").glob(f"{stage or '*'}/*") if path.suffix in (".out", ".err", ".log"))
+    return sorted((path for path in files if path.stat().st_size), key=lambda path: path.stat().st_mtime)
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """Returns the last lines of a log, of which the end is read. A progress bar writes a line each time that it moves."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        text = file.read().decode(errors="replace").replace("\r", "\n")
+    return [line for line in text.splitlines() if line.strip()][-lines:]
+
+
 def newest_logs(config: Experiment, stage: str | None, lines: int = 40) -> str:
     """Returns the last lines of the two newest log files.
 
@@ -84,19 +165,31 @@ def newest_logs(config: Experiment, stage: str | None, lines: int = 40) -> str:
     Raises:
         UserError: There is no log.
     """
-    folder = config.directory / "jobs"
-    files = [path for path in folder.glob(f"{stage or '*'}/*") if path.suffix in (".out", ".err", ".log")]
-    files = sorted((path for path in files if path.stat().st_size), key=lambda path: path.stat().st_mtime)[-2:]
+    files = log_files(config, stage)[-2:]
     if not files:
         raise UserError(
-            f"{folder} holds no logs{f' of {stage}' if stage else ''} yet. A stage that runs in one process on this machine "
-            "writes to the terminal."
+            f"{config.directory / 'jobs'} holds no logs{f' of {stage}' if stage else ''} yet. A stage that runs in one process "
+            "on this machine writes to the terminal."
         )
-    parts = []
-    for path in files:
-        text = path.read_text(errors="replace").replace("\r", "\n").splitlines()[-lines:]
-        parts.append(f"==> {os.path.relpath(path)} <==\n" + "\n".join(text))
-    return "\n\n".join(parts)
+    return "\n\n".join(f"==> {os.path.relpath(path)} <==\n" + "\n".join(tail(path, lines)) for path in files)
+
+
+def follow_logs(config: Experiment, stage: str | None) -> None:
+    """Prints what is added to the log files, also to new ones, until the user presses Ctrl-C. Arguments as newest_logs()."""
+    ends = {path: path.stat().st_size for path in log_files(config, stage)}
+    shown = None
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            for path in log_files(config, stage):
+                with open(path, "rb") as file:
+                    file.seek(ends.get(path, 0))
+                    added = file.read().decode(errors="replace")
+                    ends[path] = file.tell()
+                if added:
+                    header = "" if path == shown else f"\n==> {os.path.relpath(path)} <==\n"
+                    print(header + added.replace("\r", "\n"), end="", flush=True)
+                    shown = path
+            time.sleep(FOLLOW_S)
 
 
 def cancel(config: Experiment) -> list[str]:

@@ -26,6 +26,20 @@ def cluster(tmp_path_factory):
     cluster.stop()
 
 
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """command(name, script) installs a shell script in place of a Slurm command."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def write(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/bash\nPATH=/usr/bin:/bin\ncd {tmp_path}\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    return write
+
+
 def lesiongen(*arguments, code: int = 0) -> str:
     """Runs the command in this process, because its imports take seconds. Returns its output."""
     output = io.StringIO()

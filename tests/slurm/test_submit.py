@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -95,20 +94,6 @@ def test_mistakes_in_a_cluster_file_are_found_before_the_queue(own, message, pha
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(own))
     assert message in lesiongen("submit", DEMO, "--cluster", path, "--dry", *tiny(phantoms, tmp_path), code=2)
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """command(name, script) installs a shell script in place of a Slurm command."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-    def write(name: str, script: str) -> None:
-        (folder / name).write_text(f"#!/bin/bash\nPATH=/usr/bin:/bin\ncd {tmp_path}\n{script}\n")
-        (folder / name).chmod(0o755)
-
-    return write
 
 
 def test_a_refused_job_takes_those_before_it_out_of_the_queue(phantoms, tmp_path, command):
@@ -266,27 +251,6 @@ def test_silence_of_slurm_is_not_taken_for_gone(phantoms, tmp_path, command, mon
     assert "scancel failed: Unable to contact" in lesiongen("cancel", tmp_path / "tiny", code=2)
     command("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert "no jobs to cancel" in lesiongen("cancel", tmp_path / "tiny")
-
-
-def test_status_and_cancel_go_by_the_directory(phantoms, tmp_path, command):
-    """A renamed run keeps its jobs. A copy has none, although it holds the records of the original's jobs."""
-    command("sbatch", "echo x >> calls; echo Submitted batch job 4$(wc -l < calls)")
-    command("scontrol", "echo JobState=RUNNING")
-    command("scancel", "echo $@ >> cancelled")
-    lesiongen("submit", DEMO, "--cluster", CLUSTERS / "local.yaml", *tiny(phantoms, tmp_path))
-    (tmp_path / "tiny").rename(tmp_path / "007")
-    shutil.copytree(tmp_path / "007", tmp_path / "copy" / "tiny", symlinks=True)
-    for run, has_jobs in (("007", True), ("copy/tiny", False)):
-        shown = lesiongen("status", tmp_path / run)
-        assert shown.startswith(f"{Path(run).name}   {tmp_path / run}\n")
-        assert ("job 41 RUNNING" in shown) == has_jobs
-    (tmp_path / "007" / "jobs" / "shards" / "41_0_log.out").write_text("the original")
-    assert "no logs" in lesiongen("logs", tmp_path / "copy" / "tiny", code=2)
-    assert "the original" in lesiongen("logs", tmp_path / "007")
-    assert "no jobs to cancel" in lesiongen("cancel", tmp_path / "copy" / "tiny")
-    assert not (tmp_path / "cancelled").exists()
-    lesiongen("cancel", tmp_path / "007")
-    assert set((tmp_path / "cancelled").read_text().split()) == {f"4{n}" for n in range(1, 8)}
 
 
 def test_a_signal_too_late_to_save_is_warned_of(phantoms, tmp_path):
