@@ -135,13 +135,11 @@ def _add_pipeline_verbs(verbs: Verbs) -> None:
     """Adds the verbs that act on all stages of a config: run, submit, plan."""
     run = _add_verb(verbs, "run", "run every unfinished stage on this machine")
     _add_config(run)
-    _add_fresh(run)
-    _add_yes(run)
+    _add_selection(run)
 
     submit = _add_verb(verbs, "submit", "submit every unfinished stage as a Slurm job")
     _add_config(submit)
-    _add_fresh(submit)
-    _add_yes(submit)
+    _add_selection(submit)
     submit.add_argument("--cluster", type=_path, required=True, help="cluster file, such as configs/cluster/example.yaml")
     submit.add_argument("--dry", action="store_true", help="print the batch scripts and submit nothing")
 
@@ -163,6 +161,10 @@ def _add_inspection_verbs(verbs: Verbs) -> None:
     logs.add_argument("run", type=_path, help=RUN_HELP)
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is added, until Ctrl-C")
     logs.add_argument("--stage", help="stage whose logs to print (default: the stage that wrote last)")
+
+    clean = _add_verb(verbs, "clean", "list what a run can do without: checkpoints of finished trainings, caches")
+    clean.add_argument("run", type=_path, help=RUN_HELP)
+    clean.add_argument("--delete", action="store_true", help="delete it")
 
     verify = _add_verb(verbs, "verify", "check every file against its checksum")
     verify.add_argument("path", type=_path, help="run, shards, code store, checkpoint or export")
@@ -212,8 +214,12 @@ def _add_fresh(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_yes(verb: argparse.ArgumentParser) -> None:
+def _add_selection(verb: argparse.ArgumentParser) -> None:
+    """Adds the options that select stages of a whole run."""
+    _add_fresh(verb)
     verb.add_argument("--yes", action="store_true", help="let --fresh also delete what was made from the stage, without asking")
+    verb.add_argument("--from", dest="first", metavar="STAGE", help="begin with this stage; those before it must be done")
+    verb.add_argument("--until", metavar="STAGE", help="end with this stage")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

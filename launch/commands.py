@@ -17,28 +17,47 @@ from launch import executors, pipeline, status
 from lesiongen import experiment
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
-from lesiongen.stages.base import changed_images, training_images
+from lesiongen.stages.base import Stage, changed_images, training_images
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs every unfinished stage on this machine."""
     config = experiment.load(options.config, options.overrides)
-    fresh = fresh_stages(config, options)
-    todo = pipeline.stages_to_do(config, fresh)
-    if not todo:
+    fresh, todo = fresh_and_todo(config, options)
+    if not todo and (options.first or options.until):
+        print("these stages are done")
+    elif not todo:
         print(f"everything is done; see {config.directory / 'report' / 'report.html'}")
     if not todo or todo[0].name != "shards":
         tell_of_changed_images(config)
     confirm_fresh(options, fresh)
     code = pipeline.run_stages(config, todo, fresh)
-    if code == errors.DONE and todo:
+    if code == errors.DONE and todo and todo[-1].name == "report":
         print(pipeline.result_locations(config))
     return code
 
 
-def fresh_stages(config: Experiment, options: argparse.Namespace) -> tuple[str, ...]:
-    """Returns the stages of --fresh, and those that were made from their results: these would not fit the new results."""
-    return (*options.fresh, *pipeline.made_from(config, tuple(options.fresh)))
+def fresh_and_todo(config: Experiment, options: argparse.Namespace) -> tuple[tuple[str, ...], list[Stage]]:
+    """Returns the stages to delete and those to make, by the options --fresh, --from and --until.
+
+    Stages that were made from those of --fresh are deleted too: they would not fit the new results.
+
+    Raises:
+        UserError: An option names no stage of this run, or a stage before --from is not done.
+    """
+    names = list(stages(config))
+    for option, name in (("--from", options.first), ("--until", options.until)):
+        if name and name not in names:
+            raise UserError(f"{option} {name}: there is no such stage here. The stages are {', '.join(names)}.")
+    first = names.index(options.first) if options.first else 0
+    last = names.index(options.until) if options.until else len(names) - 1
+    if first > last:
+        raise UserError(f"--from {options.first} comes after --until {options.until}.")
+    if missing := [status.stage.name for status in pipeline.stage_statuses(config)[:first] if status.state != "done"]:
+        raise UserError(f"--from {options.first} needs {', '.join(missing)}, which is not done.")
+    considered, made_from = tuple(names[first : last + 1]), pipeline.made_from(config, tuple(options.fresh))
+    again = (*options.fresh, *(name for name in made_from if name in considered))
+    return (*options.fresh, *made_from), pipeline.stages_to_do(config, again, considered)
 
 
 def confirm_fresh(options: argparse.Namespace, fresh: tuple[str, ...]) -> None:
@@ -257,8 +276,7 @@ def submit(options: argparse.Namespace) -> int:
         )
 
     # Check everything before anything is changed.
-    fresh = fresh_stages(config, options)
-    todo = pipeline.stages_to_do(config, fresh)
+    fresh, todo = fresh_and_todo(config, options)
     executors.check_before_queue(config, todo, cluster, options.dry)
     if not options.dry:
         confirm_fresh(options, fresh)
@@ -304,6 +322,14 @@ def cancel(options: argparse.Namespace) -> int:
     """Cancels a run's Slurm jobs."""
     cancelled = status.cancel(experiment.load(options.run))
     print(f"cancelled jobs {', '.join(cancelled)}" if cancelled else "no jobs to cancel")
+    return errors.DONE
+
+
+def clean(options: argparse.Namespace) -> int:
+    """Lists or deletes what a run can do without."""
+    from launch.clean import clean as clean_run
+
+    print(clean_run(experiment.load(options.run), options.delete))
     return errors.DONE
 
 
@@ -359,6 +385,7 @@ COMMANDS = {
     "status": show_status,
     "logs": logs,
     "cancel": cancel,
+    "clean": clean,
     "verify": verify,
     "ui": ui,
     "rank": rank,

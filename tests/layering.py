@@ -34,7 +34,7 @@ FLOORS = {
         ["job", "local"],
         ["executors"],
         ["pipeline"],
-        ["status", "demo"],
+        ["status", "demo", "clean"],
         ["commands"],
         ["__main__"],
     ],

@@ -179,6 +179,43 @@ def test_nothing_else_depends_on_the_report(copy, capsys):
     assert "also deletes" not in capsys.readouterr().err
 
 
+def test_a_run_in_parts(phantoms, tmp_path, capsys):
+    command = ["run", DEMO, *tiny(phantoms, tmp_path)]
+    assert main([*command, "--from", "codes"]) == 2
+    assert "--from codes needs shards, tokenizer, which is not done" in capsys.readouterr().err
+    assert main([*command, "--until", "shards"]) == 0
+    assert [path.name for path in (tmp_path / "tiny").glob("*/stage.json")] == ["stage.json"]
+    assert main([*command, "--until", "shards"]) == 0
+    assert "these stages are done" in capsys.readouterr().out
+    assert main([*command, "--from", "report", "--until", "codes"]) == 2
+    assert "--from report comes after --until codes" in capsys.readouterr().err
+    assert main([*command, "--until", "prior"]) == 2
+    assert "--until prior: there is no such stage here" in capsys.readouterr().err
+    assert main([*command, "--from", "tokenizer", "--until", "codes"]) == 0
+    made = {path.parent.name for path in (tmp_path / "tiny").glob("*/stage.json")}
+    assert made == {"shards", "tokenizer", "codes"} and "report:" not in capsys.readouterr().out
+
+
+def test_clean_deletes_only_what_can_be_made_again_and_only_if_asked(copy, capsys):
+    def files() -> set[str]:
+        return {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    before = files()
+    assert main(["clean", str(copy)]) == 0
+    listed = capsys.readouterr().out
+    assert "add --delete" in listed and files() == before
+    for folder in ("tokenizer/checkpoints", "prior-top/checkpoints", "shards/features", "codes/features"):
+        assert f"{copy / folder}: " in listed
+    assert main(["clean", str(copy), "--delete"]) == 0
+    gone = before - files()
+    assert gone and all(set(Path(name).parts[:2]) & {"checkpoints", "features"} for name in gone)
+    assert main(["clean", str(copy), "--delete"]) == 0
+    assert "nothing to delete" in capsys.readouterr().out
+    assert main(["run", str(copy)]) == 0 and "everything is done" in capsys.readouterr().out
+    assert lesiongen.load(copy).sample("mel").images.shape == (1, 3, 32, 32)
+    assert main(["run", str(copy), "--fresh", "report"]) == 0  # features are computed again
+
+
 @pytest.mark.parametrize(("word", "said"), [("evalute", "did you mean 'evaluate'?"), ("xyz", "see lesiongen --help")])
 def test_a_mistyped_verb(word, said, capsys):
     with pytest.raises(SystemExit) as ended:
