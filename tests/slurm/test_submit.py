@@ -71,6 +71,44 @@ def test_dry_prints_the_batch_scripts_and_leaves_nothing_behind(phantoms, tmp_pa
     assert "gpus" not in found["tokenizer"]
 
 
+def options(script: str) -> dict[str, str]:
+    """Returns {option: value} of a batch script; "" for an option without a value."""
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+    return {name: value.strip("'") for name, _, value in (line.partition("=") for line in lines)}
+
+
+def test_each_stage_has_options_of_its_own(phantoms, tmp_path):
+    own = {
+        "partition": "cpu",
+        "account": "skin",
+        "extra": {"mail-type": "END", "nice": 5, "requeue": True, "contiguous": True, "dependency": "afterany:7"},
+        "default": {"minutes": 30, "mem_per_cpu_gb": 2},
+        "stages": {
+            "tokenizer": {"partition": "gpu", "gpu_type": "a100", "gpus_per_node": 2, "tasks_per_node": 2, "exclusive": True},
+            "prior": {"partition": "gpu", "qos": "long", "reservation": "r1", "constraint": "ib", "mem_per_cpu_gb": None},
+            "prior-bottom": {"mem_per_cpu_gb": None, "mem_per_gpu_gb": 40, "gpus_per_node": 1, "srun": ["--cpu-bind=cores"]},
+            "report": {"mem_per_cpu_gb": None, "mem_gb": None, "extra": {"nice": 9, "mail-type": None, "contiguous": False}},
+        },
+    }
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(own))
+    found = scripts(lesiongen("submit", DEMO, "--cluster", path, "--dry", *tiny(phantoms, tmp_path / "runs")))
+    asked = {stage: options(script) for stage, script in found.items()}
+    shards = {"partition": "cpu", "account": "skin", "mail-type": "END", "nice": "5", "contiguous": "", "requeue": ""}
+    shards |= {"mem-per-cpu": "2048MB", "time": "30", "cpus-per-task": "1", "nodes": "1", "ntasks-per-node": "1"}
+    always = {"job-name": "tiny:shards", "signal": "USR2@120", "open-mode": "append", "dependency": "afterany:7"}
+    given = {name: value for name, value in asked["shards"].items() if name not in ("output", "error")}
+    assert given == shards | always, "nothing is sent that nobody asked for"
+    tokenizer = asked["tokenizer"]
+    assert (tokenizer["partition"], tokenizer["gpus-per-node"], tokenizer["exclusive"]) == ("gpu", "a100:2", "")
+    assert tokenizer["dependency"] == "afterok:<shards>,afterany:7"
+    top, bottom, report = asked["prior-top"], asked["prior-bottom"], asked["report"]
+    assert (top["qos"], top["reservation"], top["constraint"], top["mem"]) == ("long", "r1", "ib", "8192MB")
+    assert (bottom["mem-per-gpu"], bottom["partition"], "mem" in bottom) == ("40960MB", "cpu", False)
+    assert "--cpu-bind=cores" in found["prior-bottom"] and "--cpu-bind=cores" not in found["prior-top"]
+    assert report["nice"] == "9" and not {"mail-type", "contiguous", "mem", "mem-per-cpu"} & report.keys()
+
+
 @pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_cluster_files_of_the_project_fit_its_stages(path, phantoms, tmp_path):
     assert path.read_text().startswith("# What:")
@@ -88,6 +126,8 @@ def test_cluster_files_of_the_project_fit_its_stages(path, phantoms, tmp_path):
         ({"stages": {"prior": {"node": 2}}}, "did you mean 'nodes'"),
         ({"stages": {"tokenizer": {"nodes": 3}}}, "does not divide among 3 ranks"),
         ({"default": {"minutes": 0}}, "must be above 0"),
+        ({"stages": {"prior": {"mem_per_cpu_gb": 1, "mem_per_gpu_gb": 1}}}, "not both"),
+        ({"stages": {"prior": {"mem_per_cpu_gb": 0}}}, "mem_per_cpu_gb"),
     ],
 )
 def test_mistakes_in_a_cluster_file_are_found_before_the_queue(own, message, phantoms, tmp_path):
