@@ -6,70 +6,34 @@ imported inside its function.
 
 import argparse
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from hpc import dist, errors
 from hpc.config import apply_overrides, digest, expand_path
 from hpc.errors import UserError
-from launch import executors, pipeline, status
+from launch import executors, pipeline, selection, slurm, status
 from lesiongen import experiment
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
-from lesiongen.stages.base import Stage, changed_images, training_images
+from lesiongen.stages.base import changed_images, training_images
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs every unfinished stage on this machine."""
     config = experiment.load(options.config, options.overrides)
-    fresh, todo = fresh_and_todo(config, options)
+    fresh, todo = selection.fresh_and_todo(config, options)
     if not todo and (options.first or options.until):
         print("these stages are done")
     elif not todo:
         print(f"everything is done; see {config.directory / 'report' / 'report.html'}")
     if not todo or todo[0].name != "shards":
         tell_of_changed_images(config)
-    confirm_fresh(options, fresh)
+    selection.confirm_fresh(options, fresh)
     code = pipeline.run_stages(config, todo, fresh)
     if code == errors.DONE and todo and todo[-1].name == "report":
         print(pipeline.result_locations(config))
     return code
-
-
-def fresh_and_todo(config: Experiment, options: argparse.Namespace) -> tuple[tuple[str, ...], list[Stage]]:
-    """Returns the stages to delete and those to make, by the options --fresh, --from and --until.
-
-    Stages that were made from those of --fresh are deleted too: they would not fit the new results.
-
-    Raises:
-        UserError: An option names no stage of this run, or a stage before --from is not done.
-    """
-    names = list(stages(config))
-    for option, name in (("--from", options.first), ("--until", options.until)):
-        if name and name not in names:
-            raise UserError(f"{option} {name}: there is no such stage here. The stages are {', '.join(names)}.")
-    first = names.index(options.first) if options.first else 0
-    last = names.index(options.until) if options.until else len(names) - 1
-    if first > last:
-        raise UserError(f"--from {options.first} comes after --until {options.until}.")
-    if missing := [status.stage.name for status in pipeline.stage_statuses(config)[:first] if status.state != "done"]:
-        raise UserError(f"--from {options.first} needs {', '.join(missing)}, which is not done.")
-    considered, made_from = tuple(names[first : last + 1]), pipeline.made_from(config, tuple(options.fresh))
-    again = (*options.fresh, *(name for name in made_from if name in considered))
-    return (*options.fresh, *made_from), pipeline.stages_to_do(config, again, considered)
-
-
-def confirm_fresh(options: argparse.Namespace, fresh: tuple[str, ...]) -> None:
-    """Asks before stages are deleted that the user has not named. Raises UserError if the user does not agree."""
-    others = fresh[len(options.fresh) :]
-    if not others or options.yes:
-        return
-    text = f"--fresh {' --fresh '.join(options.fresh)} also deletes what was made from it: {', '.join(others)}."
-    if not (sys.stdin and sys.stdin.isatty()):
-        raise UserError(f"{text} Add --yes to agree.")
-    if input(f"{text} Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise UserError("Nothing was deleted.")
 
 
 def tell_of_changed_images(config: Experiment) -> None:
@@ -266,8 +230,8 @@ def submit(options: argparse.Namespace) -> int:
     cluster = executors.load_cluster(options.cluster)
 
     # Refuse while jobs of this run may still run: only one job at a time may write a stage's directory.
-    last_jobs = {name: status.last_job(config.directory, name) for name in stages(config)}
-    busy = {name: job["job"] for name, job in last_jobs.items() if job and status.may_be_running(job["job"])}
+    last_jobs = {name: slurm.last_job(config.directory, name) for name in stages(config)}
+    busy = {name: job for name, job in last_jobs.items() if job and slurm.may_be_running(job)}
     if busy and not options.dry:
         jobs = ", ".join(f"{name} (job {job})" for name, job in busy.items())
         raise UserError(
@@ -276,16 +240,19 @@ def submit(options: argparse.Namespace) -> int:
         )
 
     # Check everything before anything is changed.
-    fresh, todo = fresh_and_todo(config, options)
+    awaited = executors.awaited_jobs(config)
+    fresh, todo = selection.fresh_and_todo(config, options, awaited)
     executors.check_before_queue(config, todo, cluster, options.dry)
     if not options.dry:
-        confirm_fresh(options, fresh)
+        selection.confirm_fresh(options, fresh)
         pipeline.clear_stages(config, fresh)
         pipeline.write_config(config)
-    submitted = executors.submit_slurm(config, todo, cluster, options.dry)
+    submitted = executors.submit_slurm(config, todo, cluster, options.dry, awaited)
     if not options.dry:
         for name, job in submitted.items():
             print(f"{name:<14} job {job}")
+        for name, job in awaited.items():
+            print(f"inputs.{name} is not finished: what needs it waits for job {job}")
         print(f"watch: lesiongen status {config.directory}" if submitted else "everything is done")
     return errors.DONE
 

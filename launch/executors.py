@@ -22,7 +22,7 @@ from launch.job import StageJob
 from launch.local import run_ranks
 from launch.rank import rank_main
 from lesiongen.experiment import Experiment, check_ranks
-from lesiongen.stages.base import Stage
+from lesiongen.stages.base import Stage, digest_of
 
 # Line of the batch script. hpc/train/preempt.py reads the variable, which Slurm itself sets only in newer versions.
 FIND_END_TIME = (
@@ -160,14 +160,29 @@ class _SlurmExecutor(submitit.SlurmExecutor):
         return 2  # 2 = available; submitit's own method returns -1 where srun is not installed
 
 
-def submit_slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False) -> dict[str, str]:
-    """Submits one Slurm job per stage. Each job waits for the jobs of the stages that it needs.
+def awaited_jobs(config: Experiment) -> dict[str, str]:
+    """Returns the results of other runs that jobs are still making: {name of the result: id of the job}."""
+    found = {}
+    for name in ("tokenizer", "codes", "polish"):
+        if (other := getattr(config.inputs, name)) and digest_of(config, name) is None:
+            run_dir = Path(other) if (Path(other) / "jobs").is_dir() else Path(other).parent
+            job = slurm.last_job(run_dir, name)
+            if job and slurm.may_be_running(job):
+                found[name] = job
+    return found
+
+
+def submit_slurm(
+    config: Experiment, todo: list[Stage], cluster: ClusterConfig, dry: bool = False, awaited: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Submits one Slurm job per stage. Each job waits for the jobs of the stages that it needs, also for those of other runs.
 
     Args:
         config: The run's config.
         todo: The stages to submit, upstream first.
         cluster: The cluster file's content.
         dry: Whether to print the batch scripts and submit nothing.
+        awaited: The jobs of other runs to wait for, from awaited_jobs().
 
     Returns:
         {stage name: job id}; in a dry run the ids are placeholders.
@@ -178,7 +193,7 @@ def submit_slurm(config: Experiment, todo: list[Stage], cluster: ClusterConfig, 
     jobs: dict[str, str] = {}
     for stage in todo:
         folder = (config.directory / "jobs" / stage.name).absolute()
-        dependencies = [jobs[name] for name in stage.needs if name in jobs]
+        dependencies = [others[name] for name in stage.needs for others in (jobs, awaited or {}) if name in others]
         executor = _make_executor(config, cluster, stage, folder, dependencies)
         if dry:
             jobs[stage.name] = f"<{stage.name}>"

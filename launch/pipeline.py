@@ -4,6 +4,7 @@ The state is read from the stage directories (stage.json and metrics.jsonl) each
 of the command line call this module.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from launch.rank import run_stage
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import contents
 from lesiongen.stages import pack, sample, stages
-from lesiongen.stages.base import Stage, stage_dir_of
+from lesiongen.stages.base import Stage, artefact, digest_of, stage_dir_of
 
 # Settings of `data` that may differ when images are appended: they describe the new images, not the shards' format.
 APPEND_MAY_CHANGE = ("images", "metadata", "columns", "splits", "licences", "classes", "rename")
@@ -91,16 +92,20 @@ def samples_seen(folder: Path) -> int:
     return rows[-1]["samples"] if rows else 0
 
 
-def stages_to_do(config: Experiment, fresh: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> list[Stage]:
+def stages_to_do(
+    config: Experiment, fresh: tuple[str, ...] = (), only: tuple[str, ...] = (), awaited: Collection[str] = ()
+) -> list[Stage]:
     """Returns the stages to run, upstream first. Changes nothing.
 
     Args:
         config: The run's config.
         fresh: Names of stages to run again, even if they are done.
         only: Names of the stages to consider. Empty for all.
+        awaited: Names of results of other runs that need not be finished yet.
 
     Raises:
-        UserError: A stage is stale or cannot run with its settings, or `fresh` names a stage that is not considered.
+        UserError: A result of another run is missing, a stage is stale or cannot run with its settings, or `fresh` names a
+            stage that is not considered.
     """
     considered = only or tuple(stages(config))
     for name in fresh:
@@ -112,19 +117,15 @@ def stages_to_do(config: Experiment, fresh: tuple[str, ...] = (), only: tuple[st
             stage_dir_of(config, status.stage).check()  # raises the UserError that names the difference
     todo = [status.stage for status in statuses if status.state != "done"]
     for stage in todo:
+        for name in stage.needs:
+            if getattr(config.inputs, name, None) and name not in awaited and digest_of(config, name) is None:
+                raise UserError(
+                    f"inputs.{name}: {artefact(config, name)} is not finished, or is no directory of that result. {stage.name} "
+                    "needs it."
+                )
         if stage.check:
             stage.check(config)
     return todo
-
-
-def made_from(config: Experiment, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the stages that have begun with results of the stages `names`, upstream first. They do not fit new results."""
-    affected = set(names)
-    for stage in stages(config).values():
-        if affected & set(stage.needs):
-            affected.add(stage.name)
-    begun = (stage.name for stage in stages(config).values() if stage_dir_of(config, stage).record is not None)
-    return tuple(name for name in begun if name in affected and name not in names)
 
 
 def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = ()) -> int:

@@ -143,3 +143,15 @@ def submitted_jobs(run_dir: Path, stage: str) -> list[dict]:
     """
     records = journal.read(run_dir / "jobs" / stage / SUBMITTED, "job")
     return [record for record in records if "directory" not in record or not is_copy(run_dir, record["directory"])]
+
+
+def last_job(run_dir: Path, stage: str) -> str | None:
+    """Returns the id of the last job that was submitted for a stage of this directory; None without a job."""
+    jobs = submitted_jobs(run_dir, stage)
+    return jobs[-1]["job"] if jobs else None
+
+
+def may_be_running(job: str) -> bool:
+    """Returns whether a job is queued or running, or could be because Slurm does not answer."""
+    active = ("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING", NO_ANSWER)
+    return job_state(job).startswith(active)

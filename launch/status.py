@@ -31,8 +31,8 @@ def format_status(config: Experiment) -> str:
     of it, and how its last attempt ended. The last line of its log follows while it is unfinished.
     """
     statuses = stage_statuses(config)
-    records = {status.stage.name: last_job(config.directory, status.stage.name) for status in statuses}
-    jobs = {name: record["job"] for name, record in records.items() if record}
+    last = {status.stage.name: slurm.last_job(config.directory, status.stage.name) for status in statuses}
+    jobs = {name: job for name, job in last.items() if job}
     states = slurm.job_states(list(jobs.values()))
     lines = [f"{config.name}   {config.directory}"]
     for status in statuses:
@@ -123,23 +123,6 @@ def held_out_metrics(config: Experiment, stage: str) -> str:
     return "  ".join(shown[:4])
 
 
-def last_job(run_dir: Path, stage: str) -> dict | None:
-    """Returns the record of the last job that was submitted for a stage: {"job": id, …}. None without a job.
-
-    Args:
-        run_dir: The run directory.
-        stage: The stage's name.
-    """
-    jobs = slurm.submitted_jobs(run_dir, stage)
-    return jobs[-1] if jobs else None
-
-
-def may_be_running(job: str) -> bool:
-    """Returns whether a job is queued or running, or could be because Slurm does not answer."""
-    active = ("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING", slurm.NO_ANSWER)
-    return slurm.job_state(job).startswith(active)
-
-
 def log_files(config: Experiment, stage: str | None) -> list[Path]:
     """Returns the log files of a stage, or of every stage, that hold something, oldest first."""
     files = (path for path in (config.directory / "jobs").glob(f"{stage or '*'}/*") if path.suffix in (".out", ".err", ".log"))
@@ -206,7 +189,7 @@ def cancel(config: Experiment) -> list[str]:
     """
     folders = [path.parent.name for path in config.directory.glob(f"jobs/*/{slurm.SUBMITTED}")]
     submitted = [record["job"] for stage in folders for record in slurm.submitted_jobs(config.directory, stage)]
-    active = [job for job in submitted if may_be_running(job)]
+    active = [job for job in submitted if slurm.may_be_running(job)]
     if active:
         answer = slurm.run("scancel", *active)
         if answer.returncode:

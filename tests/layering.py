@@ -34,7 +34,7 @@ FLOORS = {
         ["job", "local"],
         ["executors"],
         ["pipeline"],
-        ["status", "demo", "clean"],
+        ["status", "demo", "clean", "selection"],
         ["commands"],
         ["__main__"],
     ],

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from hpc.data.storage import is_remote
 from hpc.dist import Topology
+from hpc.errors import UserError
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import contents
 from lesiongen.ingest.packing import pack
@@ -11,7 +13,15 @@ from lesiongen.stages.base import Stage, shards_identity
 
 def stage(config: Experiment) -> Stage:
     """Returns the stage that packs the images of `config.data`."""
-    return Stage("shards", (), shards_identity(config), run, as_requested=contents.as_requested)
+    return Stage("shards", (), shards_identity(config), run, as_requested=contents.as_requested, check=_check)
+
+
+def _check(config: Experiment) -> None:
+    """Raises UserError if a file or folder that the config names does not exist."""
+    for key in ("images", "metadata", "splits"):
+        path = getattr(config.data, key)
+        if path and not is_remote(path) and not Path(path).exists():
+            raise UserError(f"data.{key}: {path} does not exist. Correct data.{key}.")
 
 
 def appending(config: Experiment, identity: dict) -> Stage:

@@ -2,7 +2,7 @@
 
 from hpc.run import journal
 from hpc.run.metrics_log import MetricsLog, read_metrics
-from launch import pipeline, status
+from launch import pipeline, slurm
 
 TORN = b'{"step": 9, "samples": 90, "train/lo'
 NO_ENTRIES = [TORN, b"\0" * 40, b'"\xff\xfe"', b"12", b"[1]", b"null", b"{}", b""]
@@ -31,7 +31,7 @@ def test_entries_without_what_a_reader_needs(tmp_path):
     for line in NO_ENTRIES:
         journal.append(jobs, {"job": "7"}, {"after": []})
         jobs.write_bytes(jobs.read_bytes() + line)
-    assert status.last_job(tmp_path, "tokenizer") == {"job": "7"}
+    assert slurm.last_job(tmp_path, "tokenizer") == "7"
     assert len(journal.read(jobs)) == 2 * len(NO_ENTRIES)
     journal.cut_back(jobs, lambda entry: entry["job"] == "7")
     assert journal.read(jobs) == [{"job": "7"}] * len(NO_ENTRIES)
