@@ -4,6 +4,8 @@ The state is read from the stage directories (stage.json and metrics.jsonl) each
 of the command line call this module.
 """
 
+import re
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from launch.rank import run_stage
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import contents
 from lesiongen.stages import pack, sample, stages
-from lesiongen.stages.base import Stage, artefact, digest_of, stage_dir_of
+from lesiongen.stages.base import Stage, artefact, digest_of, packed, stage_dir_of
 
 # Settings of `data` that may differ when images are appended: they describe the new images, not the shards' format.
 APPEND_MAY_CHANGE = ("images", "metadata", "columns", "splits", "licences", "classes", "rename")
@@ -144,10 +146,47 @@ def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = (
     refuse_busy(config, todo)
     clear_stages(config, fresh)
     write_config(config)
-    for stage in todo:
+    for number, stage in enumerate(todo, 1):
+        print(f"stage {number} of {len(todo)}: {stage.name}", flush=True)
+        began = time.monotonic()
         if code := executors.run_local(config, stage):
             return code
+        result = "  ".join(filter(None, (result_of(config, stage), str(config.directory / stage.name))))
+        print(f"{stage.name} took {duration(time.monotonic() - began)}: {result}", flush=True)
     return errors.DONE
+
+
+def result_of(config: Experiment, stage: Stage) -> str:
+    """Returns what a finished stage has made, in a few words: held-out metrics, or numbers of images."""
+    if stage.name == "shards":
+        counts = {split: sum(by_class.values()) for split, by_class in packed(config).counts.items()}
+        return ", ".join(f"{number:,} {split}" for split, number in counts.items()) + " images"
+    if stage.name == "samples":
+        with open(config.directory / "samples" / "metadata.csv", encoding="utf-8") as file:
+            return f"{sum(1 for _ in file) - 1:,} samples"
+    return held_out_metrics(config, stage.name)
+
+
+def held_out_metrics(config: Experiment, stage: str) -> str:
+    """Returns the latest values of a stage's main held-out metrics, at most four, as text.
+
+    Args:
+        config: The run's config.
+        stage: The stage's name.
+    """
+    latest: dict[str, float] = {}
+    for row in metrics_log.read_metrics(config.directory / stage):
+        latest |= {k: v for k, v in row.items() if k.startswith("val/")}
+    shown = [f"{k[4:]} {v:.3g}" for k, v in latest.items() if re.match(r"val/(loss|psnr|usage|bits_per_token|bigram)", k)]
+    return "  ".join(shown[:4])
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in its two largest units, such as "40 s", "12 min" or "3 h 5 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def refuse_busy(config: Experiment, todo: list[Stage]) -> None:

@@ -5,7 +5,6 @@ Without Slurm, or when Slurm does not answer, the run directory alone is shown. 
 
 import contextlib
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from hpc import errors
 from hpc.errors import UserError
 from hpc.run import journal, metrics_log, mlflow_sync
 from launch import requeue, slurm
-from launch.pipeline import stage_statuses
+from launch.pipeline import duration, held_out_metrics, stage_statuses
 from lesiongen.experiment import Experiment
 from lesiongen.stages.base import changed_images
 
@@ -75,14 +74,6 @@ def time_left(folder: Path, target: int) -> str:
     return f"{duration(seconds)} left" if seconds > 0 else ""
 
 
-def duration(seconds: float) -> str:
-    """Returns a time in its two largest units, such as "40 s", "12 min" or "3 h 5 min"."""
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def age_of_metrics(folder: Path) -> str:
     """Returns how old the last line of a stage's metrics log is, as text; "" without a log."""
     path = folder / metrics_log.METRICS_FILE
@@ -107,20 +98,6 @@ def last_line(config: Experiment, stage: str) -> str:
     files = log_files(config, stage)
     lines = tail(files[-1], 1) if files else []
     return lines[0][:LINE] if lines else ""
-
-
-def held_out_metrics(config: Experiment, stage: str) -> str:
-    """Returns the latest values of a stage's main held-out metrics, at most four, as text.
-
-    Args:
-        config: The run's config.
-        stage: The stage's name.
-    """
-    latest: dict[str, float] = {}
-    for row in metrics_log.read_metrics(config.directory / stage):
-        latest |= {k: v for k, v in row.items() if k.startswith("val/")}
-    shown = [f"{k[4:]} {v:.3g}" for k, v in latest.items() if re.match(r"val/(loss|psnr|usage|bits_per_token|bigram)", k)]
-    return "  ".join(shown[:4])
 
 
 def log_files(config: Experiment, stage: str | None) -> list[Path]:

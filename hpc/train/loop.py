@@ -299,7 +299,8 @@ class Trainer:
                 pictures = pictures | self.task.curves(metrics_log.read_metrics(self.folder))
             for name, png in pictures.items():
                 self.log_file.image(name, state.samples, png)
-            self.progress.set_postfix_str(f"val {metric} {metrics[metric]:.4g}")
+            shown = getattr(self.task, "shown", metric)
+            self.progress.set_postfix_str(f"val {shown} {metrics[shown]:.4g}")
             if not state.skipped and (state.best is None or metrics[metric] < state.best):
                 state.best, state.best_at = metrics[metric], state.samples
                 self.task.export(self.engine.weights, metrics)

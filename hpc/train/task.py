@@ -14,7 +14,7 @@ class Task(Protocol):
     """A training problem: model, data, held-out metrics and export.
 
     A task may also have the attributes `tokens_per_sample` and `flops_per_sample`; the loop then logs tokens per second and MFU
-    (hpc/train/flops.py).
+    (hpc/train/flops.py). `shown` names the held-out metric that the progress bar shows in place of `metric`.
 
     Attributes:
         metric: Name of the held-out metric that selects the exported weights; lower is better.

@@ -56,7 +56,7 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
 class TokenizerTask:
     """Model, data, evaluation and export of a tokenizer, for the training loop; see hpc.train.task.Task."""
 
-    metric = "mse"
+    metric, shown = "mse", "psnr"
     worst = 4.0  # the squared error of white pixels for black ones, which are 1 and -1
 
     def __init__(self, config: Experiment, shards: Packed, folder: Path, device: torch.device | None = None):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -184,6 +185,7 @@ def test_a_run_in_parts(phantoms, tmp_path, capsys):
     assert main([*command, "--from", "codes"]) == 2
     assert "--from codes needs shards, tokenizer, which is not done" in capsys.readouterr().err
     assert main([*command, "--until", "shards"]) == 0
+    assert re.search(r"shards took \d+ s: \d+ train, \d+ val, \d+ test images", capsys.readouterr().out)
     assert [path.name for path in (tmp_path / "tiny").glob("*/stage.json")] == ["stage.json"]
     assert main([*command, "--until", "shards"]) == 0
     assert "these stages are done" in capsys.readouterr().out
@@ -193,7 +195,11 @@ def test_a_run_in_parts(phantoms, tmp_path, capsys):
     assert "--until prior: there is no such stage here" in capsys.readouterr().err
     assert main([*command, "--from", "tokenizer", "--until", "codes"]) == 0
     made = {path.parent.name for path in (tmp_path / "tiny").glob("*/stage.json")}
-    assert made == {"shards", "tokenizer", "codes"} and "report:" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert made == {"shards", "tokenizer", "codes"} and "report:" not in said
+    assert re.search(
+        r"stage 1 of 2: tokenizer\ntokenizer took \d+ s: psnr [\d.]+ .*tiny/tokenizer\nstage 2 of 2: codes\n", said
+    )
 
 
 def test_clean_deletes_only_what_can_be_made_again_and_only_if_asked(copy, capsys):

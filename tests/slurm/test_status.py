@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import slurm, status
-from launch.status import duration
+from launch.pipeline import duration
 from tests.conftest import DEMO, tiny
 from tests.slurm.conftest import lesiongen, wait
 
