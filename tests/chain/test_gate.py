@@ -192,7 +192,7 @@ def test_a_gate_replaces_copies_and_keeps_the_rest(run, plain, gated):
         for kind in ("pixels", "codes top", "codes bottom"):
             assert (first[member][f"image-{kind}"], float(first[member][f"distance-{kind}"])) == (identity, 0)
         assert first[member]["draw-codes bottom"] == str(row[0])
-        name = rows[member]["file"].removeprefix("images/")
+        name = rows[member]["file"].removeprefix("images/").replace("/", "-")
         rejected = np.asarray(Image.open(gated / "private" / "rejected" / f"000-{name}"))
         view = decode(load_tokenizer(run / "tokenizer", torch.device("cpu"))[0], codes_of(run, [row]))
         assert np.array_equal(rejected, view[0].numpy().transpose(1, 2, 0))

@@ -47,7 +47,7 @@ def test_levels_of_other_kinds_and_facts_give_samples(given, tmp_path, capsys):
     assert main(["sample", *given(), *more]) == 0
     folder = tmp_path / "tiny" / "samples"
     rows = list(csv.DictReader((folder / "metadata.csv").open()))
-    assert [*rows[0]][:5] == ["file", "label", "sex", "age_band", "site"]
+    assert [*rows[0]][:6] == ["file", "file_name", "label", "sex", "age_band", "site"]
     assert {row["sex"] for row in rows} == {"female"}
     assert {row["age_band"] for row in rows} <= {"", "0-19", "20-39", "40-59", "60-79", "80+"}
     assert any(row["site"] for row in rows)
@@ -67,8 +67,8 @@ def test_a_hierarchy_of_pixelsnails_is_sampled_and_a_killed_sampling_goes_on(giv
     assert main(["train", "prior", *given(), *more]) == 0
     assert main(["sample", *given(), *more]) == 0
     folder = tmp_path / "tiny" / "samples"
-    names = sorted((folder / "images").iterdir())
-    assert len(names) == 6 and any("Melanoma_NOS_a_b_" in name.name for name in names)
+    names = sorted((folder / "images").rglob("*.png"))
+    assert len(names) == 6 and any("Melanoma_NOS_a_b_" in name.parent.name for name in names)
     before, digest = [name.read_bytes() for name in names], stage_of(tmp_path, "samples")["digest"]
     stage = folder / "stage.json"
     stage.write_text(json.dumps(json.loads(stage.read_text()) | {"done": False, "digest": None}))
