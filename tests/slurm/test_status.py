@@ -106,8 +106,13 @@ def test_logs_follow_what_is_added_also_to_new_files(run, tmp_path):
     jobs = run / "jobs"
     (jobs / "tokenizer" / "41_0_log.out").write_text("old line\n")
     output = tmp_path / "output"
+
+    def heed_ctrl_c() -> None:  # the tests may run in the background of a shell, where it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with open(output, "w") as file:
-        process = subprocess.Popen([sys.executable, "-m", "launch", "logs", run, "-f"], stdout=file)
+        command = [sys.executable, "-m", "launch", "logs", run, "-f"]
+        process = subprocess.Popen(command, stdout=file, preexec_fn=heed_ctrl_c)
         try:
             wait(lambda: "old line" in output.read_text(), 60, "the last lines")
             time.sleep(0.5)  # until it has noted the ends of the files
