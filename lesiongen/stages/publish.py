@@ -52,7 +52,8 @@ def publish(config: Experiment, out: Path, force: bool) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, folder in folders.items():
         shutil.copytree(folder / "export", unfinished / name / "export", ignore=shutil.ignore_patterns(".*"))
-        record = {"digest": digest_of(config, name), "done": True, "published": time.strftime("%Y-%m-%d")}
+        record = {key: read_stage_record(folder)[key] for key in ("digest", "done", "target")}
+        record |= {"identity": {}, "inputs": {}, "published": time.strftime("%Y-%m-%d")}  # settings may name paths
         atomic_write(unfinished / name / "stage.json", json.dumps(record, indent=1).encode())
     for name, source in {"samples.png": "samples/contact.png", "report.html": "report/share.html"}.items():
         if report and (config.directory / source).exists():

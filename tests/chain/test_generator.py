@@ -88,7 +88,7 @@ def published(phantoms, run, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_published_generator_gives_the_runs_samples(run, published, generator, tmp_path):
+def test_a_published_generator_gives_the_runs_samples(run, published, generator, tmp_path, capsys):
     other = shutil.copytree(published, tmp_path / "elsewhere")
     same = lesiongen.load(other).sample("mel", n=3, seed=4)
     assert torch.equal(same.images, generator.sample("mel", n=3, seed=4).images)
@@ -97,6 +97,10 @@ def test_a_published_generator_gives_the_runs_samples(run, published, generator,
     assert Image.open(other / "sample.png").size == (32, 32)
     assert main(["sample", str(other), "-n", "7", "--out", str(tmp_path / "out")]) == 0
     assert main(["verify", str(published)]) == 0
+    assert main(["status", str(published)]) == 0
+    capsys.readouterr()
+    assert main(["run", str(published)]) == 2  # it has no training images
+    assert "data.images: IMAGES does not exist" in capsys.readouterr().err
 
 
 def test_a_published_generator_holds_nothing_of_the_training_images(phantoms, run, published):
