@@ -120,10 +120,10 @@ def stages_to_do(
     todo = [status.stage for status in statuses if status.state != "done"]
     for stage in todo:
         for name in stage.needs:
-            if getattr(config.inputs, name, None) and name not in awaited and digest_of(config, name) is None:
+            if (other := getattr(config.inputs, name, None)) and name not in awaited and digest_of(config, name) is None:
+                where = ", ".join(other) if name == "shards" else artefact(config, name)
                 raise UserError(
-                    f"inputs.{name}: {artefact(config, name)} is not finished, or is no directory of that result. {stage.name} "
-                    "needs it."
+                    f"inputs.{name}: {where} is not finished, or is no directory of that result. {stage.name} needs it."
                 )
         if stage.check:
             stage.check(config)
@@ -174,11 +174,9 @@ def held_out_metrics(config: Experiment, stage: str) -> str:
         config: The run's config.
         stage: The stage's name.
     """
-    latest: dict[str, float] = {}
-    for row in metrics_log.read_metrics(config.directory / stage):
-        latest |= {k: v for k, v in row.items() if k.startswith("val/")}
-    shown = [f"{k[4:]} {v:.3g}" for k, v in latest.items() if re.match(r"val/(loss|psnr|usage|bits_per_token|bigram)", k)]
-    return "  ".join(shown[:4])
+    _, latest = metrics_log.read_held_out(config.directory / stage)
+    main = r"loss|psnr|usage|bits_per_token|bigram|kid$|recall|recognised|trained_on_samples"
+    return "  ".join([f"{name} {value:.3g}" for name, value in latest.items() if re.match(main, name)][:4])
 
 
 def duration(seconds: float) -> str:
@@ -233,10 +231,14 @@ def sample_into(config: Experiment, folder: Path, fresh: bool = False) -> None:
         fresh: Delete the directory first.
     """
     stage = sample.stage(config)
-    stage_dir = replace(stage_dir_of(config, stage), path=folder)
     if fresh:
-        stage_dir.delete()
-    run_stage(config, stage, Topology(), stage_dir)
+        delete_samples(config, folder)
+    run_stage(config, stage, Topology(), replace(stage_dir_of(config, stage), path=folder))
+
+
+def delete_samples(config: Experiment, folder: Path) -> None:
+    """Deletes a directory of samples that is no stage of the run."""
+    replace(stage_dir_of(config, sample.stage(config)), path=folder).delete()
 
 
 def pack_into(config: Experiment, out: Path, fresh: list[str], append: bool = False) -> None:

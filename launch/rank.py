@@ -4,16 +4,20 @@
 call `rank_main`, which turns every outcome into an exit code. Code that runs a stage outside a run calls `run_stage`.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 from hpc import dist, errors
 from hpc.dist import Topology
 from hpc.run import mlflow_sync, rundir
+from hpc.run.mlflow_follower import Follower
 from hpc.run.rundir import StageDir
 from hpc.train import allocator, math_modes, preempt
 from launch import slurm
 from launch.endings import exit_code_of, print_error
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
-from lesiongen.stages.base import Stage, execute
+from lesiongen.stages.base import Stage, execute, stage_dir_of
 
 # A job waits longer for a stage's lock: the lock of a node that has died is freed when the file system gives that node up.
 JOB_LOCK_WAIT_S = 300.0
@@ -40,7 +44,7 @@ def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: S
     # MLflow's default store is a SQLite file, and SQLite breaks on the parallel file systems of clusters. A Slurm job
     # therefore sends to an MLflow server only; without a server, `lesiongen ui` reads metrics.jsonl instead.
     sends_to_mlflow = stage_dir is None and topology.leader and (uri.startswith("http") or not slurm.inside_job())
-    follower = mlflow_sync.Follower(config.directory, uri) if sends_to_mlflow else None
+    follower = Follower(config.directory, uri) if sends_to_mlflow else None
     try:
         execute(config, stage, topology, stage_dir, JOB_LOCK_WAIT_S if slurm.inside_job() else rundir.QUIET_WAIT_S)
     finally:
@@ -48,20 +52,22 @@ def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: S
             follower.close()
 
 
-def rank_main(config: Experiment, name: str, topology: Topology) -> int:
+def rank_main(config: Experiment, name: str, topology: Topology, out: Path | None = None) -> int:
     """Runs a stage as a rank that an executor started. Errors are printed, not raised.
 
     Args:
         config: The run's config.
         name: The stage's name.
         topology: This process among the ranks.
+        out: Directory of the result; None for the stage's directory in the run.
 
     Returns:
         The exit code.
     """
     with preempt.Interruptible() as interruptible:
         try:
-            run_stage(config, stages(config)[name], topology)
+            stage = stages(config)[name]
+            run_stage(config, stage, topology, replace(stage_dir_of(config, stage), path=out) if out else None)
             dist.leave()
             return errors.DONE
         except BaseException as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hpc import errors
 from hpc.errors import UserError
-from hpc.run import journal, metrics_log, mlflow_sync
+from hpc.run import journal, metrics_log, mlflow_sync, rundir
 from launch import requeue, slurm
 from launch.pipeline import duration, held_out_metrics, stage_statuses
 from lesiongen.experiment import Experiment
@@ -27,7 +27,8 @@ def format_status(config: Experiment) -> str:
     """Returns a table of the run's stages, and how to see the run in MLflow.
 
     A stage's line has its state, its progress, the time that it still needs, its held-out metrics, its job with what Slurm says
-    of it, and how its last attempt ended. The last line of its log follows while it is unfinished.
+    of it, and how its last attempt ended. Below are, while it is unfinished, why it ended and the last line of its log, and its
+    alarms, such as a collapsing codebook.
     """
     statuses = stage_statuses(config)
     last = {status.stage.name: slurm.last_job(config.directory, status.stage.name) for status in statuses}
@@ -45,13 +46,30 @@ def format_status(config: Experiment) -> str:
         if name in jobs and status.state != "done":
             parts += [last_ending(config.directory / "jobs" / name)]
         lines.append(f"  {name:<14} {status.state:<8} {bar:<20} {status.progress:4.0%}  " + "  ".join(filter(None, parts)))
+        if status.state == "started" and (ended := (rundir.read_stage_record(folder) or {}).get("ended")):
+            lines.append(f"{'':17}{ended['how']}: {ended['reason'][:LINE]}")
         if status.state in ("started", "diverged") and (said := last_line(config, name)):
             lines.append(f"{'':17}{said}")
+        lines += [f"{'':17}{entry['kind']}: {entry['text']}" for entry in metrics_log.read_alarms(folder)]
+    lines += [f"  {line}" for line in other_jobs(config, [status.stage.name for status in statuses])]
     if news := changed_images(config):
         lines.append(f"  {news}")
     link = mlflow_sync.run_link(config.directory, mlflow_sync.default_uri(config.directory))
     lines.append(f"  MLflow: {link or f'nothing sent yet; to see the run: lesiongen ui --runs {config.directory.parent}'}")
     return "\n".join(lines)
+
+
+def other_jobs(config: Experiment, stages: list[str]) -> list[str]:
+    """Returns a line for each job that runs no stage: the checks of the nodes, and jobs that sample into other directories."""
+    folders = sorted(path.parent.name for path in config.directory.glob(f"jobs/*/{slurm.SUBMITTED}"))
+    jobs = {name: job for name in folders if name not in stages and (job := slurm.last_job(config.directory, name))}
+    states, lines = slurm.job_states(list(jobs.values())), []
+    for name, job in jobs.items():
+        record = rundir.read_stage_record(config.directory / name) or {}
+        images = sum(1 for _ in (config.directory / name / "images").rglob("*.png"))
+        made = "done" if record.get("done") else f"{images:,} images" if images else ""
+        lines.append(f"{name}  " + "  ".join(filter(None, (made, f"job {job} {states[job]}".strip()))))
+    return lines
 
 
 def watch(config: Experiment) -> None:

@@ -15,7 +15,8 @@ import threading
 from pathlib import Path
 
 from hpc.errors import UserError
-from hpc.run.mlflow_sync import MLFLOW_ENVIRONMENT, SyncError, create_store, print_stderr, sync
+from hpc.run.mlflow_follower import print_stderr
+from hpc.run.mlflow_sync import MLFLOW_ENVIRONMENT, SyncError, create_store, sync
 
 SYNC_S = 5.0  # between two syncs of all runs
 

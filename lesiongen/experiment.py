@@ -188,6 +188,16 @@ class LocalConfig:
 
 
 @dataclass(frozen=True)
+class MLflowConfig:
+    """What MLflow shows of the run."""
+
+    # The experiment that the run belongs to, such as the name of the data set; null = the run's name. MLflow compares the runs
+    # of an experiment in one table.
+    experiment: str | None = volatile(None)
+    parent: PathText | None = volatile(None)  # directory of the run under which MLflow lists this run, such as that of a sweep
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The whole config of a run: settings of the run, and a section for each stage."""
 
@@ -202,6 +212,7 @@ class Experiment:
     priors: dict[str, PriorConfig] = field(default_factory=dict)  # {level: its prior}; levels not named use the defaults
     sample: SampleConfig = field(default_factory=SampleConfig)  # generating images
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)  # measuring the samples
+    mlflow: MLflowConfig = volatile(default_factory=MLflowConfig)  # what MLflow shows of the run
     local: LocalConfig = volatile(default_factory=LocalConfig)  # ranks on this machine
     hardware: HardwareConfig = volatile(default_factory=HardwareConfig)  # machines that `lesiongen plan` computes for
 

@@ -1,4 +1,4 @@
-"""The metrics log of a stage: metrics.jsonl, and pictures in images/.
+"""The metrics log of a stage: metrics.jsonl, pictures in images/, and alarms in alarms.jsonl.
 
 metrics.jsonl is the complete record of a training; MLflow only shows a copy (see mlflow_sync.py). A resume removes the lines
 and pictures that are newer than its checkpoint, so no step is logged twice. The training loop and the evaluate stage write
@@ -15,7 +15,7 @@ from pathlib import Path
 from hpc.run import journal
 from hpc.run.rundir import atomic_write
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, ALARMS_FILE = "metrics.jsonl", "alarms.jsonl"
 _MLFLOW_NAME = re.compile(r"(?=.{1,250}$)[\w\-.: ]+(/[\w\-.: ]+)*")  # a metric name that MLflow accepts
 
 
@@ -56,8 +56,7 @@ class MetricsLog:
 
         journal.cut_back(self.stage_dir / METRICS_FILE, is_known)
         for picture in self.stage_dir.glob("images/*.png"):
-            count = picture.stem.rpartition("-")[2]
-            if count.isdecimal() and int(count) > samples:
+            if picture_name(picture)[1] > samples:
                 picture.unlink()
 
     def log(self, step: int, samples: int, metrics: dict[str, float]) -> None:
@@ -91,6 +90,44 @@ class MetricsLog:
         """
         if self.enabled:
             atomic_write(self.stage_dir / "images" / f"{name}-{samples:09d}.png", png)
+
+    def alarm(self, kind: str, text: str) -> None:
+        """Warns the user of something that a result may suffer from: prints it, and adds it to alarms.jsonl.
+
+        `lesiongen status` and MLflow show the newest alarm of each kind. A resume keeps alarms: they tell what has happened.
+
+        Args:
+            kind: One word, such as "spike".
+            text: What has happened, and what to do.
+        """
+        if self.enabled:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+            self.stage_dir.mkdir(parents=True, exist_ok=True)
+            journal.append(self.stage_dir / ALARMS_FILE, {"kind": kind, "text": text, "time": round(time.time(), 3)})
+
+
+def picture_name(path: Path) -> tuple[str, int]:
+    """Returns what a picture in images/ shows, and the samples seen when it was made; 0 if its name has no number."""
+    name, _, samples = path.stem.rpartition("-")
+    return (name, int(samples)) if name and samples.isdecimal() else (path.stem, 0)
+
+
+def read_alarms(stage_dir: Path) -> list[dict]:
+    """Returns the newest alarm of each kind of a stage, oldest first: dicts with "kind", "text" and "time"."""
+    newest = {entry["kind"]: entry for entry in journal.read(Path(stage_dir) / ALARMS_FILE, "kind", "text", "time")}
+    return sorted(newest.values(), key=lambda entry: entry["time"])
+
+
+def read_held_out(stage_dir: Path) -> tuple[int, dict[str, float]]:
+    """Returns the samples of a stage's newest held-out metrics, and the latest value of each; (0, {}) without any.
+
+    These are the metrics val/… of a training, and the metrics headline/… of an evaluation, without the first word.
+    """
+    samples, latest = 0, {}
+    for row in read_metrics(stage_dir):
+        if new := {name.partition("/")[2]: value for name, value in row.items() if name.startswith(("val/", "headline/"))}:
+            samples, latest = row["samples"], latest | new
+    return samples, latest
 
 
 def read_metrics(stage_dir: Path) -> list[dict]:

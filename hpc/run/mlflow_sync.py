@@ -1,8 +1,8 @@
 """Copies the metrics logs of a run to MLflow. Loses nothing when this process restarts or the MLflow server fails.
 
 A stage writes metrics.jsonl and images/ and never waits for MLflow. `sync` reads these files and sends what is new. A thread
-beside the training (Follower) and the process of `lesiongen ui` (launch/ui.py) call `sync`. If the server is down or hangs, a
-later sync sends the missing data from the files.
+beside the training (mlflow_follower.py) and the process of `lesiongen ui` (launch/ui.py) call `sync`. If the server is down or
+hangs, a later sync sends the missing data from the files. mlflow_content.py says what MLflow shows of the files.
 
 Invariant: each pair (metric, samples) is sent once. `sync` asks the server for the latest value of each metric, so no value
 appears twice after a lost answer or a crash. When a resume trains some steps again, MLflow keeps the first values of these
@@ -21,12 +21,8 @@ import logging
 import math
 import os
 import re
-import sys
-import threading
-import time
 import uuid
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,8 +30,9 @@ from typing import TYPE_CHECKING
 import yaml
 
 from hpc.errors import UserError
-from hpc.run import journal
-from hpc.run.metrics_log import METRICS_FILE, numbers
+from hpc.run import journal, mlflow_content
+from hpc.run.metrics_log import ALARMS_FILE, METRICS_FILE, numbers, picture_name
+from hpc.run.mlflow_content import NOTE_FILE, NOTE_TAG, SECTIONS
 from hpc.run.rundir import atomic_write, is_copy, location, lock
 
 if TYPE_CHECKING:
@@ -50,9 +47,7 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # avoids 8 unused processes of 160 MB each
 }
-SECTIONS = {"shards": "data", "codes": "encode", "samples": "sample", "report": "evaluate"}  # of stages with another name
 MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in one request
-STALE_CLOSE_S = 5.0  # seconds that the end of a stage waits for an MLflow that has failed or hung for some time
 ALL_RUNS = 3  # mlflow.entities.ViewType.ALL: active and deleted runs
 
 # Pairs (run_dir, uri) that this process has compared with the server. The first sync of a process contacts the server even if
@@ -96,13 +91,13 @@ def run_link(run_dir: Path, uri: str) -> str | None:
     """
     if uri.startswith("sqlite:"):
         return "lesiongen ui"
-    store = _read_json(Path(run_dir) / "mlflow.json").get("stores", {}).get(_without_password(uri), {})
+    store = _read_json(Path(run_dir) / "mlflow.json").get("stores", {}).get(without_password(uri), {})
     if not uri.startswith("http") or "id" not in store.get("parent", {}):
         return None
-    return f"{_without_password(uri).rstrip('/')}/#/experiments/{store['experiment']}/runs/{store['parent']['id']}"
+    return f"{without_password(uri).rstrip('/')}/#/experiments/{store['experiment']}/runs/{store['parent']['id']}"
 
 
-def _without_password(text: object) -> str:
+def without_password(text: object) -> str:
     """Removes user and password from URIs in a text, because other people can read run directories and logs."""
     return re.sub(r"://[^@/\s]*@", "://", str(text))
 
@@ -127,14 +122,14 @@ def _client(uri: str) -> "MlflowClient":
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     create_store(uri)
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def sync(run_dir: Path, uri: str) -> SyncResult:
     """Sends what is new in all stage directories of a run. Nothing is sent twice, even if an earlier sync crashed.
 
-    MLflow then holds one experiment for each config name, one parent MLflow run for each run directory, and one child MLflow
-    run for each stage.
+    MLflow then holds one parent MLflow run for each run directory, and one child MLflow run for each stage. They are in the
+    experiment that the config names (mlflow.experiment), by default in one with the config's name.
 
     Args:
         run_dir: The run's directory.
@@ -146,8 +141,8 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
     run_dir = Path(run_dir).absolute()
     stage_dirs = {p.parent for p in run_dir.glob(f"*/{METRICS_FILE}") if not p.parent.name.startswith(".")}
     stage_dirs |= {run_dir / name for name in SECTIONS if (run_dir / name / "stage.json").exists()}  # these may have no metrics
-    stage_dirs = sorted(stage_dirs)
-    if not stage_dirs and not (run_dir / "report" / "report.html").exists():
+    stage_dirs = sorted(stage_dirs, key=lambda path: (_read_json(path / "stage.json").get("created", 0.0), path.name))
+    if not stage_dirs:
         return SyncResult()
     with contextlib.ExitStack() as held:
         try:
@@ -163,8 +158,47 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
             # MLflow's store was emptied or replaced: forget ids and cursors. Tags identify the MLflow runs that still exist.
             return _Sync(run_dir, uri, stage_dirs, forget=True).run()
         except Exception as error:
-            reason = (_without_password(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise SyncError(f"MLflow at {_without_password(uri)}: {reason}") from error
+            raise _sync_error(error, uri) from error
+
+
+def _sync_error(error: Exception, uri: str) -> SyncError:
+    """Returns the SyncError that tells of an error of MLflow or of the connection to it."""
+    reason = (without_password(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return SyncError(f"MLflow at {without_password(uri)}: {reason}")
+
+
+def register(run_dir: Path, uri: str, folder: Path, name: str, note: str) -> str:
+    """Registers a folder as a new version of a model in MLflow's registry. MLflow stores a copy of the folder.
+
+    Args:
+        run_dir: The run that made the folder. It is synced first; the model is linked to its MLflow run.
+        uri: The tracking URI, also that of the registry.
+        folder: The folder.
+        name: Name of the registered model, which is created if needed.
+        note: Description of the version, Markdown.
+
+    Returns:
+        The version.
+
+    Raises:
+        SyncError: The server cannot be reached or refuses the data.
+    """
+    sync(run_dir, uri)
+    try:
+        from mlflow.entities import LoggedModelOutput
+
+        client = _client(uri)
+        store = _read_json(Path(run_dir) / "mlflow.json")["stores"][without_password(uri)]
+        run_id = store["parent"]["id"]
+        model = client.create_logged_model(store["experiment"], name, run_id, model_type="generator")
+        client.log_model_artifacts(model.model_id, str(folder))
+        model = client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        return client.create_model_version(name, model.artifact_location, run_id, description=note).version
+    except Exception as error:
+        raise _sync_error(error, uri) from error
 
 
 class _Sync:
@@ -179,10 +213,11 @@ class _Sync:
                           "parent": entry,
                           "stages": {name: entry}}}}
 
-    An entry has the "id" of an MLflow run, and records what was sent to the MLflow run. For metrics.jsonl this is a cursor:
-    "offset" (in bytes), "tail" (checksum of the bytes before the offset) and "last" ({metric: samples of its latest value}). In
-    the entry of a stage, "sent" lists the pictures that were sent, and "created" is the time when the stage began. In the
-    parent's entry, "sent" is the stamp of the report that was sent.
+    An entry has the "id" of an MLflow run, and records what was sent to the MLflow run: "tags", "datasets" and "status". For
+    metrics.jsonl this is a cursor: "offset" (in bytes), "tail" (checksum of the bytes before the offset) and "last" ({metric:
+    samples of its latest value}). In the entry of a stage, "sent" lists the pictures that were sent, and "created" is the time
+    when the stage began. In the parent's entry, "sent" is the stamp of the report that was sent, and "figures" has the samples
+    of each stage's figures that were sent.
     """
 
     def __init__(self, run_dir: Path, uri: str, stage_dirs: list[Path], forget: bool = False):
@@ -192,36 +227,40 @@ class _Sync:
             self.state = {"uid": uuid.uuid4().hex, "stores": {}}
         self.state["directory"] = location(run_dir)
         if forget:
-            self.state["stores"].pop(_without_password(uri), None)
-        self.store = self.state["stores"].setdefault(_without_password(uri), {"seen": {}, "parent": {}, "stages": {}})
+            self.state["stores"].pop(without_password(uri), None)
+        self.store = self.state["stores"].setdefault(without_password(uri), {"seen": {}, "parent": {}, "stages": {}})
         config = run_dir / "config.yaml"
         self.config = (yaml.safe_load(config.read_bytes()) if config.exists() else None) or {}
+        self.records = {path.name: _read_json(path / "stage.json") for path in stage_dirs}
+        self.statuses = {path.name: mlflow_content.status(path, self.records[path.name]) for path in stage_dirs}
+        self.first = (run_dir, uri) not in _checked  # the first sync of this process
 
     def run(self) -> SyncResult:
-        """Sends everything that is new. Contacts the server only if a file has changed, or on this process's first sync."""
-        report, key = self.run_dir / "report" / "report.html", (self.run_dir, self.uri)
-        # Find the stages whose files have changed.
-        files = (METRICS_FILE, "images", "stage.json", "../config.yaml")
-        stamps = {p.name: [_file_stamp(p / file) for file in files] for p in self.stage_dirs}
-        stamps["report.html"] = [_file_stamp(report), _file_stamp(report.with_name("stage.json"))]
-        changed = [p for p in self.stage_dirs if key not in _checked or stamps[p.name] != self.store["seen"].get(p.name)]
+        """Sends everything that is new. Contacts the server only if something has changed, or on this process's first sync."""
+        # Find the stages whose files or status have changed.
+        files = (METRICS_FILE, ALARMS_FILE, NOTE_FILE, "images", "stage.json", "report.html", "../config.yaml")
+        stamps = {p.name: [self.statuses[p.name], *(_file_stamp(p / file) for file in files)] for p in self.stage_dirs}
+        changed = [p for p in self.stage_dirs if self.first or stamps[p.name] != self.store["seen"].get(p.name)]
         if not changed and stamps == self.store["seen"]:
             return self.result
-        # Send these stages, then the report, then the status of the whole run.
+        # Send these stages, then what the MLflow run of the whole run shows.
         try:
-            if parent := self._get_or_create_run(self.store["parent"], self.state["uid"], self.run_dir.name, self.config):
+            uid, above = self.state["uid"], self._run_above()
+            if parent := self._get_or_create_run(self.store["parent"], uid, self.run_dir.name, self.config, parent_id=above):
                 for stage_dir in changed:
                     self._sync_stage(stage_dir)
-                if report.exists() and self.store["parent"].get("sent") != (stamp := _file_stamp(report)):
-                    _client(self.uri).log_artifact(parent.info.run_id, str(report))
-                    self.store["parent"]["sent"] = stamp
-                records = [_read_json(p / "stage.json") for p in [*self.stage_dirs, report.parent]]
-                self._set_status(parent, all(r.get("done") for r in records), records[-1])
+                self._sync_parent(parent)
             self.store["seen"] = stamps
-            _checked.add(key)
+            _checked.add((self.run_dir, self.uri))
         finally:
             self._save()
         return self.result
+
+    def _run_above(self) -> str:
+        """Returns the id of the MLflow run of the run that mlflow.parent names; "" if none is named or it is not there yet."""
+        above = (self.config.get("mlflow") or {}).get("parent")
+        stores = _read_json(Path(above) / "mlflow.json").get("stores", {}) if above else {}
+        return stores.get(without_password(self.uri), {}).get("parent", {}).get("id", "")
 
     def _save(self) -> None:
         atomic_write(self.run_dir / "mlflow.json", json.dumps(self.state, indent=1).encode() + b"\n")
@@ -256,14 +295,15 @@ class _Sync:
         if run.info.lifecycle_stage != "active":
             return None
         # Send missing parameters only: MLflow refuses to change the value of a parameter.
-        new = [Param(k, v) for k, v in dict(_flatten(params)).items() if k not in run.data.params]
+        new = [Param(k, v) for k, v in dict(mlflow_content.flatten(params)).items() if k not in run.data.params]
         for i in range(0, len(new), MAX_PARAMS):
             client.log_batch(entry["id"], params=new[i : i + MAX_PARAMS], synchronous=True)
         return run
 
     def _get_or_create_experiment(self) -> str:
-        """Returns the id of the experiment with the config's name."""
-        client, name = _client(self.uri), str(self.config.get("name", self.run_dir.name))
+        """Returns the id of the run's experiment."""
+        client = _client(self.uri)
+        name = str((self.config.get("mlflow") or {}).get("experiment") or self.config.get("name", self.run_dir.name))
         if client.get_experiment_by_name(name) is None:
             artifacts = (self.run_dir.parent / "mlartifacts" / name).as_uri()
             # This fails if another process creates the experiment first. The check below finds other failures.
@@ -277,8 +317,8 @@ class _Sync:
         return experiment.experiment_id
 
     def _sync_stage(self, stage_dir: Path) -> None:
-        """Sends one stage: its parameters, new metrics, new pictures and its status."""
-        client, record, name = _client(self.uri), _read_json(stage_dir / "stage.json"), stage_dir.name
+        """Sends one stage: its parameters, tags, data sets, new metrics, new pictures and its status."""
+        client, name, record = _client(self.uri), stage_dir.name, self.records[stage_dir.name]
         entry, created = self.store["stages"].setdefault(name, {}), record.get("created")
         # A stage that was made again with --fresh gets a new MLflow run. The old MLflow run stays.
         if created and entry.get("created", created) != created:
@@ -286,39 +326,99 @@ class _Sync:
             if (old.status, old.lifecycle_stage) == ("RUNNING", "active"):
                 client.set_terminated(entry["id"], "KILLED")
             entry = self.store["stages"][name] = {}
-        params = self._params(name, record)
-        uid, parent_id = f"{self.state['uid']}/{name}/{created}", self.store["parent"]["id"]
-        run = self._get_or_create_run(entry, uid, name, params, created, parent_id)
+        params = mlflow_content.parameters(name, record, self.config)
+        uid, title = f"{self.state['uid']}/{name}/{created}", mlflow_content.run_name(name, record)
+        run = self._get_or_create_run(entry, uid, title, params, created, self.store["parent"]["id"])
         if created:
             entry["created"] = created
         if run is None:
             return
+        self._send_tags(entry, run, mlflow_content.tags(stage_dir, record))
+        self._send_datasets(entry, mlflow_content.datasets(stage_dir, record, self.config))
         self.result.metrics += _LineSender(self.uri, stage_dir / METRICS_FILE, entry, run).send()
-        for picture in sorted((stage_dir / "images").glob("*.png")):
-            if picture.name not in entry.setdefault("sent", []):
-                client.log_artifact(entry["id"], str(picture), "images")
-                entry["sent"].append(picture.name)
+        self._send_pictures(entry, stage_dir / "images")
+        self._send_status(entry, run, self.statuses[name], record.get("finished"))
+
+    def _sync_parent(self, parent: "Run") -> None:
+        """Sends what the MLflow run of the whole run shows: a note, all stages' figures and alarms, the report, the status."""
+        from mlflow.entities import Metric
+
+        client, entry = _client(self.uri), self.store["parent"]
+        text = mlflow_content.note(self.stage_dirs, self.records, self.statuses)
+        raised = {key: f"{p.name}: {text}" for p in self.stage_dirs for key, text in mlflow_content.alarms(p).items()}
+        self._send_tags(entry, parent, {NOTE_TAG: text} | raised)
+        for stage_dir in self.stage_dirs:
+            samples, found = mlflow_content.figures(stage_dir)
+            if found and entry.setdefault("figures", {}).get(stage_dir.name) != samples:
+                time_ms = (_file_stamp(stage_dir / METRICS_FILE) or [0])[0] // 10**6
+                metrics = [Metric(key, _finite(value), time_ms, samples) for key, value in found.items()]
+                client.log_batch(entry["id"], metrics[:MAX_METRICS], synchronous=True)
+                entry["figures"][stage_dir.name] = samples
+        report = self.run_dir / "report" / "report.html"
+        if (stamp := _file_stamp(report)) and entry.get("sent") != stamp:
+            client.log_artifact(entry["id"], str(report))
+            entry["sent"] = stamp
+        last = self.records.get("report", {})
+        status = mlflow_content.run_status(self.statuses, bool(last.get("done")))
+        self._send_status(entry, parent, status, last.get("finished"))
+
+    def _send_tags(self, entry: dict, run: "Run", tags: dict[str, str]) -> None:
+        """Sends the tags that are new or have changed. A note that a user has edited in MLflow stays as it is."""
+        from mlflow.entities import RunTag
+
+        sent = entry.setdefault("tags", {})
+        edited = NOTE_TAG in sent and run.data.tags.get(NOTE_TAG) != sent[NOTE_TAG]
+        new = {key: text for key, text in tags.items() if sent.get(key) != text and not (key == NOTE_TAG and edited)}
+        if new:
+            _client(self.uri).log_batch(entry["id"], tags=[RunTag(*item) for item in new.items()], synchronous=True)
+            sent |= new
+
+    def _send_datasets(self, entry: dict, datasets: list[mlflow_content.Dataset]) -> None:
+        """Sends the data sets that a stage was made from, or that it has made."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if entry.get("datasets", []) != (sent := [list(item) for item in datasets]):
+            inputs = [
+                DatasetInput(
+                    Dataset(name, digest[:36], "local", json.dumps({"uri": place})), [InputTag("mlflow.data.context", role)]
+                )
+                for name, digest, place, role in datasets
+            ]
+            _client(self.uri).log_inputs(entry["id"], inputs)
+            entry["datasets"] = sent
+
+    def _send_pictures(self, entry: dict, folder: Path) -> None:
+        """Sends new pictures. MLflow shows those of one name with a slider over the samples."""
+        from PIL import Image, UnidentifiedImageError
+
+        client, sent = _client(self.uri), entry.setdefault("sent", [])
+        new = [path for path in sorted(folder.glob("*.png")) if path.name not in sent]
+        # After a crash, mlflow.json may not know of the last pictures that were sent.
+        there = [file.path for file in client.list_artifacts(entry["id"], "images")] if self.first and new else []
+        for path in new:
+            name, samples = picture_name(path)
+            if not any(file.startswith(f"images/{name}+step+{samples}+") for file in there):
+                with contextlib.suppress(UnidentifiedImageError), Image.open(path) as picture:  # a power failure may damage one
+                    client.log_image(entry["id"], picture, key=name, step=samples, synchronous=True)
                 self.result.images += 1
-        self._set_status(run, bool(record.get("done")), record)
+            sent.append(path.name)
 
-    def _params(self, stage: str, record: dict) -> dict:
-        """Returns a stage's parameters: values outside of sections, what stage.json says it was made from, its section.
+    def _send_status(self, entry: dict, run: "Run", status: str, finished: float | None) -> None:
+        """Sets the status of an MLflow run.
 
-        The section of each prior is called "prior", so that MLflow compares priors of all levels.
+        Args:
+            entry: The entry of the MLflow run.
+            run: The MLflow run.
+            status: MLflow's word for the status.
+            finished: The end of a finished MLflow run, Unix time in seconds. None for now.
         """
-        kind, _, level = stage.partition("-")
-        section = self.config.get(f"{kind}s", {}).get(level) if level else self.config.get(SECTIONS.get(stage, stage))
-        params = {k: v for k, v in self.config.items() if v is not None and not isinstance(v, dict)}
-        params |= dict(_flatten(record.get("identity", {}))) | dict(_flatten({SECTIONS.get(kind, kind): section or {}}))
-        return params | dict(_flatten({"input": record.get("inputs", {})}))
-
-    def _set_status(self, run: "Run", done: bool, record: dict) -> None:
-        """Sets the status of an MLflow run to FINISHED, with the end time of the stage record, or to RUNNING."""
-        if done and run.info.status != "FINISHED":
-            end = record.get("finished")
-            _client(self.uri).set_terminated(run.info.run_id, "FINISHED", int(end * 1000) if end else None)
-        elif not done and run.info.status != "RUNNING":  # a finished stage is being trained for longer
-            _client(self.uri).update_run(run.info.run_id, "RUNNING")
+        if run.info.status == status:
+            return
+        if status in ("FINISHED", "FAILED", "KILLED"):
+            end = int(finished * 1000) if finished and status == "FINISHED" else None
+            _client(self.uri).set_terminated(entry["id"], status, end)
+        else:  # for example, a finished stage is being trained for longer
+            _client(self.uri).update_run(entry["id"], status)
 
 
 class _LineSender:
@@ -364,8 +464,7 @@ class _LineSender:
         new = {name: float(value) for name, value in row.items() if samples > self.last.get(name, -1)}
         if len(self.batch) + len(new) > MAX_METRICS:
             self._send_batch()
-        # MLflow plots infinity as 1.8e308 but leaves NaN out of a plot, so infinity is sent as NaN.
-        self.batch += [Metric(k, v if math.isfinite(v) else math.nan, time_ms, samples) for k, v in new.items()]
+        self.batch += [Metric(k, _finite(v), time_ms, samples) for k, v in new.items()]
         self.last |= dict.fromkeys(new, samples)
         self.offset += len(line)
 
@@ -376,6 +475,11 @@ class _LineSender:
         tail = _checksum_before(self.path, self.offset)
         self.entry.update(offset=self.offset, tail=tail, last=dict(self.last))
         self.batch.clear()
+
+
+def _finite(value: float) -> float:
+    """Returns a value as it is sent: MLflow plots infinity as 1.8e308 but leaves NaN out of a plot, so infinity becomes NaN."""
+    return value if math.isfinite(value) else math.nan
 
 
 def _file_stamp(path: Path) -> list[int] | None:
@@ -390,74 +494,3 @@ def _checksum_before(path: Path, offset: int) -> int:
     with open(path, "rb") as file:
         file.seek(max(0, offset - 256))
         return zlib.crc32(file.read(min(256, offset)))
-
-
-def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields dotted keys and values of nested data as short strings that MLflow accepts as parameters."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
-        yield re.sub(r"[^\w\-. /:]", "_", prefix)[:250], text[:500]
-
-
-class Follower:
-    """A daemon thread that syncs a run regularly. Blocks neither the training nor the exit of the process.
-
-    Unsent lines stay in the file, not in memory, so memory does not grow while the server is down.
-
-    Args:
-        run_dir: The run's directory.
-        uri: The tracking URI.
-        interval: Seconds between two syncs. After failures the pause doubles, up to 60 s.
-
-    Attributes:
-        failures: Number of syncs that have failed.
-    """
-
-    def __init__(self, run_dir: Path, uri: str, interval: float = 5.0):
-        self.run_dir, self.uri, self.interval, self.failures = Path(run_dir), uri, interval, 0
-        self._succeeded = time.monotonic()  # when the last sync succeeded; at first, when the thread started
-        self._stop, self._deadline, self._delivered = threading.Event(), math.inf, False
-        self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
-        self._thread.start()
-
-    def close(self, deadline: float = 15.0) -> bool:
-        """Syncs a last time and returns whether everything was sent. Prints a line if not.
-
-        Args:
-            deadline: Seconds after which the last sync is given up; STALE_CLOSE_S if no sync has succeeded for six intervals.
-        """
-        if time.monotonic() - self._succeeded > 6 * self.interval:
-            deadline = min(deadline, STALE_CLOSE_S)
-        self._deadline = time.monotonic() + deadline
-        self._stop.set()
-        self._thread.join(deadline)
-        if not self._delivered:
-            print_stderr(f"MLflow at {_without_password(self.uri)} did not receive the last metrics. The next sync sends them.")
-        return self._delivered
-
-    def _loop(self) -> None:
-        failed = 0  # failed syncs in a row
-        while True:
-            closing = self._stop.wait(min(self.interval * 2**failed, 60.0))
-            try:
-                # At the end, wait for any other process that is syncing this run, to be sure that everything is sent.
-                while (busy := sync(self.run_dir, self.uri).busy) and closing and time.monotonic() < self._deadline:
-                    time.sleep(0.1)
-                if failed:
-                    print_stderr(f"MLflow at {_without_password(self.uri)} is reachable again.")
-                failed, self._delivered, self._succeeded = 0, closing and not busy, time.monotonic()
-            except Exception as error:
-                self.failures += 1
-                failed = min(failed + 1, 8)
-                if failed == 1:
-                    print_stderr(f"{error}. Training continues. The metrics are sent when MLflow is reachable again.")
-            if closing:
-                return
-
-
-def print_stderr(text: str) -> None:
-    """Prints a line to stderr at once."""
-    print(text, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ lesiongen/stages/base.py locks the directory of a stage and updates its record.
 import contextlib
 import errno
 import fcntl
+import getpass
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ from hpc.errors import Busy, UserError
 
 # Files of a stage directory that hold no part of a result.
 WITHOUT_RESULT = {"stage.json", "config.yaml", ".lock", "rejected.jsonl", "left_out.jsonl"}
+COMMIT_FILE = "commit.txt"  # beside the packages in a copy of the code that a job runs, see launch/snapshot.py
 QUIET_WAIT_S = 5.0  # the ranks of a killed run may need a moment to end and free their lock
 
 
@@ -82,14 +84,12 @@ def remove_leftovers(path: Path) -> None:
 
 
 def environment() -> dict:
-    """Returns the versions of Python and packages, the git commit, the machine and the command line, for stage.json."""
+    """Returns versions of Python and packages, the git commit, the machine, the user and the command line, for stage.json."""
     versions = {}
     for name in ("lesiongen", "torch", "torchvision", "deepspeed", "webdataset", "submitit", "mlflow", "numpy", "pillow"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        versions["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+    versions["commit"] = _commit()
     return {
         "python": platform.python_version(),
         "versions": versions,
@@ -97,8 +97,28 @@ def environment() -> dict:
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "user": _user(),
         "command": sys.argv,
     }
+
+
+def _commit() -> str:
+    """Returns the git commit of this code; "unknown" if there is no git."""
+    copied = Path(__file__).parents[2] / COMMIT_FILE
+    if copied.exists():
+        return copied.read_text()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+    return "unknown"
+
+
+def _user() -> str:
+    """Returns the user's name; in a container the user may have none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid{os.getuid()}"
 
 
 @dataclass(frozen=True)
@@ -114,6 +134,7 @@ class StageDir:
         as_requested: as_requested(path, recorded, requested) returns the recorded identity, in which the requested values
             replace recorded values of the same meaning, such as another spelling of a path. None replaces nothing.
         adjustable: Dotted keys of the identity that may change when the work has diverged.
+        describe: Returns a few words on what is made, such as "gpt 4×192 · 2.0 M". Called once the inputs are finished.
     """
 
     path: Path
@@ -122,6 +143,7 @@ class StageDir:
     target: int = 1
     as_requested: Callable[[Path, dict, dict], dict] | None = None
     adjustable: tuple[str, ...] = ()
+    describe: Callable[[], str] | None = None
 
     @property
     def record(self) -> dict | None:
@@ -179,7 +201,9 @@ class StageDir:
         record = self.record or {"created": time.time(), "digest": None}
         if record.pop("diverged", None) and (changed := differences(record["identity"], json.loads(json.dumps(self.identity)))):
             record["adjusted"] = [*record.get("adjusted", ()), *changed]
+        record.pop("ended", None)
         current = {"identity": self.identity, "inputs": self.inputs, "target": self.target, "environment": environment()}
+        current["title"] = self.describe() if self.describe else ""
         self._write(record | current | {"done": False})
         if config_yaml:
             atomic_write(self.path / "config.yaml", config_yaml.encode())
@@ -187,6 +211,15 @@ class StageDir:
     def mark_diverged(self, reason: str) -> None:
         """Records that the work has diverged: its `adjustable` settings may now change, and the same directory continues."""
         self._write({**(self.record or {}), "diverged": reason})
+
+    def mark_ended(self, how: str, reason: str) -> None:
+        """Records that the work has ended before it was done.
+
+        Args:
+            how: "failed", or "stopped" if somebody asked for it.
+            reason: Why, in one line.
+        """
+        self._write({**(self.record or {}), "ended": {"how": how, "reason": reason, "time": time.time()}})
 
     def finish(self, digest: str) -> None:
         """Records that the stage is done, with the digest of its result."""
@@ -241,6 +274,18 @@ def read_stage_record(path: Path) -> dict | None:
         return None
     except ValueError as error:
         raise UserError(f"{path / 'stage.json'} is damaged ({error}). Make the stage again with --fresh.") from None
+
+
+def is_locked(path: Path) -> bool:
+    """Returns whether a process holds the lock of a directory, on this machine or where the file system shares locks."""
+    try:
+        with open(path / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ Checkpoints go to `checkpoints/`, the best weights through the task to `export/`
 import gc
 import itertools
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -95,8 +94,7 @@ def train(
             return
         except Spike as spike:
             done = rollbacks.roll_back(spike, config.batch, config.health.max_rollbacks)
-            if topology.leader:
-                print(f"{what}: {done}", file=sys.stderr, flush=True)
+            metrics_log.MetricsLog(folder, topology.leader).alarm("spike", f"{what}: {done}")
         gc.collect()  # frees the model and its engine before they are built again
 
 
@@ -368,10 +366,10 @@ class Trainer:
         rank, ratio = late
         if self.topology.leader:
             seconds, host = times[rank]
-            print(
+            self.log_file.alarm(
+                "straggler",
                 f"{self.what}: rank {rank} on {host} is slow: it needs {ratio:.1f} × the median time of the ranks for its data "
                 f"and forward passes ({seconds:.1f} s since the last log line)",
-                file=sys.stderr,
             )
         return {"straggler/rank": rank, "straggler/ratio": ratio}
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lesiongen.data import images
+from lesiongen.data.sheets import sheet
 
 PER_CLASS = 8  # samples of each class in the contact sheet
-TILE = 96  # pixels; a sample in the contact sheet is at least as large
 # The IPTC's digital source type of media made by a trained model; programs that show where a picture comes from read it.
 XMP = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
@@ -49,7 +49,7 @@ def png_with(image_CHW: torch.Tensor, text: dict[str, str]) -> bytes:
 
 
 def contact_sheet(folder: Path, paths: list[str], labels: list[str]) -> bytes:
-    """Returns a PNG with a row for each class: its name and its first PER_CLASS samples, enlarged to at least TILE pixels.
+    """Returns a PNG with a row for each class: its name and its first PER_CLASS samples.
 
     Args:
         folder: The samples' directory.
@@ -59,20 +59,4 @@ def contact_sheet(folder: Path, paths: list[str], labels: list[str]) -> bytes:
     rows: dict[str, list[str]] = {}
     for path, label in zip(paths, labels, strict=True):
         rows.setdefault(label, []).append(path)
-    with Image.open(folder / paths[0]) as first:
-        width = first.width
-    side = width * -(-TILE // width)
-    font = ImageFont.load_default(14)
-    titles = {label: label or "no label" for label in rows}
-    left = 8 + round(max(font.getlength(title) for title in titles.values()))
-    sheet = Image.new("RGB", (left + PER_CLASS * (side + 2), len(rows) * (side + 2)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (label, shown) in enumerate(rows.items()):
-        top = row * (side + 2)
-        draw.text((4, top + side // 2), titles[label], "black", font, anchor="lm")
-        for column, path in enumerate(shown[:PER_CLASS]):
-            tile = Image.open(folder / path).resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(tile, (left + column * (side + 2), top))
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
-    return content.getvalue()
+    return sheet([(label, map(Image.open, [folder / path for path in shown[:PER_CLASS]])) for label, shown in rows.items()])

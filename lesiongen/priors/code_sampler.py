@@ -62,19 +62,27 @@ class CodeSampler:
         return cls(samplers, facts)
 
     @torch.no_grad()
-    def sample(self, facts: Sequence[dict[str, str]], members: Sequence[int], attempt: int = 0) -> Codes:
+    def sample(
+        self,
+        facts: Sequence[dict[str, str]],
+        members: Sequence[int],
+        attempt: int = 0,
+        given: dict[str, np.ndarray] | None = None,
+    ) -> Codes:
         """Samples one batch.
 
         Args:
             facts: The facts that each sample is to show.
             members: Indices of the samples. With the attempt they decide the random numbers.
             attempt: 0 for a sample, 1 for its first replacement, and so on.
+            given: Codes of the levels that are coarser than those of this sampler, [B, h, w]; None if there are none.
         """
         codes: dict[str, torch.Tensor] = {}
         bits: dict[str, np.ndarray] = {}
         for level, sampler in self.samplers.items():
             numbers = [self.facts[level].numbers(f) for f in facts]
-            upper = list(codes.values())
+            coarser = [torch.from_numpy(grid.astype(np.int64)).to(sampler.device) for grid in (given or {}).values()]
+            upper = coarser + list(codes.values())
             codes[level] = sampler(numbers, upper, members, attempt)
             bits[level] = self._bits(level, codes[level], numbers, upper)
         grids = {

@@ -8,9 +8,11 @@ inputs, the stage raises UserError.
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hpc import config as hpc_config
 from hpc import dist, watchdog
@@ -18,7 +20,7 @@ from hpc.data import manifest
 from hpc.data.codestore import CodeStore
 from hpc.data.storage import is_remote
 from hpc.dist import Topology
-from hpc.errors import Diverged, UserError
+from hpc.errors import Diverged, Stopped, UserError
 from hpc.run import rundir
 from hpc.run.rundir import StageDir
 from hpc.train.loop import ADJUSTABLE, TrainConfig
@@ -52,6 +54,7 @@ class Stage:
         hints: For some of the artefacts, what else to tell a user who lacks it.
         appends: Whether the stage adds to a finished directory. The directory's record stays valid until the new digest is
             written.
+        describe: Returns a few words on what the stage makes, such as "gpt 4×192 · 2.0 M", when its inputs are finished.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Stage:
     adjustable: tuple[str, ...] = ()
     check: Callable[[Experiment], None] | None = None
     hints: dict[str, str] = field(default_factory=dict)
+    describe: Callable[[Experiment], str] | None = None
 
 
 def training(section: str, train: TrainConfig) -> dict:
@@ -128,15 +132,35 @@ def training_images(config: Experiment) -> int | None:
 def stage_dir_of(config: Experiment, stage: Stage) -> StageDir:
     """Returns the stage's directory in the run, with its settings and the digests of its inputs; None for a missing input."""
     inputs = {name: digest_of(config, name) for name in stage.needs}
-    return StageDir(config.directory / stage.name, stage.identity, inputs, stage.target, stage.as_requested, stage.adjustable)
+    describe = partial(stage.describe, config) if stage.describe else None
+    path, identity = config.directory / stage.name, stage.identity
+    return StageDir(path, identity, inputs, stage.target, stage.as_requested, stage.adjustable, describe)
+
+
+def size_of(build: Callable[[], nn.Module]) -> str:
+    """Returns the size of a model as text, such as "2.0 M" parameters. Builds the model without memory for its weights."""
+    with torch.device("meta"):
+        number = sum(parameter.numel() for parameter in build().parameters())
+    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number / 1e3:.1f} k"
 
 
 def digest_of(config: Experiment, name: str) -> str | None:
-    """Returns the digest of an artefact, or None if it is not finished."""
+    """Returns the digest of an artefact, or None if it is not finished.
+
+    Raises:
+        UserError: `inputs.shards` names something else than shards, or a run that is not being made.
+    """
     if name == "shards" and config.inputs.shards:
-        return packed(config).digest()
+        return None if any(map(is_being_packed, packed_locations(config))) else packed(config).digest()
     record = rundir.read_stage_record(artefact(config, name))
     return record["digest"] if record and record["done"] else None
+
+
+def is_being_packed(location: str | Path) -> bool:
+    """Returns whether a location is a run of Slurm jobs, or its shards, and its shards are not finished yet."""
+    if is_remote(location) or (Path(location) / manifest.NAME).exists():
+        return False
+    return any((path / "jobs" / "shards").is_dir() for path in (Path(location), Path(location).parent))
 
 
 def require(config: Experiment, name: str, hint: str = "") -> Path:
@@ -250,11 +274,21 @@ def execute(
         resources.enter_context(watched)
         try:
             digest = stage.run(config, topology, stage_dir.path)
-        except Diverged as error:
-            if topology.leader:
-                stage_dir.mark_diverged(str(error))
+        except BaseException as error:
+            if topology.leader and not stage.appends:
+                _record_ending(stage_dir, error)
             raise
         dist.run_on_leader(stage_dir.finish, digest)
+
+
+def _record_ending(stage_dir: StageDir, error: BaseException) -> None:
+    """Records in stage.json why a stage has ended before it was done."""
+    if isinstance(error, Diverged):
+        stage_dir.mark_diverged(str(error))
+    how = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+    with contextlib.suppress(OSError):  # the disk may be full
+        stage_dir.mark_ended(how, reason)
 
 
 def _open(

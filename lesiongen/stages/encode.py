@@ -52,7 +52,7 @@ class _File(NamedTuple):
 def stage(config: Experiment) -> Stage:
     """Returns the stage that encodes all images."""
     identity = {"encode": to_plain(config.encode, volatile=False), "seed": config.seed}
-    return Stage("codes", ("shards", "tokenizer"), identity, run)
+    return Stage("codes", ("shards", "tokenizer"), identity, run, describe=lambda config: f"{config.encode.draws} views")
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:

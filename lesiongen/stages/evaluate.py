@@ -35,7 +35,7 @@ from lesiongen.evaluation.privacy.views import training_views
 from lesiongen.evaluation.report import charts
 from lesiongen.evaluation.report.page import page
 from lesiongen.evaluation.report.pictures import nearest_pairs, strips
-from lesiongen.evaluation.report.verdict import in_lines, verdict
+from lesiongen.evaluation.report.verdict import headline, in_lines, in_markdown, verdict
 from lesiongen.evaluation.subject import Subject
 from lesiongen.experiment import Experiment, SampleConfig
 from lesiongen.ingest.licences import merge_counts
@@ -217,7 +217,7 @@ def _write(
     pairs = list(nearest_pairs(copies, first.codes, subject.store, subject.net))
     log = MetricsLog(folder)
     log.resume(-1)  # removes all lines and pictures of a killed evaluation: an evaluation starts from the beginning
-    log.log(0, 0, dict(_flatten(metrics)))
+    log.log(0, 0, dict(_flatten(metrics)) | {f"headline/{name}": v for name, v in headline(metrics).items()})
     for key, png in pictures.items():
         log.image(metric_name(key.replace(" ", "-")), 0, png)
     for side, key in enumerate(("samples", "training")):
@@ -229,6 +229,7 @@ def _write(
         log.image("neighbours", 0, images.encode_png(images.tile_images(neighbours, len(pairs))))
     write_neighbours(folder / "private" / "neighbours.csv", [str(i) for i in first.members], copies, subject.shards)
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
+    atomic_write(folder / "note.md", in_markdown(metrics["verdict"]).encode())
     atomic_write(folder / "share.html", page(name, metrics, pictures, shown, share=True).encode())
     atomic_write(folder / "report.html", page(name, metrics, pictures, shown, pairs).encode())
 

@@ -13,7 +13,15 @@ from lesiongen.stages.base import Stage, shards_identity
 
 def stage(config: Experiment) -> Stage:
     """Returns the stage that packs the images of `config.data`."""
-    return Stage("shards", (), shards_identity(config), run, as_requested=contents.as_requested, check=_check)
+    return Stage(
+        "shards",
+        (),
+        shards_identity(config),
+        run,
+        as_requested=contents.as_requested,
+        check=_check,
+        describe=lambda config: f"{config.data.size} px",
+    )
 
 
 def _check(config: Experiment) -> None:

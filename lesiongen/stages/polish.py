@@ -37,7 +37,13 @@ def stage(config: Experiment) -> Stage:
     identity = {"polish": to_plain(config.polish, volatile=False), "seed": config.seed}
     identity |= {"augment": to_plain(config.encode.augment, volatile=False)}
     how = training("polish.train", config.polish.train)
-    return Stage("polish", ("shards", "tokenizer"), identity, run, check=_check, **how)
+    return Stage("polish", ("shards", "tokenizer"), identity, run, check=_check, describe=_describe, **how)
+
+
+def _describe(config: Experiment) -> str:
+    """Returns the weights of the loss that the decoder is polished with, as far as they are not 0."""
+    weights = {name: value for name, value in to_plain(config.polish.loss).items() if isinstance(value, float) and value}
+    return " ".join(f"{name} {value:g}" for name, value in weights.items())
 
 
 def _check(config: Experiment) -> None:

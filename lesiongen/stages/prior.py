@@ -8,7 +8,7 @@ A row of the code store, the codes and facts of one image, is addressed by (draw
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +25,17 @@ from hpc.dist import Topology
 from hpc.train.engine import Engine
 from hpc.train.loop import train
 from hpc.train.zero import Weights
-from lesiongen.data import facts, images
+from lesiongen.data import facts
 from lesiongen.data.balance import order_for
-from lesiongen.data.images import to_uint8
 from lesiongen.evaluation import plots
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.codes import bigram_bits
 from lesiongen.experiment import Experiment, PriorConfig
 from lesiongen.priors import make
 from lesiongen.priors.objective import Objective, model_shape, training_flops_per_sample
-from lesiongen.priors.prior import Prior
-from lesiongen.priors.sampling import TokenChooser, uniform_numbers
-from lesiongen.stages.base import Stage, check_codes, require, training
-from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
-
-GRID_SAMPLES = 32  # samples in the picture that is drawn at each evaluation
+from lesiongen.stages.base import Stage, check_codes, require, size_of, training
+from lesiongen.stages.prior_picture import PriorPicture
+from lesiongen.tokenizers.export import export_digest, write_export
 
 
 def stage(config: Experiment, level: str) -> Stage:
@@ -50,7 +46,15 @@ def stage(config: Experiment, level: str) -> Stage:
     def run_level(config: Experiment, topology: Topology, folder: Path) -> str:
         return run(config, topology, folder, level)
 
-    return Stage(f"prior-{level}", ("codes",), identity, run_level, **training("prior.train", prior_config.train))
+    how = training("prior.train", prior_config.train)
+    return Stage(f"prior-{level}", ("codes",), identity, run_level, describe=partial(_describe, level=level), **how)
+
+
+def _describe(config: Experiment, level: str) -> str:
+    """Returns kind, layers, width and size of a level's prior, such as "gpt 4×192 · 2.0 M"."""
+    prior = config.prior(level)
+    shape = model_shape(CodeStore(require(config, "codes")), level, prior.facts)
+    return f"{prior.model.kind} {prior.model.layers}×{prior.model.width} · {size_of(lambda: make(prior.model, **shape))}"
 
 
 def run(config: Experiment, topology: Topology, folder: Path, level: str) -> str:
@@ -102,6 +106,7 @@ class PriorTask:
         self.tokens_per_sample = math.prod(self.shape["grid"])
         self.bigram: float | None = None
         self.members: dict[tuple[int, int], np.ndarray] = {}
+        self.picture = PriorPicture(config, self.store, level, self.device)
 
     @cached_property
     def flops_per_sample(self) -> int:
@@ -186,7 +191,7 @@ class PriorTask:
         """Measures bits per token on the validation split and on as many training images, and those of a bigram. Collective.
 
         Returns:
-            The metrics, and a picture of samples (name → PNG). Under ZeRO 3 a prior above `gather_gib` draws no picture.
+            The metrics, and a picture (name → PNG), see prior_picture.py. Under ZeRO 3 a prior above `gather_gib` draws none.
         """
         held_out = self.data["val"].all()
         net, batch = engine.module, engine.micro_batch  # a training batch fits the memory, so an evaluation batch does too
@@ -198,7 +203,7 @@ class PriorTask:
         if not engine.fits_whole():
             return metrics, {}
         with engine.whole_module() as module:
-            return metrics, self._sample_picture(module.net)
+            return metrics, self.picture.draw(module.net)
 
     def curves(self, rows: list[dict]) -> dict[str, bytes]:
         """Draws the learning curves from the metrics log. Returns name → PNG."""
@@ -242,38 +247,6 @@ class PriorTask:
                     yield self.store.arrays(split, draw, entry["shard"])[column]
 
         return bigram_bits(files("train"), files("val"), self.shape["entries"])
-
-    def _sample_picture(self, net: Prior) -> dict[str, bytes]:
-        """Draws a grid of samples of this level, class after class. Collective.
-
-        The codes of the other levels and the facts other than the label are those of held-out images. Every rank samples its
-        share, so that large grids do not take long.
-
-        Returns:
-            {"samples": PNG} on every rank.
-        """
-        number, held_out = GRID_SAMPLES, self.data["val"].all()
-        rows = held_out[np.arange(number) % len(held_out)]
-        mine = contiguous_share(number, dist.rank(), dist.world_size())
-        codes = None
-        if len(mine):  # with more ranks than samples, some ranks have none
-            batch = self.batch("val", rows[mine.start : mine.stop])
-            if classes := self.shape["facts"].get("label"):
-                label = torch.tensor([i * classes // number for i in mine], device=self.device)
-                batch["facts"][:, self.prior_config.facts.index("label")] = label
-            numbers = uniform_numbers(self.config.seed, mine, self.shape["grid"])
-            codes = net.sample(batch["facts"], batch["upper"], numbers.to(self.device), TokenChooser())
-        parts = [part for part in dist.gather(None if codes is None else codes.cpu()) if part is not None]
-        return dist.run_on_leader(self._decode_picture, torch.cat(parts), rows) or {}
-
-    def _decode_picture(self, codes_Bhw: torch.Tensor, rows_B3: np.ndarray) -> dict[str, bytes]:
-        """Decodes codes of this level, together with the stored codes of the other levels. Returns {"samples": PNG}."""
-        net, _ = load_tokenizer(require(self.config, "tokenizer"), self.device)
-        names = [entry["name"] for entry in self.store.levels]
-        columns = self.store.gather_rows("val", rows_B3, [f"codes.{name}" for name in names])
-        levels = {name: torch.from_numpy(columns[f"codes.{name}"].astype("int64")).to(self.device) for name in names}
-        levels[self.level] = codes_Bhw.to(self.device)
-        return {"samples": images.encode_png(images.tile_images(to_uint8(net.decode_codes(levels)).cpu(), 8))}
 
     def export(self, weights: Weights, metrics: dict[str, float]) -> None:
         """Writes the weights, the description that the sample stage reads, and a model card. Collective.

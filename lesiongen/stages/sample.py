@@ -54,8 +54,6 @@ from lesiongen.stages.base import (
 )
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
-PER_CLASS = 8  # samples of each class in the contact sheet
-TILE = 96  # pixels; a sample in the contact sheet is at least as large
 NO_CODES = (
     "sample.gate compares samples with the codes and shards of the training images, which are not here. A published generator "
     "cannot gate without its training codes. Set sample.gate=null, or make them with `lesiongen run`."
@@ -67,7 +65,13 @@ def stage(config: Experiment) -> Stage:
     needs = model_stages(config)
     hints = {name: NO_CODES for name in ("codes", "shards")} if config.sample.gate else {}
     return Stage(
-        "samples", (*needs, *hints), {"sample": to_plain(config.sample, volatile=False)}, run, hints=hints, check=_check
+        "samples",
+        (*needs, *hints),
+        {"sample": to_plain(config.sample, volatile=False)},
+        run,
+        hints=hints,
+        check=_check,
+        describe=lambda config: f"{config.sample.number:,} · guidance {config.sample.guidance:g}",
     )
 
 

@@ -14,6 +14,7 @@ from hpc import dist
 from hpc.config import to_plain
 from hpc.dist import Topology
 from hpc.errors import UserError
+from hpc.run.metrics_log import MetricsLog
 from hpc.train.engine import Engine
 from hpc.train.loop import train
 from hpc.train.zero import Weights, gathered
@@ -25,7 +26,7 @@ from lesiongen.evaluation import plots
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.experiment import Experiment
-from lesiongen.stages.base import Stage, packed, training
+from lesiongen.stages.base import Stage, packed, size_of, training
 from lesiongen.tokenizers import make
 from lesiongen.tokenizers.export import export_digest, write_export
 from lesiongen.tokenizers.losses import ReconstructionLoss
@@ -38,7 +39,16 @@ KMEANS_IMAGES = 256  # training images whose vectors are clustered to initialise
 def stage(config: Experiment) -> Stage:
     """Returns the stage that trains the tokenizer."""
     identity = {"tokenizer": to_plain(config.tokenizer, volatile=False), "seed": config.seed}
-    return Stage("tokenizer", ("shards",), identity, run, check=_check, **training("tokenizer.train", config.tokenizer.train))
+    how = training("tokenizer.train", config.tokenizer.train)
+    return Stage("tokenizer", ("shards",), identity, run, check=_check, describe=_describe, **how)
+
+
+def _describe(config: Experiment) -> str:
+    """Returns kind, grids, codes and size of the tokenizer, such as "vqvae2 16²+32² of 512 · 1.8 M"."""
+    model, shards = config.tokenizer.model, packed(config)
+    grids = "+".join(f"{side}²" for side in sorted(model.grids(shards.size).values()))
+    size = size_of(lambda: make(model, shards.channels, config.tokenizer.train.batch))
+    return f"{model.kind} {grids} of {model.entries:,} · {size}"
 
 
 def _check(config: Experiment) -> None:
@@ -117,11 +127,12 @@ class TokenizerTask:
             check_codebooks(net)
             metrics, pictures = evaluate_tokenizer(net, self.held_out, self.config.evaluate.batch)
         for name in net.names:
-            if metrics[f"collapsed/{name}"] and dist.rank() == 0:
-                print(
-                    f"warning: level '{name}' is collapsing. Held-out images use {metrics[f'usage/{name}']:.1%} of its "
+            if metrics[f"collapsed/{name}"]:
+                MetricsLog(self.folder, dist.rank() == 0).alarm(
+                    "collapse",
+                    f"level '{name}' is collapsing. Held-out images use {metrics[f'usage/{name}']:.1%} of its "
                     f"{net.entries} codes, with a perplexity of {metrics[f'perplexity/{name}']:.1f}. Samples from this "
-                    "level will look alike. Try quantizer ema with a higher revive_below, kmeans: true, or fewer entries."
+                    "level will look alike. Try quantizer ema with a higher revive_below, kmeans: true, or fewer entries.",
                 )
         return metrics, pictures
 

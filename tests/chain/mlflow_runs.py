@@ -1,7 +1,10 @@
 """Helpers of the MLflow tests: they write run directories, and read back what MLflow's stores hold."""
 
+import io
 import json
 import time
+
+from PIL import Image
 
 from hpc.run import mlflow_sync
 from hpc.run.metrics_log import MetricsLog, read_metrics
@@ -26,6 +29,22 @@ def extend(stage, counts, offset=0.0):
     log = MetricsLog(stage)
     for count in counts:
         log.log(count // 10, count, {"train/loss": 1 / count + offset, "system/cpu_percent": 50.0})
+
+
+def png(shade):
+    """Returns a small grey PNG."""
+    content = io.BytesIO()
+    Image.new("L", (8, 8), shade).save(content, "PNG")
+    return content.getvalue()
+
+
+def pictures(run, stage, uri=None):
+    """Returns the pictures that MLflow holds of a stage, as {(what it shows, samples): path of the artifact}."""
+    client, run_id = client_of(run, uri), entry_of(run, stage, uri)["id"]
+    paths = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
+    found = {(name.removeprefix("images/"), int(samples)): path for path in paths for name, _, samples, *_ in [path.split("+")]}
+    assert len(found) == len(paths), "a picture was sent twice"
+    return found
 
 
 def write_stage_record(stage, **record):

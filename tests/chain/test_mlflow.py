@@ -9,10 +9,12 @@ import time
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 from hpc.run import mlflow_sync
 from hpc.run.metrics_log import MetricsLog
-from hpc.run.mlflow_sync import Follower, default_uri, sync
+from hpc.run.mlflow_follower import Follower
+from hpc.run.mlflow_sync import default_uri, sync
 from tests.chain.mlflow_runs import (
     CONFIG,
     client_of,
@@ -22,6 +24,8 @@ from tests.chain.mlflow_runs import (
     history,
     make_run,
     new_process,
+    pictures,
+    png,
     runs_of,
     write_stage_record,
 )
@@ -35,7 +39,7 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     write_stage_record(run / "tokenizer", done=True, finished=1.7e9 + 60)
     log = MetricsLog(run / "prior-top")
     log.log(9, 90, {"bad": math.nan, "worse": math.inf})
-    log.image("samples", 90, b"first")
+    log.image("samples", 90, png(90))
     first = sync(run, default_uri(run))
     assert (first.metrics, first.images) == (2 * 4 * 4 + 4, 1)
     assert sync(run, default_uri(run)) == mlflow_sync.SyncResult()
@@ -63,16 +67,18 @@ def test_a_run_with_two_stages(runs, tmp_path, monkeypatch, capfd):
     assert (info.status, info.start_time, info.end_time) == ("FINISHED", 1_700_000_000_000, 1_700_000_060_000)
     assert (children["prior-top"].info.status, parent.info.status) == ("RUNNING", "RUNNING")
     artifacts = runs / "mlartifacts" / "two"
-    picture = artifacts / children["prior-top"].info.run_id / "artifacts/images/samples-000000090.png"
-    assert picture.read_bytes() == b"first"
+    assert set(pictures(run, "prior-top")) == {("samples", 90)}
+    sent = artifacts / children["prior-top"].info.run_id / "artifacts" / pictures(run, "prior-top")["samples", 90]
+    assert Image.open(sent).getpixel((0, 0)) == 90
 
     # The run ends: one more picture, the report, all stages done. MLflow keeps the first value of a changed parameter.
     (run / "config.yaml").write_text(CONFIG.format(name="two").replace("width: 128", "width: 256\n    depth: 4"))
-    MetricsLog(run / "prior-top").image("samples", 100, b"second")
+    MetricsLog(run / "prior-top").image("samples", 100, png(100))
     write_stage_record(run / "prior-top", done=True)
     write_stage_record(run / "report", done=True)
     (run / "report" / "report.html").write_text("<p>one")
     assert sync(run, default_uri(run)) == mlflow_sync.SyncResult(0, 1)
+    assert set(pictures(run, "prior-top")) == {("samples", 90), ("samples", 100)}
     page = artifacts / parent.info.run_id / "artifacts/report.html"
     assert page.read_text() == "<p>one"
     assert {r.info.status for r in runs_of(run)} == {"FINISHED"}

@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from hpc.run import mlflow_sync
+from hpc.run import mlflow_follower, mlflow_sync
 from hpc.run.metrics_log import MetricsLog, read_metrics
-from hpc.run.mlflow_sync import Follower, default_uri, run_link, sync
+from hpc.run.mlflow_follower import Follower
+from hpc.run.mlflow_sync import default_uri, run_link, sync
 from launch.__main__ import main
-from tests.chain.mlflow_runs import entry_of, expected, extend, history, make_run, new_process, runs_of, wait_for
+from tests.chain.mlflow_runs import entry_of, expected, extend, history, make_run, new_process, png, runs_of, wait_for
 from tests.conftest import DEMO, tiny
 
 pytest.importorskip("sqlalchemy", reason="the http-only mlflow-skinny has no store of its own")
@@ -89,7 +91,7 @@ def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
 
     try:
         server.start()
-        log.image("recon", 10, b"png")
+        log.image("recon", 10, png(10))
         follower = Follower(run, server.uri, interval=0.05)
         train(50)
         wait_for(lambda: arrived() > 10)
@@ -118,8 +120,8 @@ def test_a_server_that_goes_and_comes_back(runs, tmp_path, capsys):
         assert len(expected(run)) == 261
         assert len(runs_of(run, server.uri)) == 2
         child = entry_of(run, uri=server.uri)["id"]
-        [picture] = (tmp_path / "artifacts").rglob("recon-000000010.png")
-        assert picture.read_bytes() == b"png"
+        [picture] = (tmp_path / "artifacts").rglob("recon+step+10+*.png")
+        assert Image.open(picture).getpixel((0, 0)) == 10
         assert child in str(picture)
         assert sync(run, server.uri) == mlflow_sync.SyncResult()
     finally:
@@ -187,7 +189,7 @@ def test_a_server_that_answers_500_while_a_tokenizer_is_trained(packed, phantoms
 
 def test_a_database_that_is_locked(runs, monkeypatch, capsys):
     """Another process locks mlflow.db, as a backup or a hung file system does: nothing waits for it, and nothing is lost."""
-    monkeypatch.setattr(mlflow_sync, "STALE_CLOSE_S", 1.0)
+    monkeypatch.setattr(mlflow_follower, "STALE_CLOSE_S", 1.0)
     run = make_run(runs, "locked")
     uri = default_uri(run)
     sync(run, uri)
@@ -210,7 +212,7 @@ def test_a_database_that_is_locked(runs, monkeypatch, capsys):
         assert slowest < 0.5, "log() waited for the database"
         before = time.monotonic()
         assert not follower.close()
-        assert time.monotonic() - before < mlflow_sync.STALE_CLOSE_S + 1
+        assert time.monotonic() - before < mlflow_follower.STALE_CLOSE_S + 1
     finally:
         locker.kill()
         locker.wait()
@@ -225,7 +227,7 @@ def test_a_server_that_hangs_does_not_hold_up_the_exit(runs, tmp_path):
     run = make_run(tmp_path, "hang")
     with socket.create_server(("127.0.0.1", 0)) as silent_server:
         code = (
-            "import mlflow, sys, time; from hpc.run.mlflow_sync import Follower\n"
+            "import mlflow, sys, time; from hpc.run.mlflow_follower import Follower\n"
             "follower = Follower(sys.argv[1], sys.argv[2], interval=0.01)\n"
             "time.sleep(0.3); before = time.monotonic()\n"
             "assert not follower.close(deadline=0.5); print(time.monotonic() - before); print(time.time())\n"
@@ -246,7 +248,7 @@ def test_serve_shows_what_is_there_and_what_comes(tmp_path):
     """Runs the function behind `lesiongen ui` without an existing store, while a run continues to log."""
     runs, port = tmp_path / "runs", free_port()
     run = make_run(runs, "ham")
-    MetricsLog(run / "tokenizer").image("recon", 10, b"a picture")
+    MetricsLog(run / "tokenizer").image("recon", 10, png(10))
     code = f"import sys; from launch.ui import serve; serve(sys.argv[1], port={port})"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(runs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -255,8 +257,8 @@ def test_serve_shows_what_is_there_and_what_comes(tmp_path):
         assert process.stdout.readline() == f"MLflow shows {runs} at http://127.0.0.1:{port} (Ctrl-C ends it)\n"
         wait_for(lambda: (run / "mlflow.json").exists() and '"offset"' in (run / "mlflow.json").read_text())
         child = entry_of(run)["id"]
-        picture_path = f"/get-artifact?path=images/recon-000000010.png&run_uuid={child}"
-        wait_for(lambda: get(port, picture_path) == (200, b"a picture"))
+        artifacts = f"/api/2.0/mlflow/artifacts/list?run_id={child}&path=images"
+        wait_for(lambda: "recon+step+10+" in get(port, artifacts)[1].decode())
         extend(run / "tokenizer", [50])
         history_path = f"/api/2.0/mlflow/metrics/get-history?run_id={child}&metric_key=samples"
         wait_for(lambda: len(json.loads(get(port, history_path)[1])["metrics"]) == 5)

@@ -37,7 +37,7 @@ def copy(tmp_path) -> Path:
         (
             "lesiongen/stages/encode.py",
             "from lesiongen.stages.prior import run",
-            "lesiongen.stages.encode imports lesiongen.stages.prior; both import lesiongen.stages.base instead",
+            "lesiongen.stages.encode imports lesiongen.stages.prior; both import lesiongen.stages.base or",
         ),
         ("launch/status.py", "import mlflow", "mlflow is imported in hpc/run/mlflow_sync.py, launch/status.py, not in"),
     ],

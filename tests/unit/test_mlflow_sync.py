@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpc.run import mlflow_sync
+from hpc.run import mlflow_content, mlflow_follower, mlflow_sync
 from hpc.run.metrics_log import MetricsLog, read_metrics, system_metrics
-from hpc.run.mlflow_sync import Follower, default_uri, run_link, sync
+from hpc.run.mlflow_follower import Follower
+from hpc.run.mlflow_sync import default_uri, run_link, sync
 from launch.ui import serve
 
 
@@ -140,7 +141,7 @@ def test_default_uri_and_link(tmp_path, monkeypatch):
 
 def test_flatten_makes_what_mlflow_takes():
     config = {"name": "a", "model": {"widths": [1, 2], "x=y": None, "deep": {"flag": True}}, "long": "z" * 900}
-    flat = dict(mlflow_sync._flatten(config))
+    flat = dict(mlflow_content.flatten(config))
     assert flat == {
         "name": "a", "model.widths": "[1, 2]", "model.x_y": "null", "model.deep.flag": "true", "long": "z" * 500
     }  # fmt: skip
@@ -148,7 +149,7 @@ def test_flatten_makes_what_mlflow_takes():
 
 def test_nothing_to_send_needs_no_mlflow(tmp_path):
     code = (
-        "import sys; from hpc.run.mlflow_sync import Follower, sync\n"
+        "import sys; from hpc.run.mlflow_follower import sync\n"
         f"assert sync({str(tmp_path)!r}, 'http://127.0.0.1:9').metrics == 0\n"
         "assert not {'mlflow', 'psutil', 'torch'} & set(sys.modules)"
     )
@@ -171,7 +172,7 @@ def test_follower_says_once_that_it_fails_and_once_that_it_is_back(tmp_path, mon
             raise answer
         return answer
 
-    monkeypatch.setattr(mlflow_sync, "sync", fake_sync)
+    monkeypatch.setattr(mlflow_follower, "sync", fake_sync)
     follower = Follower(tmp_path, "http://u:p@server", interval=0.001)
     deadline = time.monotonic() + 10
     while answers and time.monotonic() < deadline:
@@ -185,7 +186,7 @@ def test_follower_says_once_that_it_fails_and_once_that_it_is_back(tmp_path, mon
 
 
 def test_follower_gives_up_when_another_process_stays_busy(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mlflow_sync, "sync", lambda *_: mlflow_sync.SyncResult(busy=True))
+    monkeypatch.setattr(mlflow_follower, "sync", lambda *_: mlflow_sync.SyncResult(busy=True))
     assert not Follower(tmp_path, "http://server", interval=60).close(deadline=0.2)
     assert "did not receive the last metrics" in capsys.readouterr().err
 

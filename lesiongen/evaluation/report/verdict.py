@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lesiongen.evaluation.report import words
-from lesiongen.evaluation.report.readings import NotMeasured, Reading, distance_of
+from lesiongen.evaluation.report.readings import NotMeasured, Reading, distance_of, main_ruler
 from lesiongen.evaluation.report.rule import Rule
 from lesiongen.evaluation.report.rules import RULES
 
@@ -52,6 +52,32 @@ def in_lines(found: dict[str, Any]) -> str:
     if len(gravest) > SHOWN:
         lines.append(f"- and {len(gravest) - SHOWN} more reasons, see the report")
     return "\n  ".join(lines)
+
+
+def in_markdown(found: dict[str, Any]) -> str:
+    """Returns a verdict and its reasons as Markdown, for the note on a run in MLflow."""
+    lines = [f"**Verdict: {found['overall']}**", "", *(f"- {finding['sentence']}" for finding in reasons(found["findings"]))]
+    return "\n".join(lines) + "\n"
+
+
+def headline(metrics: dict) -> dict[str, float]:
+    """Returns the few figures by which runs are compared, as far as they were measured. `metrics` as for verdict()."""
+    likeness = metrics.get("likeness") or {}
+    ruler = main_ruler(likeness) if likeness.get("rulers") else ""
+    places = {
+        **{name: ("likeness", "rulers", ruler, "all", "both", name) for name in ("kid", "precision", "recall", "coverage")},
+        "kid_reconstructions": ("likeness", "rulers", ruler, "all", "tokenizer", "kid"),
+        "recognised": ("classifier", "balanced_accuracy", "samples"),
+        "trained_on_samples": ("utility", "arms", "synthetic", "all", "balanced_accuracy"),
+    }
+    found = {}
+    for name, place in places.items():
+        figure: Any = metrics
+        for key in place:
+            figure = (figure or {}).get(key)
+        if figure and figure.get("value") is not None:
+            found[name] = float(figure["value"])
+    return found
 
 
 def _overall(findings: list[Finding]) -> str:
