@@ -113,6 +113,7 @@ def _add_stage_verbs(verbs: Verbs) -> None:
     sample.add_argument(
         "--out", type=_path, help="directory to write (default: a directory in the run, named after the options)"
     )
+    sample.add_argument("--cluster", type=_path, help="cluster file: sample in a Slurm job instead of on this machine")
 
     tune = _add_verb(verbs, "tune", "search the guidance and temperature at which samples are closest to real images")
     tune.add_argument("what", choices=["sampling"])
@@ -129,10 +130,11 @@ def _add_stage_verbs(verbs: Verbs) -> None:
     _add_config(publish)
     publish.add_argument("--out", type=_path, metavar="DIR", required=True, help="the new folder")
     publish.add_argument("--force", action="store_true", help="publish without a report, or against its advice")
+    publish.add_argument("--register", metavar="NAME", help="register the folder as a version of this model in MLflow")
 
 
 def _add_pipeline_verbs(verbs: Verbs) -> None:
-    """Adds the verbs that act on all stages of a config: run, submit, plan."""
+    """Adds the verbs that act on all stages of a config: run, submit, sweep, plan."""
     run = _add_verb(verbs, "run", "run every unfinished stage on this machine")
     _add_config(run)
     _add_selection(run)
@@ -142,6 +144,17 @@ def _add_pipeline_verbs(verbs: Verbs) -> None:
     _add_selection(submit)
     submit.add_argument("--cluster", type=_path, required=True, help="cluster file, such as configs/cluster/example.yaml")
     submit.add_argument("--dry", action="store_true", help="print the batch scripts and submit nothing")
+    submit.add_argument("--check", action="store_true", help="check the nodes by a small job first; the stages wait for it")
+
+    sweep = _add_verb(verbs, "sweep", "run every combination of some settings, with the stages before them shared, and compare")
+    _add_config(sweep)
+    sweep.add_argument(
+        "--grid", action="append", required=True, metavar="KEY=V1,V2,…", help="values of a key of the config; repeat for more"
+    )
+    sweep.add_argument("--until", metavar="STAGE", help="end each run with this stage (default: the report)")
+    sweep.add_argument("--cluster", type=_path, help="cluster file: run as Slurm jobs instead of on this machine")
+    sweep.add_argument("--parallel", type=int, default=4, help="runs whose jobs may be active at once (default: 4)")
+    sweep.add_argument("--dry", action="store_true", help="print the runs of the sweep and start nothing")
 
     plan = _add_verb(verbs, "plan", "print whether a run fits the machines, its memory in each phase and its hours")
     _add_config(plan)

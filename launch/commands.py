@@ -12,11 +12,14 @@ from pathlib import Path
 from hpc import dist, errors
 from hpc.config import apply_overrides, digest, expand_path
 from hpc.errors import UserError
+from hpc.run import mlflow_sync
 from launch import executors, pipeline, selection, slurm, status
+from launch.before_queue import check_before_queue
+from launch.cluster import load_cluster
 from lesiongen import experiment
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
-from lesiongen.stages.base import changed_images, training_images
+from lesiongen.stages.base import changed_images, require, training_images
 
 
 def run(options: argparse.Namespace) -> int:
@@ -196,7 +199,7 @@ def sample(options: argparse.Namespace) -> int:
     config = experiment.load(options.config, options.overrides)
     changes = {"labels": options.label and tuple(options.label), "number": options.n, "seed": options.seed}
     changes = {key: value for key, value in changes.items() if value is not None}
-    if not changes and not options.out:
+    if not changes and not options.out and not options.cluster:
         return run_only(config, ["samples"], options.fresh)
     try:
         settings = replace(config.sample, **changes)
@@ -209,45 +212,63 @@ def sample(options: argparse.Namespace) -> int:
     if others:
         name += f"-{digest(others)[:6]}"
     folder = Path(options.out) if options.out else config.directory / name
-    pipeline.sample_into(replace(config, sample=settings), folder, bool(options.fresh))
+    config = replace(config, sample=settings)
+    if options.cluster:
+        return _submit_samples(config, folder, options)
+    pipeline.sample_into(config, folder, bool(options.fresh))
     print(f"{settings.number} samples in {folder}; {folder / 'contact.png'} shows a selection")
     return errors.DONE
 
 
+def _submit_samples(config: Experiment, folder: Path, options: argparse.Namespace) -> int:
+    """Submits a Slurm job whose ranks fill a directory of samples. The images do not depend on the number of ranks."""
+    if folder.absolute().parent != config.directory.absolute():
+        raise UserError(f"--out {folder} is not in the run {config.directory}, where jobs write. Leave --out out.")
+    cluster, stage = load_cluster(options.cluster), stages(config)["samples"]
+    for name in stage.needs:
+        require(config, name, stage.hints.get(name, ""))
+    check_before_queue(config, [stage], cluster)
+    refuse_queued(config, [folder.name])
+    if options.fresh:
+        pipeline.delete_samples(config, folder)
+    job = executors.Submission(config, cluster).samples(stage, folder)
+    print(f"{folder.name} job {job}; watch: lesiongen status {config.directory}")
+    return errors.DONE
+
+
 def publish(options: argparse.Namespace) -> int:
-    """Writes a folder that holds a trained generator and nothing of the training images."""
+    """Writes a folder that holds a trained generator and nothing of the training images; registers it in MLflow if asked."""
     from lesiongen.stages.publish import publish as write_generator
 
-    out = Path(options.out)
-    write_generator(experiment.load(options.config, options.overrides), out, options.force)
+    out, config = Path(options.out), experiment.load(options.config, options.overrides)
+    write_generator(config, out, options.force)
     print(f"{out} holds the generator; {out / 'README.md'} says how to load it")
+    if options.register:
+        uri, note = mlflow_sync.default_uri(config.directory), (out / "README.md").read_text(encoding="utf-8")
+        try:
+            version = mlflow_sync.register(config.directory, uri, out, options.register, note[:5000])
+        except mlflow_sync.SyncError as error:
+            raise UserError(f"{out} is written, but not registered. {error}") from error
+        print(f"MLflow has it as version {version} of the model {options.register}")
     return errors.DONE
 
 
 def submit(options: argparse.Namespace) -> int:
     """Submits every unfinished stage as a Slurm job."""
     config = experiment.load(options.config, options.overrides)
-    cluster = executors.load_cluster(options.cluster)
-
-    # Refuse while jobs of this run may still run: only one job at a time may write a stage's directory.
-    last_jobs = {name: slurm.last_job(config.directory, name) for name in stages(config)}
-    busy = {name: job for name, job in last_jobs.items() if job and slurm.may_be_running(job)}
-    if busy and not options.dry:
-        jobs = ", ".join(f"{name} (job {job})" for name, job in busy.items())
-        raise UserError(
-            f"Jobs of this run are still in the queue, or Slurm does not answer: {jobs}. Wait for them, or run "
-            "`lesiongen cancel` first."
-        )
+    cluster = load_cluster(options.cluster)
 
     # Check everything before anything is changed.
+    if not options.dry:
+        refuse_queued(config, list(stages(config)))
     awaited = executors.awaited_jobs(config)
     fresh, todo = selection.fresh_and_todo(config, options, awaited)
-    executors.check_before_queue(config, todo, cluster, options.dry)
+    check_before_queue(config, todo, cluster, options.dry)
     if not options.dry:
         selection.confirm_fresh(options, fresh)
         pipeline.clear_stages(config, fresh)
         pipeline.write_config(config)
-    submitted = executors.submit_slurm(config, todo, cluster, options.dry, awaited)
+    submitted = executors.Submission(config, cluster, options.dry).stages(todo, awaited, options.check)
     if not options.dry:
         for name, job in submitted.items():
             print(f"{name:<14} job {job}")
@@ -255,6 +276,30 @@ def submit(options: argparse.Namespace) -> int:
             print(f"inputs.{name} is not finished: what needs it waits for job {job}")
         print(f"watch: lesiongen status {config.directory}" if submitted else "everything is done")
     return errors.DONE
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Runs every combination of some settings on this machine or as Slurm jobs, and compares them."""
+    from launch.sweep import Sweep
+
+    swept = Sweep.of(options.config, options.overrides, options.grid, options.until)
+    if options.dry:
+        print("\n".join(swept.described()))
+        return errors.DONE
+    code = swept.submit(options.cluster, options.parallel) if options.cluster else swept.run()
+    print(swept.compare())
+    return code
+
+
+def refuse_queued(config: Experiment, names: list[str]) -> None:
+    """Raises UserError while jobs of these names may still run: only one job at a time may write a directory."""
+    last_jobs = {name: slurm.last_job(config.directory, name) for name in names}
+    if busy := {name: job for name, job in last_jobs.items() if job and slurm.may_be_running(job)}:
+        jobs = ", ".join(f"{name} (job {job})" for name, job in busy.items())
+        raise UserError(
+            f"Jobs of this run are still in the queue, or Slurm does not answer: {jobs}. Wait for them, or run "
+            "`lesiongen cancel` first."
+        )
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -348,6 +393,7 @@ COMMANDS = {
     "publish": publish,
     "run": run,
     "submit": submit,
+    "sweep": sweep,
     "plan": plan,
     "status": show_status,
     "logs": logs,

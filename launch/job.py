@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+CHECK = "check"
+
 
 @dataclass
 class StageJob:
@@ -25,11 +27,15 @@ class StageJob:
         config_yaml: The resolved config.
         stage: The stage's name.
         folder: The job's directory, where each rank records its exit code.
+        out: Directory of the result; "" for the stage's directory in the run.
+        code: Directory of the code that the job is to run; "" for the installed code.
     """
 
     config_yaml: str
-    stage: str
+    stage: str  # for a job that checks the nodes, CHECK
     folder: str
+    out: str = ""
+    code: str = ""
 
     def __call__(self) -> NoReturn:
         """Runs the stage on this rank, and ends the process with the exit code."""
@@ -58,9 +64,16 @@ class StageJob:
         from lesiongen.experiment import Experiment
 
         print_in_any_encoding()
+        if self.code and self.code != str(Path(hpc_config.__file__).parents[1]):  # Python 3.10 has no PYTHONSAFEPATH
+            print(f"warning: this job runs the code in {Path(hpc_config.__file__).parents[1]}, not that of its submission")
         try:
             config = hpc_config.from_plain(Experiment, hpc_config.parse_yaml(self.config_yaml, "the job's config"))
         except UserError as error:  # the code has changed since the job was submitted, and now rejects the config
             print_error(error)
             return exit_code_of(error)
-        return rank_main(config, self.stage, dist.from_slurm(os.environ))
+        topology = dist.from_slurm(os.environ)
+        if self.stage.startswith(CHECK):
+            from launch.check import check_main
+
+            return check_main(config, topology, Path(self.folder))
+        return rank_main(config, self.stage, topology, Path(self.out) if self.out else None)

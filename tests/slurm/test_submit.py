@@ -12,7 +12,8 @@ from hpc import dist
 from hpc.errors import UserError
 from hpc.train.preempt import Preemption
 from launch import slurm
-from launch.executors import load_cluster, warn_of_short_signals
+from launch.before_queue import warn_of_short_signals
+from launch.cluster import load_cluster
 from launch.slurm import without_allocation
 from lesiongen import experiment
 from lesiongen.stages import stages
