@@ -55,7 +55,7 @@ def test_a_sweep_of_priors_shares_the_codes_and_compares_the_runs(phantoms, tmp_
     assert out.count("stage 1 of 3: shards") == 1 and out.count("stage 1 of 2: prior-top") == 2
     names = {path.name for path in (tmp_path / "tiny").iterdir()}
     assert {"shards", "tokenizer", "codes", "sweep.csv", "sweep.png"} <= names and "prior-top" not in names
-    rows = list(csv.DictReader(open(tmp_path / "tiny" / "sweep.csv")))
+    rows = list(csv.DictReader((tmp_path / "tiny" / "sweep.csv").read_text().splitlines()))
     assert {row["run"]: row["state"] for row in rows} == {"tiny-layers1": "done", "tiny-layers2": "done"}
     bits = [float(row["bits_per_image"]) for row in rows]
     assert bits == sorted(bits) and 16 + 64 < bits[0] < 5 * (16 + 64)  # K = 32: at most 5 bits for each of 16 + 64 codes
