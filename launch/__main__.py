@@ -185,6 +185,7 @@ def _add_inspection_verbs(verbs: Verbs) -> None:
     ui = _add_verb(verbs, "ui", "serve MLflow's web page with the runs of this machine")
     ui.add_argument("--runs", type=_path, default="runs", help="directory of runs (default: runs)")
     ui.add_argument("--port", type=int, default=5000, help="port of the web page (default: 5000)")
+    ui.add_argument("--host", default="127.0.0.1", help="address to listen on; other than the default, it asks for a password")
 
 
 def _add_internal_verbs(verbs: Verbs) -> None:

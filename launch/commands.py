@@ -360,7 +360,7 @@ def ui(options: argparse.Namespace) -> int:
     """Serves MLflow's web page until Ctrl-C."""
     from launch.ui import serve
 
-    serve(Path(options.runs), port=options.port)
+    serve(Path(options.runs), options.host, options.port)
     return errors.DONE
 
 

@@ -4,6 +4,7 @@ All of it is read from the run directory: config.yaml, and each stage's stage.js
 needs no MLflow; mlflow_sync.py sends what it returns.
 """
 
+import itertools
 import json
 import re
 import socket
@@ -42,7 +43,8 @@ def tags(stage_dir: Path, record: dict) -> dict[str, str]:
     made = record.get("environment", {})
     found = {
         "mlflow.user": made.get("user"),
-        "mlflow.source.name": " ".join(made.get("command", ())),
+        "mlflow.source.name": short_command(made.get("command", [])),
+        "command": " ".join(made.get("command", ())),
         "mlflow.source.type": "JOB" if made.get("job") else "LOCAL",
         "mlflow.source.git.commit": made.get("versions", {}).get("commit"),
         "host": made.get("host"),
@@ -52,6 +54,12 @@ def tags(stage_dir: Path, record: dict) -> dict[str, str]:
         **alarms(stage_dir),
     }
     return {key: str(value)[:5000] for key, value in found.items() if value}
+
+
+def short_command(command: list[str]) -> str:
+    """Returns the first words of a command line, such as "lesiongen run ham10000-cpu.yaml", without overrides and options."""
+    words = itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), command[1:])
+    return " ".join(["lesiongen", *(Path(word).name for word in words)])
 
 
 def alarms(stage_dir: Path) -> dict[str, str]:
@@ -106,9 +114,12 @@ def run_status(statuses: dict[str, str], finished: bool) -> str:
 
 
 def figures(stage_dir: Path) -> tuple[int, dict[str, float]]:
-    """Returns the samples and values of a stage's newest held-out metrics, named as the run shows them: "tokenizer/psnr"."""
+    """Returns the samples and values of a stage's newest held-out metrics, named as the run shows them: "tokenizer/psnr".
+
+    Metrics of single classes, such as "perplexity/top/mel", are left out.
+    """
     samples, found = read_held_out(stage_dir)
-    return samples, {f"{stage_dir.name}/{name}": value for name, value in found.items()}
+    return samples, {f"{stage_dir.name}/{name}": value for name, value in found.items() if name.count("/") < 2}
 
 
 def note(stage_dirs: list[Path], records: dict[str, dict], statuses: dict[str, str]) -> str:

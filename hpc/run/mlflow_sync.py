@@ -38,6 +38,7 @@ from hpc.run.rundir import atomic_write, is_copy, location, lock
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
+    from PIL import Image
 
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default of 7 blocks for 247 s when the server is down
@@ -47,6 +48,8 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # avoids 8 unused processes of 160 MB each
 }
+# MLflow's page is about language models, unless the experiment and the address say otherwise.
+EXPERIMENT_TAGS, TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}, "?workflowType=machine_learning"
 MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in one request
 ALL_RUNS = 3  # mlflow.entities.ViewType.ALL: active and deleted runs
 
@@ -94,7 +97,8 @@ def run_link(run_dir: Path, uri: str) -> str | None:
     store = _read_json(Path(run_dir) / "mlflow.json").get("stores", {}).get(without_password(uri), {})
     if not uri.startswith("http") or "id" not in store.get("parent", {}):
         return None
-    return f"{without_password(uri).rstrip('/')}/#/experiments/{store['experiment']}/runs/{store['parent']['id']}"
+    server = without_password(uri).rstrip("/")
+    return f"{server}/#/experiments/{store['experiment']}/runs/{store['parent']['id']}{TRAINING_PAGE}"
 
 
 def without_password(text: object) -> str:
@@ -246,7 +250,9 @@ class _Sync:
         # Send these stages, then what the MLflow run of the whole run shows.
         try:
             uid, above = self.state["uid"], self._run_above()
-            if parent := self._get_or_create_run(self.store["parent"], uid, self.run_dir.name, self.config, parent_id=above):
+            began = min(filter(None, (record.get("created") for record in self.records.values())), default=None)
+            name = self.run_dir.name
+            if parent := self._get_or_create_run(self.store["parent"], uid, name, self.config, began, above):
                 for stage_dir in changed:
                     self._sync_stage(stage_dir)
                 self._sync_parent(parent)
@@ -308,7 +314,7 @@ class _Sync:
             artifacts = (self.run_dir.parent / "mlartifacts" / name).as_uri()
             # This fails if another process creates the experiment first. The check below finds other failures.
             with contextlib.suppress(Exception):
-                client.create_experiment(name, artifacts if self.uri.startswith("sqlite:") else None)
+                client.create_experiment(name, artifacts if self.uri.startswith("sqlite:") else None, EXPERIMENT_TAGS)
         experiment = client.get_experiment_by_name(name)
         if experiment is None or experiment.lifecycle_stage != "active":
             raise SyncError(
@@ -388,16 +394,27 @@ class _Sync:
             entry["datasets"] = sent
 
     def _send_pictures(self, entry: dict, folder: Path) -> None:
-        """Sends new pictures. MLflow shows those of one name with a slider over the samples."""
+        """Sends new pictures. MLflow shows those of one name with a slider over the samples.
+
+        The slider stands at 0 when the page opens, and there it would show nothing. A title is sent for this place.
+        """
         from PIL import Image, UnidentifiedImageError
 
         client, sent = _client(self.uri), entry.setdefault("sent", [])
         new = [path for path in sorted(folder.glob("*.png")) if path.name not in sent]
         # After a crash, mlflow.json may not know of the last pictures that were sent.
         there = [file.path for file in client.list_artifacts(entry["id"], "images")] if self.first and new else []
+
+        def is_there(name: str, samples: int) -> bool:
+            return any(file.startswith(f"images/{name}+step+{samples}+") for file in there)
+
         for path in new:
             name, samples = picture_name(path)
-            if not any(file.startswith(f"images/{name}+step+{samples}+") for file in there):
+            if samples and (title := f"{name}-title") not in sent:
+                if not is_there(name, 0):
+                    client.log_image(entry["id"], _title(name), key=name, step=0, synchronous=True)
+                sent.append(title)
+            if not is_there(name, samples):
                 with contextlib.suppress(UnidentifiedImageError), Image.open(path) as picture:  # a power failure may damage one
                     client.log_image(entry["id"], picture, key=name, step=samples, synchronous=True)
                 self.result.images += 1
@@ -475,6 +492,16 @@ class _LineSender:
         tail = _checksum_before(self.path, self.offset)
         self.entry.update(offset=self.offset, tail=tail, last=dict(self.last))
         self.batch.clear()
+
+
+def _title(name: str) -> "Image.Image":
+    """Draws the picture at the beginning of a slider."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("RGB", (480, 320), "white")
+    text = f"{name}\n\nmove the slider:\nits numbers are the samples\nthat the training has seen"
+    ImageDraw.Draw(picture).multiline_text((240, 160), text, "black", ImageFont.load_default(28), "mm", align="center")
+    return picture
 
 
 def _finite(value: float) -> float:

@@ -1,8 +1,17 @@
-"""Fixtures of the MLflow tests."""
+"""Fixtures of the tests of MLflow and of pages."""
 
 import pytest
 
 from hpc.run import mlflow_sync
+from tests.chain.browser import find_chromium
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Returns the path of Chromium."""
+    if found := find_chromium():
+        return found
+    pytest.skip("needs Chromium (Debian's package chromium)")
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,9 @@ def pictures(run, stage, uri=None):
     paths = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
     found = {(name.removeprefix("images/"), int(samples)): path for path in paths for name, _, samples, *_ in [path.split("+")]}
     assert len(found) == len(paths), "a picture was sent twice"
-    return found
+    titles = {key for key in found if not key[1]}
+    assert {name for name, _ in titles} == {name for name, _ in found}, "a slider opens on nothing"
+    return {key: path for key, path in found.items() if key not in titles}
 
 
 def write_stage_record(stage, **record):

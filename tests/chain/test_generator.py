@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 
 import lesiongen.generator
 from hpc.errors import UserError
+from hpc.run import mlflow_sync
 from launch.__main__ import main
 from lesiongen.data.sample_files import image_paths
 from lesiongen.experiment import LevelSampling
@@ -135,6 +136,24 @@ def test_what_may_not_be_published(phantoms, run, published, tmp_path, capsys):
     (other / "report" / "metrics.json").write_text(json.dumps(metrics))
     assert main(["publish", str(other), "--out", str(tmp_path / "two")]) == 2
     assert "The report advises against it. verdict: do not share" in capsys.readouterr().err
+
+
+def test_a_published_generator_becomes_a_version_of_a_model_in_mlflow(run, generator, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sqlalchemy", reason="the http-only mlflow-skinny has no store of its own")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for version in (1, 2):
+        command = ["publish", str(run), "--force", "--register", "skin", "--out", str(tmp_path / str(version))]
+        assert main(command) == 0
+        assert f"MLflow has it as version {version} of the model skin" in capsys.readouterr().out
+    client = mlflow_sync._client(mlflow_sync.default_uri(run))
+    model = client.get_model_version("skin", "2")
+    assert model.run_id == json.loads((run / "mlflow.json").read_text())["stores"][mlflow_sync.default_uri(run)]["parent"]["id"]
+    assert "# tiny" in model.description or "tiny" in model.description
+    folder = client.get_model_version_download_uri("skin", "2").removeprefix("file://")
+    assert torch.equal(lesiongen.load(folder).sample("mel", n=2, seed=4).images, generator.sample("mel", n=2, seed=4).images)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert main(["publish", str(run), "--force", "--register", "skin", "--out", str(tmp_path / "3")]) == 2
+    assert "is written, but not registered. MLflow at http://127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_other_libraries_load_the_samples_in_one_line(run, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ MADE = {
     "user": "mia",
     "host": "gpu1",
     "job": "77",
-    "command": ["lesiongen", "run", "ham.yaml"],
+    "command": ["/env/bin/lesiongen", "run", "configs/ham.yaml", "name=a", "--yes"],
     "versions": {"commit": "abc123"},
 }
 
@@ -55,6 +55,7 @@ def test_names_and_tags_say_what_a_stage_is_and_who_made_it(runs):
     assert {r.info.run_name for r in runs_of(run)} == {"named", "tokenizer", "prior-top · gpt 4×192 · 2.0 M"}
     expected = {"mlflow.user": "mia", "mlflow.source.git.commit": "abc123", "mlflow.source.type": "JOB", "host": "gpu1"}
     expected |= {"mlflow.source.name": "lesiongen run ham.yaml", "cluster.job": "77"}
+    expected["command"] = "/env/bin/lesiongen run configs/ham.yaml name=a --yes"
     assert tags(run, "prior-top").items() >= expected.items()
 
 

@@ -1,9 +1,11 @@
 """The Follower and `lesiongen ui` with real servers: one is killed, one never answers, one shows runs."""
 
+import base64
 import http.client
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -244,6 +246,32 @@ def test_a_server_that_hangs_does_not_hold_up_the_exit(runs, tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.long
+def test_on_another_address_the_page_asks_for_a_password(tmp_path):
+    pytest.importorskip("flask_wtf", reason="needs mlflow[auth]")
+    runs, port = tmp_path / "runs", free_port()
+    make_run(runs, "ham")
+    command = [sys.executable, "-m", "launch", "ui", "--runs", str(runs), "--port", str(port), "--host", "0.0.0.0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert re.search(rf":{port}/#/experiments/1/runs\?", process.stdout.readline())
+        assert process.stdout.readline() == f"sign in as admin with the password in {runs / '.mlflow-password'}\n"
+        password = (runs / ".mlflow-password").read_text()
+        assert (runs / ".mlflow-password").stat().st_mode & 0o077 == 0
+        search, body = "/api/2.0/mlflow/experiments/search?max_results=9", b""
+        for user, answer in ((None, 401), ("admin:wrong", 401), (f"admin:{password}", 200)):
+            header = {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"} if user else {}
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("GET", search, headers=header)
+            response = connection.getresponse()
+            assert response.status == answer, user
+            body = response.read()
+        assert b"ham" in body
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+
+
 def test_serve_shows_what_is_there_and_what_comes(tmp_path):
     """Runs the function behind `lesiongen ui` without an existing store, while a run continues to log."""
     runs, port = tmp_path / "runs", free_port()
@@ -254,7 +282,8 @@ def test_serve_shows_what_is_there_and_what_comes(tmp_path):
         [sys.executable, "-c", code, str(runs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        assert process.stdout.readline() == f"MLflow shows {runs} at http://127.0.0.1:{port} (Ctrl-C ends it)\n"
+        page = f"http://127.0.0.1:{port}/#/experiments/1/runs?workflowType=machine_learning"
+        assert process.stdout.readline() == f"MLflow shows {runs} at {page} (Ctrl-C ends it)\n"
         wait_for(lambda: (run / "mlflow.json").exists() and '"offset"' in (run / "mlflow.json").read_text())
         child = entry_of(run)["id"]
         artifacts = f"/api/2.0/mlflow/artifacts/list?run_id={child}&path=images"

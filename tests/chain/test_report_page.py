@@ -4,7 +4,6 @@ The tests install Chromium from Debian if it is missing and they may, and get ax
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 
 from lesiongen.evaluation.report import page
 from tests import evaluations
+from tests.chain.browser import browse
 
 pytestmark = pytest.mark.long
 
@@ -35,21 +35,6 @@ FRAME = """<!doctype html><html lang="en" style="color-scheme: light dark"><titl
 <iframe src="page.html" width="{width}" height="900" style="border:0"></iframe>
 <script>addEventListener("message", e => {{ const p = document.createElement("pre"); p.id = "found"; p.textContent = e.data;
 document.body.append(p); }});</script></body></html>"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    """Returns the path of Chromium."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not found and shutil.which("apt-get") and os.getuid() == 0:
-        install = ["apt-get", "install", "-y", "-qq", "chromium"]
-        subprocess.run(
-            install, capture_output=True, timeout=280, check=False, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        )
-        found = shutil.which("chromium")
-    if not found:
-        pytest.skip("needs Chromium (Debian's package chromium)")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +61,6 @@ def pages() -> dict[str, str]:
         "shared": page("ham10000", metrics, *shown, share=True),
         "empty": page("ham10000", empty, {}, {"": (None, None)}),
     }
-
-
-def browse(chromium: str, folder: Path, *options: str) -> str:
-    """Runs headless Chromium on a file and returns what it prints. Its profile is in `folder`, so that no other is touched."""
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=60000"]
-    command += [f"--user-data-dir={folder / 'profile'}", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout
 
 
 def check(chromium: str, folder: Path, html: str, axe: str, width: int, dark: bool) -> dict:

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from hpc import errors
+from hpc.run import rundir
 from hpc.run.rundir import same_path
 from hpc.train import checkpoint
 from launch.__main__ import main
+from lesiongen.stages import pack
 from tests.conftest import DEMO, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,28 @@ def test_a_first_try_that_fails_does_not_block_the_second(phantoms, tmp_path, ca
         assert main(["pack", DEMO, *right, wrong, *more]) == errors.USAGE
         assert "Traceback" not in capsys.readouterr().err
     assert main(["pack", DEMO, *right]) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "how"),
+    [(RuntimeError("no such kernel\nmore"), errors.FAILED, "failed"), (KeyboardInterrupt(), 75, "stopped")],
+)
+def test_a_stage_that_fails_leaves_the_reason_until_it_begins_again(phantoms, tmp_path, monkeypatch, capsys, error, code, how):
+    right = tiny(phantoms, tmp_path)
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "run", fail)
+        assert main(["pack", DEMO, *right]) == code
+    ended = rundir.read_stage_record(tmp_path / "tiny" / "shards")["ended"]
+    assert (ended["how"], ended["reason"]) == (how, "no such kernel" if how == "failed" else "KeyboardInterrupt")
+    capsys.readouterr()
+    assert main(["status", str(tmp_path / "tiny")]) == 0
+    assert f"{how}: {ended['reason']}" in capsys.readouterr().out
+    assert main(["pack", DEMO, *right]) == 0
+    assert "ended" not in rundir.read_stage_record(tmp_path / "tiny" / "shards")
 
 
 @pytest.mark.parametrize("spelling", ["{0}/", "./{1}", "{0}/../images", "{2}"])

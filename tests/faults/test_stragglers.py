@@ -39,6 +39,8 @@ def test_a_slow_rank_is_named_with_its_host(pools, packed, tmp_path):
     named = [row.get("straggler/rank") for row in metrics_log.read_metrics(tmp_path) if "lr" in row]
     assert named == [None] * (IN_A_ROW - 1) + [3.0] * (6 - IN_A_ROW + 1)
     assert "tokenizer: rank 3 on " in (tmp_path / "stderr-0.txt").read_text()
+    [alarm] = metrics_log.read_alarms(tmp_path)
+    assert alarm["kind"] == "straggler" and "rank 3 on " in alarm["text"]
 
 
 def test_one_slow_interval_is_no_straggler():

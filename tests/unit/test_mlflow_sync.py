@@ -136,7 +136,7 @@ def test_default_uri_and_link(tmp_path, monkeypatch):
     run.mkdir(parents=True)
     store = {"experiment": "7", "parent": {"id": "abc"}}
     (run / "mlflow.json").write_text(json.dumps({"uid": "u", "stores": {"http://server:5000/": store}}))
-    assert run_link(run, default_uri(run)) == "http://server:5000/#/experiments/7/runs/abc"
+    assert run_link(run, default_uri(run)) == "http://server:5000/#/experiments/7/runs/abc?workflowType=machine_learning"
 
 
 def test_flatten_makes_what_mlflow_takes():
