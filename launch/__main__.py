@@ -8,6 +8,7 @@ To add a verb, add it to one of the `_add_…_verbs` functions below and to COMM
 import argparse
 import difflib
 import getpass
+import json
 import os
 import sys
 import textwrap
@@ -90,6 +91,7 @@ def _add_stage_verbs(verbs: Verbs) -> None:
     train = _add_verb(verbs, "train", "train the tokenizer, its decoder once more, or the priors")
     train.add_argument("what", choices=["tokenizer", "polish", "prior"])
     _add_config(train)
+    _add_init_from(train)
     train.add_argument("--level", help="train the prior of this level only (default: every level)")
     _add_fresh(train)
 
@@ -137,10 +139,12 @@ def _add_pipeline_verbs(verbs: Verbs) -> None:
     """Adds the verbs that act on all stages of a config: run, submit, sweep, plan."""
     run = _add_verb(verbs, "run", "run every unfinished stage on this machine")
     _add_config(run)
+    _add_init_from(run)
     _add_selection(run)
 
     submit = _add_verb(verbs, "submit", "submit every unfinished stage as a Slurm job")
     _add_config(submit)
+    _add_init_from(submit)
     _add_selection(submit)
     submit.add_argument("--cluster", type=_path, required=True, help="cluster file, such as configs/cluster/example.yaml")
     submit.add_argument("--dry", action="store_true", help="print the batch scripts and submit nothing")
@@ -218,6 +222,12 @@ def _add_config(verb: argparse.ArgumentParser) -> None:
     _add_overrides(verb)
 
 
+def _add_init_from(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--init-from", type=_path, metavar="RUN", help="begin trainings with the weights of this run or published generator"
+    )
+
+
 def _add_overrides(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", nargs="*", metavar=OVERRIDE_FORMAT, help="override any key of the config")
 
@@ -252,6 +262,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognized: {' '.join(unknown)}")
     if rest:
         options.overrides += rest
+    if getattr(options, "init_from", None):
+        options.overrides.append(f"inputs.init_from={json.dumps(options.init_from)}")
     if getattr(options, "preset", None):
         options.overrides.insert(0, f"preset={options.preset}")
     return options

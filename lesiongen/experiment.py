@@ -41,6 +41,8 @@ class InputsConfig:
     tokenizer: PathText | None = None  # directory of the run whose tokenizer to use
     codes: PathText | None = None  # directory of the run whose codes to use; needs the tokenizer that made them
     polish: PathText | None = None  # directory of the run whose polished decoder to use; needs the tokenizer that it polishes
+    # Run or published generator with whose weights tokenizer and priors begin, as far as they fit; null = random weights.
+    init_from: PathText | None = None
 
 
 def _tokenizer_training() -> TrainConfig:

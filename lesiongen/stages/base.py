@@ -72,6 +72,27 @@ class Stage:
     describe: Callable[[Experiment], str] | None = None
 
 
+def beginning(config: Experiment) -> dict:
+    """Returns the part of a training's identity that names the weights it begins with; {} for random weights."""
+    return {"init_from": config.inputs.init_from} if config.inputs.init_from else {}
+
+
+def initial_export(config: Experiment, stage: str) -> Path | None:
+    """Returns the export that the training of a stage begins with; None for random weights.
+
+    Raises:
+        UserError: inputs.init_from holds no trained model.
+    """
+    if not config.inputs.init_from:
+        return None
+    exports = {path.parent.name: path for path in Path(config.inputs.init_from).glob("*/export")}
+    if not exports:
+        raise UserError(
+            f"inputs.init_from: {config.inputs.init_from} holds no trained model. Name a run or a published folder."
+        )
+    return exports.get(stage)
+
+
 def training(section: str, train: TrainConfig) -> dict:
     """Returns the arguments of Stage that all stages that train have in common.
 

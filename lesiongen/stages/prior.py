@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hpc import dist, watchdog
-from hpc.config import to_plain
+from hpc.config import read_yaml, to_plain
 from hpc.data.codestore import CodeStore
 from hpc.data.order import contiguous_share
 from hpc.data.rows import CodeRows
@@ -24,6 +24,7 @@ from hpc.data.shards import training_batches
 from hpc.dist import Topology
 from hpc.train.engine import Engine
 from hpc.train.loop import train
+from hpc.train.warm_start import warm_start
 from hpc.train.zero import Weights
 from lesiongen.data import facts
 from lesiongen.data.balance import order_for
@@ -31,9 +32,10 @@ from lesiongen.evaluation import plots
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.codes import bigram_bits
 from lesiongen.experiment import Experiment, PriorConfig
+from lesiongen.ingest.licences import merge_counts
 from lesiongen.priors import make
 from lesiongen.priors.objective import Objective, model_shape, training_flops_per_sample
-from lesiongen.stages.base import Stage, check_codes, require, size_of, training
+from lesiongen.stages.base import Stage, beginning, check_codes, initial_export, require, size_of, training
 from lesiongen.stages.prior_picture import PriorPicture
 from lesiongen.tokenizers.export import export_digest, write_export
 
@@ -41,13 +43,16 @@ from lesiongen.tokenizers.export import export_digest, write_export
 def stage(config: Experiment, level: str) -> Stage:
     """Returns the stage that trains the prior of a level."""
     prior_config = config.prior(level)
-    identity = {"prior": to_plain(prior_config, volatile=False), "level": level, "seed": config.seed}
+    identity = {"prior": to_plain(prior_config, volatile=False), "level": level, "seed": config.seed} | beginning(config)
 
     def run_level(config: Experiment, topology: Topology, folder: Path) -> str:
         return run(config, topology, folder, level)
 
-    how = training("prior.train", prior_config.train)
-    return Stage(f"prior-{level}", ("codes",), identity, run_level, describe=partial(_describe, level=level), **how)
+    def check(config: Experiment) -> None:
+        initial_export(config, f"prior-{level}")
+
+    how = training("prior.train", prior_config.train) | {"check": check, "describe": partial(_describe, level=level)}
+    return Stage(f"prior-{level}", ("codes",), identity, run_level, **how)
 
 
 def _describe(config: Experiment, level: str) -> str:
@@ -118,7 +123,20 @@ class PriorTask:
         return Objective(make(self.prior_config.model, **self.shape))
 
     def prepare(self, module: nn.Module) -> None:
-        """Does nothing: a prior is not initialised from data."""
+        """Copies the weights of inputs.init_from. Those of a fact's values are found by the names of the values."""
+        export = initial_export(self.config, f"prior-{self.level}")
+        if export is None:
+            if self.config.inputs.init_from:
+                dist.run_on_leader(print, f"prior-{self.level} begins with random weights: inputs.init_from has no such prior")
+            return
+        about, rows = read_yaml(export / "config.yaml"), {}
+        for name, values in facts.vocabularies(self.store, self.prior_config.facts).items():
+            theirs = about["facts"].get(name, [])
+            known = [theirs.index(value) if value in theirs else -1 for value in values]
+            rows[f"facts.{name}.weight"] = [*known, len(theirs)]  # the last row is for an unknown fact
+        fit = warm_start(module.net, export, rows)
+        note = "" if about["tokenizer"] == self.store.manifest["tokenizer"] else "; it read codes of another tokenizer"
+        dist.run_on_leader(print, f"prior-{self.level} begins with {export.parent}: {fit}{note}")
 
     def stream(self, position: int, micro_batch: int) -> Iterator[dict]:
         """Yields this rank's micro-batches of codes, without end. Each epoch reads the next augmentation draw.
@@ -248,6 +266,12 @@ class PriorTask:
 
         return bigram_bits(files("train"), files("val"), self.shape["entries"])
 
+    def _data(self) -> dict[str, dict[str, int]]:
+        """Returns licences, attributions and sources of the images behind the prior, also behind the weights it began with."""
+        data = {key: self.store.manifest[key] for key in ("licences", "attributions", "sources")}
+        export = initial_export(self.config, f"prior-{self.level}")
+        return merge_counts(data, read_yaml(export / "config.yaml")["data"]) if export else data
+
     def export(self, weights: Weights, metrics: dict[str, float]) -> None:
         """Writes the weights, the description that the sample stage reads, and a model card. Collective.
 
@@ -263,7 +287,7 @@ class PriorTask:
             "facts": values,
             "training_facts": facts.count_combinations(self.store, self.prior_config.facts),
             "tokenizer": self.store.manifest["tokenizer"],
-            "data": {key: self.store.manifest[key] for key in ("licences", "attributions", "sources")},
+            "data": self._data(),
             "held_out": metrics,
         }
         grid = "×".join(map(str, self.shape["grid"]))

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from hpc import dist
-from hpc.config import to_plain
+from hpc.config import read_yaml, to_plain
 from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.metrics_log import MetricsLog
 from hpc.train.engine import Engine
 from hpc.train.loop import train
+from hpc.train.warm_start import warm_start
 from hpc.train.zero import Weights, gathered
 from lesiongen.data.images import to_float
 from lesiongen.data.packed import Packed
@@ -26,7 +27,8 @@ from lesiongen.evaluation import plots
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.experiment import Experiment
-from lesiongen.stages.base import Stage, packed, size_of, training
+from lesiongen.ingest.licences import merge_counts
+from lesiongen.stages.base import Stage, beginning, initial_export, packed, size_of, training
 from lesiongen.tokenizers import make
 from lesiongen.tokenizers.export import export_digest, write_export
 from lesiongen.tokenizers.losses import ReconstructionLoss
@@ -38,7 +40,7 @@ KMEANS_IMAGES = 256  # training images whose vectors are clustered to initialise
 
 def stage(config: Experiment) -> Stage:
     """Returns the stage that trains the tokenizer."""
-    identity = {"tokenizer": to_plain(config.tokenizer, volatile=False), "seed": config.seed}
+    identity = {"tokenizer": to_plain(config.tokenizer, volatile=False), "seed": config.seed} | beginning(config)
     how = training("tokenizer.train", config.tokenizer.train)
     return Stage("tokenizer", ("shards",), identity, run, check=_check, describe=_describe, **how)
 
@@ -52,7 +54,8 @@ def _describe(config: Experiment) -> str:
 
 
 def _check(config: Experiment) -> None:
-    """Raises UserError if a network of the loss cannot be loaded."""
+    """Raises UserError if a network of the loss, or the weights to begin with, cannot be loaded."""
+    initial_export(config, "tokenizer")
     ReconstructionLoss(config.tokenizer.loss, 1.0)
 
 
@@ -97,9 +100,12 @@ class TokenizerTask:
         return Objective(net, self.loss)
 
     def prepare(self, module: nn.Module) -> None:
-        """Initialises the codebooks by k-means on training images, if the config asks for it."""
+        """Copies the weights of inputs.init_from. Without, initialises the codebooks by k-means, if the config asks for it."""
         config = self.config.tokenizer
-        if config.model.kmeans:
+        if export := initial_export(self.config, "tokenizer"):
+            fit = warm_start(module.net, export)
+            dist.run_on_leader(print, f"tokenizer begins with {export.parent}: {fit}")
+        elif config.model.kmeans:
             # Every rank reads the same first images, so that all ranks get the same codebooks without communication.
             images = self.images.first(min(KMEANS_IMAGES, self.size))
             with gathered(module.parameters(), changed=True):
@@ -149,7 +155,10 @@ class TokenizerTask:
             metrics: The held-out metrics of these weights.
         """
         facts = {"model": to_plain(self.config.tokenizer.model), "channels": self.data.channels, "size": self.data.size}
-        facts |= {"preprocess": self.data.packed.preprocess, "data": self.data.packed.about, "held_out": metrics}
+        data = self.data.packed.about
+        if export := initial_export(self.config, "tokenizer"):
+            data = merge_counts(data, read_yaml(export / "config.yaml")["data"])
+        facts |= {"preprocess": self.data.packed.preprocess, "data": data, "held_out": metrics}
         about = {"levels": " + ".join(f"{g}² {n}" for n, g in self.grids.items()), "image size": f"{self.data.size} px"}
         write_export(self.folder / "export", weights, facts, card("tokenizer", self.name, about, facts["data"], metrics))
 
