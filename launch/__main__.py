@@ -183,6 +183,11 @@ def _add_inspection_verbs(verbs: Verbs) -> None:
     clean.add_argument("run", type=_path, help=RUN_HELP)
     clean.add_argument("--delete", action="store_true", help="delete it")
 
+    withdraw = _add_verb(verbs, "withdraw", "remove the images of a patient or lesion, and name what was made from them")
+    withdraw.add_argument("run", type=_path, help=RUN_HELP)
+    withdraw.add_argument("ids", nargs="+", metavar="ID", help="id of an image, a lesion or a patient, as in catalog.csv")
+    withdraw.add_argument("--delete", action="store_true", help="do it; without, only list what it means")
+
     verify = _add_verb(verbs, "verify", "check every file against its checksum")
     verify.add_argument("path", type=_path, help="run, shards, code store, checkpoint or export")
 

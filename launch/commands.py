@@ -345,6 +345,14 @@ def clean(options: argparse.Namespace) -> int:
     return errors.DONE
 
 
+def withdraw(options: argparse.Namespace) -> int:
+    """Removes the images of a patient or lesion, and names what was made from them."""
+    from launch.withdraw import withdraw as withdraw_images
+
+    print(withdraw_images(experiment.load(options.run), options.ids, options.delete))
+    return errors.DONE
+
+
 def verify(options: argparse.Namespace) -> int:
     """Checks every checksum under a path and prints the problems. Returns 1 if there is any."""
     from launch.verify import verify_path
@@ -399,6 +407,7 @@ COMMANDS = {
     "logs": logs,
     "cancel": cancel,
     "clean": clean,
+    "withdraw": withdraw,
     "verify": verify,
     "ui": ui,
     "rank": rank,

@@ -225,6 +225,10 @@ class StageDir:
         """Records that the stage is done, with the digest of its result."""
         self._write({**(self.record or {}), "done": True, "digest": digest, "target": self.target, "finished": time.time()})
 
+    def change(self, digest: str) -> None:
+        """Records the digest of a finished result of which a part was removed. What was made from it is stale then."""
+        self._write({**(self.record or {}), "digest": digest})
+
     def delete(self) -> None:
         """Deletes the directory, for --fresh. Does nothing if the directory does not exist.
 

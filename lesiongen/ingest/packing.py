@@ -247,14 +247,14 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
     # Count the images of the whole set, including those packed before.
     entries = before.get("shards", []) + [result["entry"] for result in results if result["entry"]]
     catalogs = [*before.get("catalogs", []), _write_catalog(folder / f"catalog{suffix}.csv", results)]
-    counts = splits.class_counts(_columns(folder, catalogs, "split", "dx"), listed["classes"])
-    members, largest = _count_members(folder, catalogs)
+    counts = splits.class_counts(columns_of(folder, catalogs, "split", "dx"), listed["classes"])
+    members, largest = count_members(folder, catalogs)
     splits.refuse_empty(members["groups"], data.val, data.test)
     print(_table(counts, members))
     if not listed["supplied_splits"]:
         images = {name: sum(by_class.values()) for name, by_class in counts.items()}
         print("\n".join(splits.share_lines(images, largest, data.val, data.test)))
-    for warning in splits.small_class_warnings(_columns(folder, catalogs, "split", "dx", "group"), listed["classes"]):
+    for warning in splits.small_class_warnings(columns_of(folder, catalogs, "split", "dx", "group"), listed["classes"]):
         print(f"warning: {warning}")
     # Finish: after manifest.write the set is complete.
     _remove_orphans(folder, entries)
@@ -277,13 +277,13 @@ def _write_catalog(path: Path, results: list[dict]) -> dict:
     return manifest.describe(path, count=len(new))
 
 
-def _columns(folder: Path, catalogs: list[dict], *columns: str) -> Iterator[tuple[str, ...]]:
+def columns_of(folder: Path, catalogs: list[dict], *columns: str) -> Iterator[tuple[str, ...]]:
     """Yields the values of `columns` for every image of the set, from the catalogs on disk."""
     for row in rows(folder / entry["name"] for entry in catalogs):
         yield tuple(row[column] for column in columns)
 
 
-def _count_members(folder: Path, catalogs: list[dict]) -> tuple[dict[str, dict[str, int]], tuple[str, int]]:
+def count_members(folder: Path, catalogs: list[dict]) -> tuple[dict[str, dict[str, int]], tuple[str, int]]:
     """Counts lesions, patients and groups in each split, and finds the largest group and its number of images.
 
     Lesions or patients are left out if a catalog was written before it had their column.

@@ -22,6 +22,7 @@ import yaml
 
 from hpc.config import read_yaml, to_plain
 from hpc.errors import UserError
+from hpc.run import journal
 from hpc.run.rundir import atomic_write, read_stage_record
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.report.verdict import in_lines
@@ -29,6 +30,7 @@ from lesiongen.experiment import Experiment
 from lesiongen.ingest.licences import canonical_name, merge_counts, strictest
 from lesiongen.stages.base import artefact, digest_of, model_stages, require
 
+PUBLISHED = "published.jsonl"  # file in the run: a line for each folder that was published
 PLACEHOLDER = "IMAGES"  # data.images of a published config: its training images are elsewhere
 
 
@@ -64,6 +66,8 @@ def publish(config: Experiment, out: Path, force: bool) -> None:
     if out.exists():
         out.rmdir()
     unfinished.rename(out)
+    # A withdrawal of training images must find what was published (launch/withdraw.py).
+    journal.append(config.directory / PUBLISHED, {"folder": str(out.absolute()), "time": time.time()})
 
 
 def _report(config: Experiment, force: bool) -> dict:
