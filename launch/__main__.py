@@ -115,6 +115,7 @@ def _add_stage_verbs(verbs: Verbs) -> None:
     sample.add_argument(
         "--out", type=_path, help="directory to write (default: a directory in the run, named after the options)"
     )
+    sample.add_argument("--format", choices=["webdataset"], help="write the samples as WebDataset shards too")
     sample.add_argument("--cluster", type=_path, help="cluster file: sample in a Slurm job instead of on this machine")
 
     tune = _add_verb(verbs, "tune", "search the guidance and temperature at which samples are closest to real images")

@@ -12,7 +12,7 @@ from pathlib import Path
 from hpc import dist, errors
 from hpc.config import apply_overrides, digest, expand_path
 from hpc.errors import UserError
-from hpc.run import mlflow_sync
+from hpc.run import mlflow_address, mlflow_sync
 from launch import executors, pipeline, selection, slurm, status
 from launch.before_queue import check_before_queue
 from launch.cluster import load_cluster
@@ -200,7 +200,8 @@ def sample(options: argparse.Namespace) -> int:
     changes = {"labels": options.label and tuple(options.label), "number": options.n, "seed": options.seed}
     changes = {key: value for key, value in changes.items() if value is not None}
     if not changes and not options.out and not options.cluster:
-        return run_only(config, ["samples"], options.fresh)
+        code = run_only(config, ["samples"], options.fresh)
+        return code or _export_samples(config.directory / "samples", options.format)
     try:
         settings = replace(config.sample, **changes)
     except ValueError as error:
@@ -217,6 +218,15 @@ def sample(options: argparse.Namespace) -> int:
         return _submit_samples(config, folder, options)
     pipeline.sample_into(config, folder, bool(options.fresh))
     print(f"{settings.number} samples in {folder}; {folder / 'contact.png'} shows a selection")
+    return _export_samples(folder, options.format)
+
+
+def _export_samples(folder: Path, file_format: str | None) -> int:
+    """Writes the samples in another format too, if the user asks for it."""
+    if file_format:
+        from lesiongen.data.sample_files import write_webdataset
+
+        print(f"as WebDataset: {', '.join(map(str, write_webdataset(folder)))}")
     return errors.DONE
 
 
@@ -244,7 +254,7 @@ def publish(options: argparse.Namespace) -> int:
     write_generator(config, out, options.force)
     print(f"{out} holds the generator; {out / 'README.md'} says how to load it")
     if options.register:
-        uri, note = mlflow_sync.default_uri(config.directory), (out / "README.md").read_text(encoding="utf-8")
+        uri, note = mlflow_address.default_uri(config.directory), (out / "README.md").read_text(encoding="utf-8")
         try:
             version = mlflow_sync.register(config.directory, uri, out, options.register, note[:5000])
         except mlflow_sync.SyncError as error:

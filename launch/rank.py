@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpc import dist, errors
 from hpc.dist import Topology
-from hpc.run import mlflow_sync, rundir
+from hpc.run import mlflow_address, rundir
 from hpc.run.mlflow_follower import Follower
 from hpc.run.rundir import StageDir
 from hpc.train import allocator, math_modes, preempt
@@ -40,7 +40,7 @@ def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: S
         dist.hide_gpus()
     allocator.keep_freed_memory(topology.device)
     math_modes.allow_tf32(topology.device)
-    uri = mlflow_sync.default_uri(config.directory)
+    uri = mlflow_address.default_uri(config.directory)
     # MLflow's default store is a SQLite file, and SQLite breaks on the parallel file systems of clusters. A Slurm job
     # therefore sends to an MLflow server only; without a server, `lesiongen ui` reads metrics.jsonl instead.
     sends_to_mlflow = stage_dir is None and topology.leader and (uri.startswith("http") or not slurm.inside_job())

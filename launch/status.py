@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hpc import errors
 from hpc.errors import UserError
-from hpc.run import journal, metrics_log, mlflow_sync, rundir
+from hpc.run import journal, metrics_log, mlflow_address, rundir
 from launch import requeue, slurm
 from launch.pipeline import duration, held_out_metrics, stage_statuses
 from lesiongen.experiment import Experiment
@@ -54,7 +54,7 @@ def format_status(config: Experiment) -> str:
     lines += [f"  {line}" for line in other_jobs(config, [status.stage.name for status in statuses])]
     if news := changed_images(config):
         lines.append(f"  {news}")
-    link = mlflow_sync.run_link(config.directory, mlflow_sync.default_uri(config.directory))
+    link = mlflow_address.run_link(config.directory, mlflow_address.default_uri(config.directory))
     lines.append(f"  MLflow: {link or f'nothing sent yet; to see the run: lesiongen ui --runs {config.directory.parent}'}")
     return "\n".join(lines)
 

@@ -21,8 +21,9 @@ import threading
 from pathlib import Path
 
 from hpc.errors import UserError
+from hpc.run.mlflow_address import MLFLOW_ENVIRONMENT, TRAINING_PAGE, create_store
 from hpc.run.mlflow_follower import print_stderr
-from hpc.run.mlflow_sync import MLFLOW_ENVIRONMENT, TRAINING_PAGE, SyncError, create_store, sync
+from hpc.run.mlflow_sync import SyncError, sync
 
 SYNC_S = 5.0  # between two syncs of all runs
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -53,7 +54,7 @@ def serve(runs: Path, host: str = "127.0.0.1", port: int = 5000) -> None:
             f"On {host} the page would show images of patients to everybody who can reach this machine. MLflow asks for a "
             "password if its package for this is installed: pip install 'lesiongen[auth]'. Without it, leave --host out."
         )
-    # The store is not mlflow_sync.default_uri(): the page shows this machine's runs even if the environment names a server.
+    # The store is not mlflow_address.default_uri(): the page shows this machine's runs even if the environment names a server.
     uri, log = f"sqlite:///{runs}/mlflow.db", runs / "mlflow-server.log"
     previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     server = _start_server(runs, uri, host, port, log, public)

@@ -6,7 +6,8 @@ import threading
 import time
 from pathlib import Path
 
-from hpc.run.mlflow_sync import sync, without_password
+from hpc.run.mlflow_address import without_password
+from hpc.run.mlflow_sync import sync
 
 STALE_CLOSE_S = 5.0  # seconds that the end of a stage waits for an MLflow that has failed or hung for some time
 

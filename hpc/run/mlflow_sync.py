@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import os
-import re
 import uuid
 import zlib
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ import yaml
 from hpc.errors import UserError
 from hpc.run import journal, mlflow_content
 from hpc.run.metrics_log import ALARMS_FILE, METRICS_FILE, numbers, picture_name
+from hpc.run.mlflow_address import EXPERIMENT_TAGS, MLFLOW_ENVIRONMENT, create_store, read_json, without_password
 from hpc.run.mlflow_content import NOTE_FILE, NOTE_TAG, SECTIONS
 from hpc.run.rundir import atomic_write, is_copy, location, lock
 
@@ -40,16 +40,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
     from PIL import Image
 
-MLFLOW_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the default of 7 blocks for 247 s when the server is down
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # a clinic's machine must not contact other servers
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # avoids 8 unused processes of 160 MB each
-}
-# MLflow's page is about language models, unless the experiment and the address say otherwise.
-EXPERIMENT_TAGS, TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_development"}, "?workflowType=machine_learning"
 MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in one request
 ALL_RUNS = 3  # mlflow.entities.ViewType.ALL: active and deleted runs
 
@@ -75,45 +65,6 @@ class SyncResult:
     metrics: int = 0
     images: int = 0
     busy: bool = False
-
-
-def default_uri(run_dir: Path) -> str:
-    """Returns MLFLOW_TRACKING_URI if it is set, else the URI of mlflow.db beside the run directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(run_dir).absolute().parent}/mlflow.db"
-
-
-def run_link(run_dir: Path, uri: str) -> str | None:
-    """Returns where a user can look at a run in MLflow.
-
-    Args:
-        run_dir: The run's directory.
-        uri: The tracking URI.
-
-    Returns:
-        The address of the run's page on a server, or a command for sqlite. None if nothing was sent to the server yet.
-    """
-    if uri.startswith("sqlite:"):
-        return "lesiongen ui"
-    store = _read_json(Path(run_dir) / "mlflow.json").get("stores", {}).get(without_password(uri), {})
-    if not uri.startswith("http") or "id" not in store.get("parent", {}):
-        return None
-    server = without_password(uri).rstrip("/")
-    return f"{server}/#/experiments/{store['experiment']}/runs/{store['parent']['id']}{TRAINING_PAGE}"
-
-
-def without_password(text: object) -> str:
-    """Removes user and password from URIs in a text, because other people can read run directories and logs."""
-    return re.sub(r"://[^@/\s]*@", "://", str(text))
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_bytes()) if path.exists() else {}
-
-
-def create_store(uri: str) -> None:
-    """Creates the empty file of a sqlite store if it is missing. SQLite would ignore the umask, and shut out the group."""
-    if uri.startswith("sqlite:///") and not (path := Path(uri.removeprefix("sqlite:///"))).exists():
-        path.touch()
 
 
 @functools.cache
@@ -145,7 +96,7 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
     run_dir = Path(run_dir).absolute()
     stage_dirs = {p.parent for p in run_dir.glob(f"*/{METRICS_FILE}") if not p.parent.name.startswith(".")}
     stage_dirs |= {run_dir / name for name in SECTIONS if (run_dir / name / "stage.json").exists()}  # these may have no metrics
-    stage_dirs = sorted(stage_dirs, key=lambda path: (_read_json(path / "stage.json").get("created", 0.0), path.name))
+    stage_dirs = sorted(stage_dirs, key=lambda path: (read_json(path / "stage.json").get("created", 0.0), path.name))
     if not stage_dirs:
         return SyncResult()
     with contextlib.ExitStack() as held:
@@ -192,7 +143,7 @@ def register(run_dir: Path, uri: str, folder: Path, name: str, note: str) -> str
         from mlflow.entities import LoggedModelOutput
 
         client = _client(uri)
-        store = _read_json(Path(run_dir) / "mlflow.json")["stores"][without_password(uri)]
+        store = read_json(Path(run_dir) / "mlflow.json")["stores"][without_password(uri)]
         run_id = store["parent"]["id"]
         model = client.create_logged_model(store["experiment"], name, run_id, model_type="generator")
         client.log_model_artifacts(model.model_id, str(folder))
@@ -226,7 +177,7 @@ class _Sync:
 
     def __init__(self, run_dir: Path, uri: str, stage_dirs: list[Path], forget: bool = False):
         self.run_dir, self.uri, self.stage_dirs, self.result = run_dir, uri, stage_dirs, SyncResult()
-        self.state = _read_json(run_dir / "mlflow.json")
+        self.state = read_json(run_dir / "mlflow.json")
         if not self.state or ("directory" in self.state and is_copy(run_dir, self.state["directory"])):
             self.state = {"uid": uuid.uuid4().hex, "stores": {}}
         self.state["directory"] = location(run_dir)
@@ -235,7 +186,7 @@ class _Sync:
         self.store = self.state["stores"].setdefault(without_password(uri), {"seen": {}, "parent": {}, "stages": {}})
         config = run_dir / "config.yaml"
         self.config = (yaml.safe_load(config.read_bytes()) if config.exists() else None) or {}
-        self.records = {path.name: _read_json(path / "stage.json") for path in stage_dirs}
+        self.records = {path.name: read_json(path / "stage.json") for path in stage_dirs}
         self.statuses = {path.name: mlflow_content.status(path, self.records[path.name]) for path in stage_dirs}
         self.first = (run_dir, uri) not in _checked  # the first sync of this process
 
@@ -265,7 +216,7 @@ class _Sync:
     def _run_above(self) -> str:
         """Returns the id of the MLflow run of the run that mlflow.parent names; "" if none is named or it is not there yet."""
         above = (self.config.get("mlflow") or {}).get("parent")
-        stores = _read_json(Path(above) / "mlflow.json").get("stores", {}) if above else {}
+        stores = read_json(Path(above) / "mlflow.json").get("stores", {}) if above else {}
         return stores.get(without_password(self.uri), {}).get("parent", {}).get("id", "")
 
     def _save(self) -> None:

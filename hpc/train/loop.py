@@ -27,6 +27,7 @@ from hpc.train.health import HealthConfig, loss_limit
 from hpc.train.optim import OptimConfig, average_decay, build_optimizer, learning_rate
 from hpc.train.preempt import Preemption
 from hpc.train.prefetch import on_device
+from hpc.train.profiling import Trace
 from hpc.train.rollback import Rollbacks, Spike
 from hpc.train.state import State
 from hpc.train.stragglers import Speed, Stragglers
@@ -55,6 +56,7 @@ class TrainConfig:
     save_every: int = volatile(50_000)
     keep: int = volatile(2)  # number of newest checkpoints to keep, in addition to the best
     max_bad_fraction: float = volatile(0.001)  # stop when more than this share of the samples cannot be read
+    profile: bool = volatile(False)  # write a trace of ten steps for torch's profiler, profile/trace-<rank>.json
 
     def __post_init__(self):
         if min(self.samples, self.batch, self.log_every, self.eval_every, self.save_every) < 1:
@@ -196,6 +198,7 @@ class Trainer:
         self.speed = Speed()
         self.stragglers = Stragglers()
         self.progress = progress_bar(config.samples, what, initial=state.samples, shown=topology.leader)
+        self.trace = Trace(folder, topology.rank, config.profile)
 
     def _build(self, start: Path | None) -> Engine:
         """Builds the model and its engine, and loads the checkpoint, if there is one."""
@@ -215,6 +218,7 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.trace.close()
         self.progress.close()
 
     def due(self, every: int, last: int) -> bool:
@@ -247,6 +251,7 @@ class Trainer:
         if self.ledger:
             journal.append(self.ledger, {"samples": state.samples, "keys": keys})
         state.account(step, after)
+        self.trace.step()
         return step
 
     def pass_over(self) -> None:

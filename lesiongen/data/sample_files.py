@@ -1,7 +1,9 @@
 """The image files of samples: where they lie, what a PNG says of its origin, and the contact sheet."""
 
+import csv
 import io
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from hpc.data.shards import write_shard
+from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.sheets import sheet
 
@@ -35,6 +39,42 @@ def image_paths(labels: Sequence[str]) -> list[str]:
         names = itertools.chain([safe], (f"{safe}-{number}" for number in itertools.count(2)))
         folders[label] = next(name for name in names if name.lower() not in taken)
     return [f"images/{folders[label]}/{i:06d}.png" for i, label in enumerate(labels)]
+
+
+def write_webdataset(folder: Path, per_shard: int = 1000) -> list[Path]:
+    """Writes the samples in a directory as WebDataset shards too: webdataset/samples-000000.tar, …
+
+    A sample has the members png, cls (the label's number in the order of classes.txt) and json (its row of metadata.csv).
+
+    Args:
+        folder: The samples' directory.
+        per_shard: Samples in a shard.
+
+    Returns:
+        Paths of the shards.
+    """
+    with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    classes = sorted({row["label"] for row in rows})
+    out = folder / "webdataset"
+    out.mkdir(exist_ok=True)
+    atomic_write(out / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
+    paths = []
+    for first in range(0, len(rows), per_shard):
+        paths.append(out / f"samples-{first // per_shard:06d}.tar")
+        write_shard(
+            paths[-1],
+            (
+                {
+                    "__key__": f"{int(row['index']):06d}",
+                    "cls": str(classes.index(row["label"])).encode(),
+                    "json": json.dumps(row).encode(),
+                    "png": (folder / row["file"]).read_bytes(),
+                }
+                for row in rows[first : first + per_shard]
+            ),
+        )
+    return paths
 
 
 def png_with(image_CHW: torch.Tensor, text: dict[str, str]) -> bytes:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpc.run import mlflow_sync
+from hpc.run import mlflow_address
 from tests.chain.browser import find_chromium
 
 
@@ -19,7 +19,7 @@ def runs(tmp_path_factory):
     """Returns one `runs` folder for all SQLite tests, because creating a store takes seconds. Its path has a space."""
     patch = pytest.MonkeyPatch()
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for name in mlflow_sync.MLFLOW_ENVIRONMENT:
-        patch.setenv(name, mlflow_sync.MLFLOW_ENVIRONMENT[name])
+    for name in mlflow_address.MLFLOW_ENVIRONMENT:
+        patch.setenv(name, mlflow_address.MLFLOW_ENVIRONMENT[name])
     yield tmp_path_factory.mktemp("my runs")
     patch.undo()

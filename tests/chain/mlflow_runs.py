@@ -8,7 +8,7 @@ from PIL import Image
 
 from hpc.run import mlflow_sync
 from hpc.run.metrics_log import MetricsLog, read_metrics
-from hpc.run.mlflow_sync import default_uri
+from hpc.run.mlflow_address import default_uri
 
 CONFIG = (
     "name: {name}\nseed: 3\nbatch: [8, 8]\ntokenizer:\n  dim: 64\n  quantizer: {{kind: ema}}\npriors:\n  top:\n    width: 128\n"

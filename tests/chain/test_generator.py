@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 import lesiongen.generator
 from hpc.errors import UserError
-from hpc.run import mlflow_sync
+from hpc.run import mlflow_address, mlflow_sync
 from launch.__main__ import main
 from lesiongen.data.sample_files import image_paths
 from lesiongen.experiment import LevelSampling
@@ -145,15 +145,40 @@ def test_a_published_generator_becomes_a_version_of_a_model_in_mlflow(run, gener
         command = ["publish", str(run), "--force", "--register", "skin", "--out", str(tmp_path / str(version))]
         assert main(command) == 0
         assert f"MLflow has it as version {version} of the model skin" in capsys.readouterr().out
-    client = mlflow_sync._client(mlflow_sync.default_uri(run))
+    client = mlflow_sync._client(mlflow_address.default_uri(run))
     model = client.get_model_version("skin", "2")
-    assert model.run_id == json.loads((run / "mlflow.json").read_text())["stores"][mlflow_sync.default_uri(run)]["parent"]["id"]
+    assert (
+        model.run_id == json.loads((run / "mlflow.json").read_text())["stores"][mlflow_address.default_uri(run)]["parent"]["id"]
+    )
     assert "# tiny" in model.description or "tiny" in model.description
     folder = client.get_model_version_download_uri("skin", "2").removeprefix("file://")
     assert torch.equal(lesiongen.load(folder).sample("mel", n=2, seed=4).images, generator.sample("mel", n=2, seed=4).images)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert main(["publish", str(run), "--force", "--register", "skin", "--out", str(tmp_path / "3")]) == 2
     assert "is written, but not registered. MLflow at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_samples_as_webdataset(run, tmp_path, capsys):
+    wds = pytest.importorskip("webdataset")
+    command = ["sample", str(run), "-n", "9", "--out", str(tmp_path / "out"), "--format", "webdataset"]
+    assert main(command) == 0
+    shard = tmp_path / "out" / "webdataset" / "samples-000000.tar"
+    assert f"as WebDataset: {shard}" in capsys.readouterr().out
+    classes = (shard.parent / "classes.txt").read_text().split()
+    read = list(wds.WebDataset(str(shard), shardshuffle=False).decode("pil"))
+    rows = list(csv.DictReader((tmp_path / "out" / "metadata.csv").read_text().splitlines()))
+    assert [(sample["json"]["file"], classes[sample["cls"]]) for sample in read] == [
+        (row["file"], row["label"]) for row in rows
+    ]
+    assert np.array_equal(np.array(read[3]["png"]), np.array(Image.open(tmp_path / "out" / rows[3]["file"])))
+
+
+def test_a_trace_for_the_profiler(phantoms, tmp_path):
+    assert main(["run", DEMO, *tiny(phantoms, tmp_path), "tokenizer.train.profile=true", "--until", "tokenizer"]) == 0
+    trace = json.loads((tmp_path / "tiny" / "tokenizer" / "profile" / "trace-0.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert len({name for name in names if name.startswith("ProfilerStep#")}) == 10
+    assert any("conv2d" in name for name in names)
 
 
 def test_other_libraries_load_the_samples_in_one_line(run, tmp_path, monkeypatch):

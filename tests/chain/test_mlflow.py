@@ -13,8 +13,9 @@ from PIL import Image
 
 from hpc.run import mlflow_sync
 from hpc.run.metrics_log import MetricsLog
+from hpc.run.mlflow_address import default_uri
 from hpc.run.mlflow_follower import Follower
-from hpc.run.mlflow_sync import default_uri, sync
+from hpc.run.mlflow_sync import sync
 from tests.chain.mlflow_runs import (
     CONFIG,
     client_of,
@@ -173,7 +174,7 @@ def test_the_cursor_in_another_process(runs):
     extend(run / "tokenizer", range(50, 80, 10))
     sync(run, default_uri(run))
     (run / "mlflow.json").write_bytes(old)
-    code = f"from hpc.run.mlflow_sync import *; print(sync({str(run)!r}, default_uri({str(run)!r})).metrics)"
+    code = f"from hpc.run.mlflow_address import default_uri; from hpc.run.mlflow_sync import sync; print(sync({str(run)!r}, default_uri({str(run)!r})).metrics)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
     assert history(run) == expected(run)

@@ -9,7 +9,8 @@ import yaml
 
 from hpc.run import mlflow_content
 from hpc.run.metrics_log import ALARMS_FILE, MetricsLog
-from hpc.run.mlflow_sync import default_uri, sync
+from hpc.run.mlflow_address import default_uri
+from hpc.run.mlflow_sync import sync
 from hpc.run.rundir import lock
 from tests.chain.mlflow_runs import (
     client_of,

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from hpc.run import mlflow_sync
+from hpc.run import mlflow_address
 from launch.__main__ import main
 from tests.chain.browser import browse
 from tests.chain.mlflow_runs import wait_for
@@ -47,7 +47,7 @@ def page(run):
 def ids(page, run):
     """The ids of the MLflow runs: that of the whole run is under None."""
     wait_for(lambda: (run / "mlflow.json").exists())
-    store = json.loads((run / "mlflow.json").read_text())["stores"][mlflow_sync.default_uri(run)]
+    store = json.loads((run / "mlflow.json").read_text())["stores"][mlflow_address.default_uri(run)]
     return {None: store["parent"]["id"]} | {name: entry["id"] for name, entry in store["stages"].items()}
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hpc.run import mlflow_follower, mlflow_sync
+from hpc.run import mlflow_address, mlflow_follower, mlflow_sync
 from hpc.run.metrics_log import MetricsLog, read_metrics
+from hpc.run.mlflow_address import default_uri, run_link
 from hpc.run.mlflow_follower import Follower
-from hpc.run.mlflow_sync import default_uri, run_link, sync
+from hpc.run.mlflow_sync import sync
 from launch.__main__ import main
 from tests.chain.mlflow_runs import entry_of, expected, extend, history, make_run, new_process, png, runs_of, wait_for
 from tests.conftest import DEMO, tiny
@@ -60,7 +61,7 @@ class Server:
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | mlflow_sync.MLFLOW_ENVIRONMENT, start_new_session=True
+                command, stdout=log, stderr=log, env=os.environ | mlflow_address.MLFLOW_ENVIRONMENT, start_new_session=True
             )
         wait_for(lambda: answers(self.port))
 

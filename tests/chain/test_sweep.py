@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from hpc.errors import UserError
-from hpc.run.mlflow_sync import default_uri, sync
+from hpc.run.mlflow_address import default_uri
+from hpc.run.mlflow_sync import sync
 from launch.__main__ import main
 from launch.sweep import Sweep
 from tests.chain.mlflow_runs import client_of, entry_of

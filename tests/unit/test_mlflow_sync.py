@@ -12,8 +12,9 @@ import pytest
 
 from hpc.run import mlflow_content, mlflow_follower, mlflow_sync
 from hpc.run.metrics_log import MetricsLog, read_metrics, system_metrics
+from hpc.run.mlflow_address import default_uri, run_link
 from hpc.run.mlflow_follower import Follower
-from hpc.run.mlflow_sync import default_uri, run_link, sync
+from hpc.run.mlflow_sync import sync
 from launch.ui import serve
 
 
