@@ -21,6 +21,7 @@ EXPERIMENT_TAGS, TRAINING_PAGE = {"mlflow.experimentKind": "custom_model_develop
 
 
 def read_json(path: Path) -> dict:
+    """Returns the content of a JSON file; {} if there is none."""
     return json.loads(path.read_bytes()) if path.exists() else {}
 
 

@@ -147,9 +147,8 @@ def test_a_published_generator_becomes_a_version_of_a_model_in_mlflow(run, gener
         assert f"MLflow has it as version {version} of the model skin" in capsys.readouterr().out
     client = mlflow_sync._client(mlflow_address.default_uri(run))
     model = client.get_model_version("skin", "2")
-    assert (
-        model.run_id == json.loads((run / "mlflow.json").read_text())["stores"][mlflow_address.default_uri(run)]["parent"]["id"]
-    )
+    stores = json.loads((run / "mlflow.json").read_text())["stores"]
+    assert model.run_id == stores[mlflow_address.default_uri(run)]["parent"]["id"]
     assert "# tiny" in model.description or "tiny" in model.description
     folder = client.get_model_version_download_uri("skin", "2").removeprefix("file://")
     assert torch.equal(lesiongen.load(folder).sample("mel", n=2, seed=4).images, generator.sample("mel", n=2, seed=4).images)

@@ -174,7 +174,8 @@ def test_the_cursor_in_another_process(runs):
     extend(run / "tokenizer", range(50, 80, 10))
     sync(run, default_uri(run))
     (run / "mlflow.json").write_bytes(old)
-    code = f"from hpc.run.mlflow_address import default_uri; from hpc.run.mlflow_sync import sync; print(sync({str(run)!r}, default_uri({str(run)!r})).metrics)"
+    imports = "from hpc.run.mlflow_address import default_uri; from hpc.run.mlflow_sync import sync"
+    code = f"{imports}; print(sync({str(run)!r}, default_uri({str(run)!r})).metrics)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
     assert history(run) == expected(run)
