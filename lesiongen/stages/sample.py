@@ -14,6 +14,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -29,6 +30,7 @@ from hpc.dist import Topology
 from hpc.errors import UserError
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
+from lesiongen.data.croissant import croissant
 from lesiongen.data.facts import PriorFacts, refuse_unknown
 from lesiongen.data.sample_files import contact_sheet, image_paths, png_with
 from lesiongen.evaluation.backbone import check_backbone
@@ -294,7 +296,7 @@ def _finish(
     provenance: dict[str, str],
     readme: str,
 ) -> str:
-    """Writes contact.png, README.md and metadata.csv. Returns the digest of the tables and the images.
+    """Writes contact.png, README.md, croissant.json and metadata.csv. Returns the digest of the tables and the images.
 
     Args:
         folder: Directory of the samples.
@@ -319,6 +321,8 @@ def _finish(
     table = _table(paths, config.sample, facts, provenance, bits)
     atomic_write(folder / "contact.png", contact_sheet(folder, paths, [s["label"] for s in facts.values()]))
     atomic_write(folder / "README.md", readme.encode())
+    about = croissant(f"{config.name} samples", provenance["licence_of_training_images"], time.strftime("%Y-%m-%d"), table)
+    atomic_write(folder / "croissant.json", about)
     atomic_write(folder / "metadata.csv", table.encode())
     sums = "".join(hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in paths)
     private = "".join(f"{row['index']} {row['attempt']} {row['reason']}\n" for row in candidates.rows())

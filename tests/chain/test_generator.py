@@ -172,6 +172,16 @@ def test_samples_as_webdataset(run, tmp_path, capsys):
     assert np.array_equal(np.array(read[3]["png"]), np.array(Image.open(tmp_path / "out" / rows[3]["file"])))
 
 
+def test_samples_describe_themselves_to_catalogues(run):
+    mlcroissant = pytest.importorskip("mlcroissant")
+    described = mlcroissant.Dataset(jsonld=str(run / "samples" / "croissant.json"))
+    assert not described.metadata.issues.errors
+    assert described.metadata.license == ["CC-0"]
+    rows = list(csv.DictReader((run / "samples" / "metadata.csv").read_text().splitlines()))
+    found = [record["samples/file"].decode() for record in described.records("samples")]
+    assert found == [row["file"] for row in rows]
+
+
 def test_a_trace_for_the_profiler(phantoms, tmp_path):
     assert main(["run", DEMO, *tiny(phantoms, tmp_path), "tokenizer.train.profile=true", "--until", "tokenizer"]) == 0
     trace = json.loads((tmp_path / "tiny" / "tokenizer" / "profile" / "trace-0.json").read_text())
