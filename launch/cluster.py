@@ -82,6 +82,7 @@ class ClusterConfig:
     qos: str | None = None
     constraint: str | None = None
     python: str | None = None  # Python interpreter on the compute nodes; null = the interpreter that submits
+    container: str | None = None  # what runs a command in a container, such as "apptainer exec --nv /images/lesiongen.sif"
     environment: dict[str, str] = field(default_factory=dict)  # environment variables of the job
     setup: tuple[str, ...] = ()  # shell lines that run before the stage, such as "module load cuda"
     signal_seconds: int = 120  # time between the warning signal and the time limit, to save and requeue

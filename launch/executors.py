@@ -18,6 +18,7 @@ from launch.cluster import ClusterConfig, Resources
 from launch.job import CHECK, StageJob
 from launch.local import run_ranks
 from launch.rank import rank_main
+from launch.requeue import ASK_HOST
 from lesiongen.experiment import Experiment
 from lesiongen.stages.base import Stage, digest_of, is_being_packed, packed_locations
 
@@ -188,8 +189,13 @@ class Submission:
         # second line Python would look into the job's working directory first, which may be a clone.
         exports.append(f"export PYTHONPATH={shlex.quote(str(self.code))}${{PYTHONPATH:+:$PYTHONPATH}}")
         exports.append("export PYTHONSAFEPATH=1")
-        executor = _SlurmExecutor(folder=folder, python=cluster.python)
-        end = f"exec {executor.python} -m launch.requeue {shlex.quote(str(folder))} $code" if requeue else "exit $code"
+        python = f"{cluster.container} {cluster.python or 'python3'}" if cluster.container else cluster.python
+        executor = _SlurmExecutor(folder=folder, python=python)
+        decide = f"{executor.python} -m launch.requeue {shlex.quote(str(folder))} $code"
+        end = f"exec {decide}" if requeue else "exit $code"
+        if requeue and cluster.container:  # an image rarely has Slurm's commands: the batch script runs outside, and has them
+            ask = f'[ $code = {ASK_HOST} ] && scontrol requeue "$SLURM_JOB_ID" && sleep 600'
+            end = f"{{ {decide}; code=$?; {ask}; exit $code; }}"
         executor.update_parameters(
             job_name=f"{self.config.name}:{name}",
             signal_delay_s=cluster.signal_seconds,

@@ -33,6 +33,7 @@ FINAL_CODES = (errors.USAGE, errors.DIVERGED)  # another attempt would end in th
 # srun's exit codes if a signal killed a rank: while the rank was starting, or because the job's time was nearly up.
 SIGNAL_CODES = tuple(128 + s for s in (signal.SIGUSR2, signal.SIGTERM, signal.SIGALRM))
 ENDINGS, ATTEMPTS = "endings", "attempts.jsonl"
+ASK_HOST = 98  # exit code that asks the batch script to requeue the job, because this program has no commands of Slurm
 PATIENCE_S, POLL_S = 3600.0, 10.0  # how long, and how often, to ask a Slurm that does not answer
 
 
@@ -70,7 +71,8 @@ def requeue_unless_final(folder: Path, srun_code: int) -> int | None:
         srun_code: The exit code of srun.
 
     Returns:
-        The exit code of the job. None if the job is in the queue again; Slurm then ends this attempt.
+        The exit code of the job. None if the job is in the queue again; Slurm then ends this attempt. ASK_HOST if the batch
+        script must requeue the job.
     """
     # Find out how the ranks ended: with a final error of any rank, otherwise blocked, stopped, or with a failure. When one rank
     # stops or is blocked, other ranks may lose their connection to it and fail.
@@ -88,12 +90,15 @@ def requeue_unless_final(folder: Path, srun_code: int) -> int | None:
         code = errors.HANG if hung else max(codes)
         kind, outcome = "failed", f"failed with code {code}"
 
-    # Requeue the job or end it.
+    # Requeue the job or end it. In a container the batch script, which runs outside, has to do it.
     number = count_attempts(folder, kind, code)
     if number >= LIMITS[kind]:
         _print_line(f"{outcome}, {number} times without a new checkpoint or file; {ADVICE[kind]}")
         return code
     delay = 2**number if kind == "blocked" else 0  # minutes: 2, 4, 8, … add up to 17 hours
+    if not any(map(slurm.find_command, ("scontrol", "sbatch"))):
+        _print_line(f"{outcome}; the batch script puts it back into the queue")
+        return ASK_HOST
     try:
         requeued = requeue_job(folder, delay)
     except Refused as reason:

@@ -52,6 +52,13 @@ def test_a_stop_is_requeued_however_often_if_there_is_progress(job, codes, monke
     assert requeue.requeue_unless_final(job, errors.FAILED if codes[0] > 128 else 1) is (None if codes[0] > 128 else 75)
 
 
+def test_in_a_container_without_slurm_the_batch_script_is_asked(job, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert requeue.requeue_unless_final(job, errors.RESUMABLE) == requeue.ASK_HOST
+    assert "stopped early; the batch script puts it back into the queue" in capsys.readouterr().err
+    assert requeue.requeue_unless_final(job, errors.USAGE) == errors.USAGE
+
+
 def test_a_blocked_job_waits_longer_each_time(job, monkeypatch, capsys):
     """The disk is full, first so much that not even the attempt can be recorded."""
 

@@ -75,6 +75,25 @@ def options(script: str) -> dict[str, str]:
     return {name: value.strip("'") for name, _, value in (line.partition("=") for line in lines)}
 
 
+def test_in_a_container_every_rank_runs_in_the_image(phantoms, tmp_path):
+    """The last lines of the batch script run here, with a stand-in for Apptainer and for scontrol."""
+    own = {"container": f"{tmp_path}/apptainer exec my.sif", "python": "/usr/bin/python3"}
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(own))
+    found = scripts(lesiongen("submit", DEMO, "--cluster", path, "--dry", *tiny(phantoms, tmp_path / "runs")))["tokenizer"]
+    assert f"{tmp_path}/apptainer exec my.sif /usr/bin/python3 -u -m submitit.core._submit" in found
+    ending = found[found.index("code=$?") :].replace("code=$?\n", "code=75\n", 1).replace("sleep 600", "echo slept")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho scontrol $*\n")
+    for code, expected in ((98, "scontrol requeue 7\nslept\n"), (77, "")):
+        (tmp_path / "apptainer").write_text(f"#!/bin/sh\necho $* >&2\nexit {code}\n")
+        for file in ("apptainer", "scontrol"):
+            (tmp_path / file).chmod(0o755)
+        env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+        ran = subprocess.run(["bash", "-c", ending], capture_output=True, text=True, env=env)
+        assert (ran.returncode, ran.stdout) == (code, expected)
+        assert ran.stderr.startswith("exec my.sif /usr/bin/python3 -m launch.requeue ") and ran.stderr.endswith(" 75\n")
+
+
 def test_each_stage_has_options_of_its_own(phantoms, tmp_path):
     own = {
         "partition": "cpu",
