@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from hpc.data.codestore import CodeStore
 from hpc.dist import Topology
@@ -62,6 +62,12 @@ def unet(size: int, channels: int, classes: int) -> nn.Module:
     )
 
 
+def _average(averages: list[torch.Tensor], current: list[torch.Tensor], steps: torch.Tensor | int) -> None:
+    """Averages weights over the last ninth of the steps so far, at most over the last 1,000: a short training has few steps."""
+    decay = min(0.999, (1 + int(steps)) / (10 + int(steps)))
+    torch._foreach_lerp_(averages, current, 1 - decay)
+
+
 class Peer:
     """The peer and its training.
 
@@ -76,7 +82,7 @@ class Peer:
         torch.manual_seed(config.seed)
         self.classes = len(self.shards.classes)
         self.net = unet(self.shards.size, self.shards.channels, self.classes).to(DEVICE, memory_format=torch.channels_last)
-        self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        self.average = AveragedModel(self.net, multi_avg_fn=_average)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=5e-4, betas=(0.9, 0.99), weight_decay=0.0)
         self.autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16")
         self.seconds, self.seen = 0.0, 0
