@@ -318,8 +318,8 @@ def test_a_network_of_the_users(run, tmp_path, quick, networks, file, architectu
         ("test_resnet.safetensors", "test_vit", "lacks weights of test_vit, such as"),
         ("vit_tiny_patch16_224.safetensors", "vit_tiny_patch16_224", "Set evaluate.features.size"),
         ("picky.pt", "", "I take 48 px"),
-        ("flat.pt", "", "returns an array of shape [2, 3, 64, 64] for 2 images"),
-        ("pair.pt", "", "cannot be applied to images of 64 px"),
+        ("flat.pt", "", "returns an array of shape [2, 3, 128, 128] for 2 images"),
+        ("pair.pt", "", "cannot be applied to images of 128 px"),
     ],
 )
 def test_a_wrong_network_is_refused_before_the_work(bare, networks, file, architecture, expected):
