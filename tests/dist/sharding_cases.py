@@ -114,5 +114,5 @@ def stage_and_export(topology, overrides: list[str], config_path: str) -> dict:
     task = PriorTask(config, config.prior("top"), "top", folder, topology)
     with torch.no_grad():
         bits = task.bits(Objective(net).eval(), "val", task.data["val"].all(), 64)
-    pictures = sorted(path.name for path in Path(folder, "images").glob("samples-*"))
+    pictures = sorted(path.name for path in Path(folder, "images").glob("code-map-*"))
     return {"held_out": about["held_out"]["bits_per_token"], "exported": bits, "pictures": pictures}

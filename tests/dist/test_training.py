@@ -71,7 +71,8 @@ def test_whole_stages_on_two_ranks(pools, phantoms, tmp_path, zero):
     digests = pools(2).run(cases.run_stages, overrides, DEMO, names)
     assert digests[0] == digests[1]
     assert all(digests[0].values())
-    assert list((tmp_path / "tiny" / "prior-top" / "images").glob("samples-*.png"))
+    assert list((tmp_path / "tiny" / "prior-top" / "images").glob("code-map-*.png"))
+    assert list((tmp_path / "tiny" / "prior-bottom" / "images").glob("samples-*.png"))
     for stage in ("codes", "samples"):
         (tmp_path / "tiny" / stage).rename(tmp_path / stage)
     again = pools(1).run(cases.run_stages, overrides, DEMO, ["codes", "samples"])[0]

@@ -50,8 +50,11 @@ def curve(stage: Path, names=("train/loss", "val/mse")) -> dict:
 
 
 def files(run: Path) -> set[str]:
-    """Returns the files that the stages wrote, without logs, locks and the files of MLflow's follower."""
-    found = {p.relative_to(run) for p in run.rglob("*") if p.is_file()}
+    """Returns the files that the stages wrote, without logs, locks and the files of MLflow's follower.
+
+    What a prior's picture can show depends on the priors that are trained by then, so these pictures are left out too.
+    """
+    found = {p.relative_to(run) for p in run.rglob("*") if p.is_file() and not p.parent.match("prior-*/images")}
     return {str(p) for p in found if p.parts[0] in ("config.yaml", *STAGES) and p.name != ".lock"}
 
 
