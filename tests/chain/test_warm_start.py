@@ -26,6 +26,7 @@ def first_bits(run, level):
     return next(row["val/bits_per_token"] for row in read_metrics(run / f"prior-{level}") if "val/bits_per_token" in row)
 
 
+@pytest.mark.long
 def test_a_clinics_few_classes_on_top_of_a_public_model(phantoms, public, tmp_path, capsys):
     """The same tokenizer, other classes in another order, so that the embeddings of classes must be found by name."""
     few = {"data.classes": "[vasc, mel, nv]", "data.max_rejected": 1, "inputs.tokenizer": public, "name": "clinic"}

@@ -30,6 +30,7 @@ def ends(cluster, job: str, seconds: float = 120) -> str:
     return wait(lambda: (found := cluster.job(job).get("JobState", "")) in over and found, seconds, f"job {job} to end")
 
 
+@pytest.mark.long
 def test_a_check_of_the_nodes_comes_first(cluster, phantoms, tmp_path):
     nodes = cluster_file(tmp_path, stages={"shards": {"nodes": 2, "tasks_per_node": 2}})
     out = lesiongen("submit", DEMO, "--cluster", nodes, "--check", "--until", "shards", *tiny(phantoms, tmp_path))
