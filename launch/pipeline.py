@@ -175,8 +175,8 @@ def held_out_metrics(config: Experiment, stage: str) -> str:
         stage: The stage's name.
     """
     _, latest = metrics_log.read_held_out(config.directory / stage)
-    main = r"loss|psnr|usage|bits_per_token|bigram|kid$|recall|recognised|trained_on_samples"
-    return "  ".join([f"{name} {value:.3g}" for name, value in latest.items() if re.match(main, name)][:4])
+    main = r"loss|psnr|usage/[^/]+|bits_per_token|bigram_bits|kid|recall|recognised|trained_on_samples"
+    return "  ".join([f"{name} {value:.3g}" for name, value in latest.items() if re.fullmatch(main, name)][:4])
 
 
 def duration(seconds: float) -> str:
