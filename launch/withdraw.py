@@ -5,10 +5,9 @@ of real images, the report. Models and samples cannot forget images: they are na
 recall them.
 """
 
-import json
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,12 @@ from hpc.data.storage import is_remote
 from hpc.errors import UserError
 from hpc.run import journal, rundir
 from hpc.run.rundir import StageDir, read_stage_record
+from lesiongen import experiment
 from lesiongen.evaluation.feature_cache import FOLDER
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import withdraw as shards
-from lesiongen.stages.base import packed_locations
+from lesiongen.stages import stages
+from lesiongen.stages.base import artefact, model_stages, packed_locations
 from lesiongen.stages.publish import PUBLISHED
 
 PICTURES = ("tokenizer", "polish", "prior-*", "report")  # stages whose images/ may show real images
@@ -74,40 +75,73 @@ def plan(config: Experiment, ids: Collection[str]) -> Withdrawal:
         if rows := shards.find(folder, ids):
             found[folder] = rows
     seen = {row.get(column) for rows in found.values() for row in rows for column in shards.ID_COLUMNS}
-    if unknown := [name for name in ids if name not in seen]:
+    if unknown := [name for name in ids if not name or name not in seen]:
         where = folders[0] / "catalog.csv"
         raise UserError(f"There is no image, lesion or patient {unknown[0]!r} in the shards. Their ids are in {where}.")
-    holders, made = [], {}
-    for folder in found:
-        digest = (read_stage_record(folder) or {}).get("digest")
-        for path, record in descendants(config.directory.parent, digest):
-            kind = path.name.partition("-")[0]
-            if kind in ("codes", "report"):
-                holders.append(path)
-            else:
-                made[str(path)] = " · ".join(
-                    filter(None, (record.get("title"), "finished" if record.get("done") else "unfinished"))
-                )
-                holders += (
-                    [path / "images"] if any(path.match(name) for name in PICTURES) and (path / "images").exists() else []
-                )
-        holders += [cache for cache in (folder / FOLDER,) if cache.exists()]
+    holders, made = [folder / FOLDER for folder in found], {}
+    for path in made_from(list(found), config.directory.parent):
+        if path.name in ("codes", "report"):
+            holders.append(path)
+            continue
+        record = _record(path)
+        made[str(path)] = " · ".join(filter(None, (record.get("title"), "finished" if record.get("done") else "unfinished")))
+        holders += [path / "images"] if any(path.match(name) for name in PICTURES) else []
+        holders.append(path.parent / FOLDER)
     for run in {Path(path).parent for path in made}:
         made |= {entry["folder"]: "published" for entry in journal.read(run / PUBLISHED, "folder")}
-        holders += [run / FOLDER] if (run / FOLDER).exists() else []
-    return Withdrawal(found, list(dict.fromkeys(holders)), made)
+    return Withdrawal(found, [path for path in dict.fromkeys(holders) if path.exists()], made)
 
 
-def descendants(runs: Path, digest: str | None) -> Iterator[tuple[Path, dict]]:
-    """Yields the directory and record of each stage that was made, directly or not, from the result with a digest."""
-    records = {path.parent: json.loads(path.read_text()) for path in sorted(runs.glob("*/*/stage.json"))}
-    made_from, grown = {digest} - {None}, True
+def made_from(folders: list[Path], runs: Path) -> list[Path]:
+    """Returns the directory of each result that was made, directly or not, from shards in these folders.
+
+    Goes by the directories that the runs' configs name, because shards to which images were appended have another digest than
+    those that an older model was made from; and by digests, because runs may have been moved or copied.
+
+    Args:
+        folders: Directories of shards.
+        runs: Directory of the runs to look through.
+    """
+    configs = [experiment.load(str(path.parent)) for path in sorted(runs.glob("*/config.yaml"))]
+    affected, grown = {folder.resolve() for folder in folders}, True
+    digests = {_record(folder).get("digest") for folder in folders}
+    found: list[Path] = []
     while grown:
-        new = {r["digest"] for r in records.values() if made_from & set((r.get("inputs") or {}).values()) and r.get("digest")}
-        grown, made_from = bool(new - made_from), made_from | new
-    for path, record in records.items():
-        if made_from & set((record.get("inputs") or {}).values()):
-            yield path, record
+        grown = False
+        for config in configs:
+            for path, sources in _results(config).items():
+                record = _record(path)
+                inputs = {digest for digest in record.get("inputs", {}).values() if digest}
+                if record and path not in affected and (affected & sources or digests & inputs):
+                    affected.add(path)
+                    digests.add(record["digest"])
+                    found.append(path)
+                    grown = True
+            # A published folder holds copies of the models.
+            if any(path.parent == config.directory.resolve() for path in affected):
+                for entry in journal.read(config.directory / PUBLISHED, "folder"):
+                    affected |= {Path(entry["folder"]).resolve() / name for name in model_stages(config)}
+    return found
+
+
+def _record(path: Path) -> dict:
+    return read_stage_record(path) or {}
+
+
+def _results(config: Experiment) -> dict[Path, set[Path]]:
+    """Returns the directory of each result of a run, with the directories that it is made from."""
+    found = {}
+    for stage in stages(config).values():
+        sources = {artefact(config, name).resolve() for name in stage.needs if name != "shards"}
+        if "shards" in stage.needs:
+            sources |= {Path(place).resolve() for place in packed_locations(config) if not is_remote(place)}
+        if config.inputs.init_from:
+            sources.add((Path(config.inputs.init_from) / stage.name).resolve())
+        found[(config.directory / stage.name).resolve()] = sources
+    # Samples with settings of their own lie in further directories of the run.
+    models = {artefact(config, name).resolve() for name in model_stages(config)}
+    others = {path.parent.resolve() for path in config.directory.glob("*/stage.json")} - found.keys()
+    return found | dict.fromkeys(others, models)
 
 
 def withdraw(config: Experiment, ids: Collection[str], delete: bool) -> str:
@@ -122,12 +156,16 @@ def withdraw(config: Experiment, ids: Collection[str], delete: bool) -> str:
     """
     planned = plan(config, ids)
     if delete:
-        for folder, found in planned.images.items():
-            with rundir.lock(folder, rundir.QUIET_WAIT_S):
-                digest = shards.remove(folder, {row["image_id"] for row in found})
-                if read_stage_record(folder):
-                    StageDir(folder, {}, {}).change(digest)
+        withdrawn = {folder: {row["image_id"] for row in found} for folder, found in planned.images.items()}
+        for folder, names in withdrawn.items():
+            shards.refuse_empty(folder, names)
+        # The shards come last: until then, the same command finds everything again after a kill.
         for path in planned.holders:
             with rundir.lock(path.parent, rundir.QUIET_WAIT_S):
                 shutil.rmtree(path)
+        for folder, names in withdrawn.items():
+            with rundir.lock(folder, rundir.QUIET_WAIT_S):
+                digest = shards.remove(folder, names)
+                if read_stage_record(folder):
+                    StageDir(folder, {}, {}).change(digest)
     return "\n".join(planned.lines(delete))

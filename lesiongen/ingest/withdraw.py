@@ -42,6 +42,13 @@ def find(folder: Path, ids: Collection[str]) -> list[dict[str, str]]:
     return [row for row in all_rows(folder) if any(row.get(column) in ids for column in ID_COLUMNS)]
 
 
+def refuse_empty(folder: Path, withdrawn: Collection[str]) -> None:
+    """Raises UserError if no image would be left in a split."""
+    left = {row["split"] for row in all_rows(folder) if row["image_id"] not in withdrawn}
+    if empty := [split for split in manifest.read(folder)["counts"] if split not in left]:
+        raise UserError(f"No image would be left in the split {empty[0]}. Pack again instead, without the images.")
+
+
 def remove(folder: Path, withdrawn: Collection[str]) -> str:
     """Removes images from finished shards.
 
@@ -55,11 +62,9 @@ def remove(folder: Path, withdrawn: Collection[str]) -> str:
     Raises:
         UserError: No image would be left in a split, or a shard is damaged.
     """
+    refuse_empty(folder, withdrawn)
     before = manifest.read(folder)
     kept = {name: [row for row in rows([folder / name]) if row["image_id"] not in withdrawn] for name in _names(before)}
-    left = Counter(row["split"] for catalog in kept.values() for row in catalog)
-    if empty := [split for split in before["counts"] if not left[split]]:
-        raise UserError(f"No image would be left in the split {empty[0]}. Pack again instead, without the images.")
 
     # Write the shards that hold the images again.
     affected = {row["shard"] for row in rows(folder / name for name in kept) if row["image_id"] in withdrawn}

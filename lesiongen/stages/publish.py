@@ -12,6 +12,7 @@ models takes it, and so does lesiongen.load():
 Checkpoints, logs, codes, and pictures of training images stay behind.
 """
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -66,8 +67,9 @@ def publish(config: Experiment, out: Path, force: bool) -> None:
     if out.exists():
         out.rmdir()
     unfinished.rename(out)
-    # A withdrawal of training images must find what was published (launch/withdraw.py).
-    journal.append(config.directory / PUBLISHED, {"folder": str(out.absolute()), "time": time.time()})
+    # A withdrawal of training images must find what was published (launch/withdraw.py). The run may be somebody else's.
+    with contextlib.suppress(OSError):
+        journal.append(config.directory / PUBLISHED, {"folder": str(out.absolute()), "time": time.time()})
 
 
 def _report(config: Experiment, force: bool) -> dict:

@@ -7,9 +7,11 @@ from collections import Counter
 
 import pytest
 
+import lesiongen.experiment
 from hpc import errors
 from hpc.data import manifest
 from hpc.run.rundir import read_stage_record
+from launch import pipeline
 from launch.__main__ import main
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
@@ -100,6 +102,36 @@ def test_a_lesion_leaves_everything_that_holds_it(runs, capsys):
     other = next(row["image_id"] for row in catalog(run) if row["split"] == "train")
     assert main(["withdraw", str(run), other, "--delete"]) == 0
     assert set(contents(run)) == set(after) - {other}
+
+
+def test_models_are_named_that_were_made_before_an_append_or_on_several_sets_or_from_published_weights(runs, phantoms, capsys):
+    run, more = runs / "tiny", runs / "more"
+    patient = next(row["image_id"] for row in catalog(run) if row["split"] == "train")
+    # Another withdrawal has changed the digest of the shards, and the models of before were not trained again.
+    other = [row["image_id"] for row in catalog(run) if row["split"] == "train"][5]
+    assert main(["withdraw", str(run), other, "--delete"]) == 0
+    # A run on two sets, and one whose prior began with published weights.
+    assert main(["pack", "--images", str(phantoms / "images"), "--size", "32", "data.format=png", "--out", str(more)]) == 0
+    both = {"name": "both", "inputs.shards": f"[{run / 'shards'}, {more}]"}
+    config = lesiongen.experiment.load(DEMO, tiny(phantoms, runs, **both))
+    write_stage(config, "tokenizer")
+    warm = {"name": "warm", "inputs.init_from": runs / "public", "data.images": phantoms / "images"}
+    write_stage(lesiongen.experiment.load(DEMO, tiny(phantoms, runs, **warm)), "tokenizer")
+    shutil.copytree(run / "samples", run / "samples-mel-3-seed1")
+    (run / "published.jsonl").write_text(json.dumps({"folder": str(runs / "public"), "time": 1.0}) + "\n")
+    capsys.readouterr()
+    assert main(["withdraw", str(run), patient]) == 0
+    out = capsys.readouterr().out
+    for made in (run / "tokenizer", runs / "both" / "tokenizer", runs / "warm" / "tokenizer", run / "samples-mel-3-seed1"):
+        assert f"  {made}: " in out, made
+    assert main(["withdraw", str(run), ""]) == errors.USAGE
+
+
+def write_stage(config, name):
+    """Writes the record of a stage and the config of its run, as if the stage had begun."""
+    pipeline.write_config(config)
+    (config.directory / name).mkdir(parents=True)
+    (config.directory / name / "stage.json").write_text('{"done": false, "digest": null, "inputs": {}, "identity": {}}')
 
 
 def test_what_cannot_be_withdrawn(runs, capsys):
