@@ -5,6 +5,7 @@ clocks, and try whether they see one another's files and locks in the run direct
 that no stage starts; what may become a problem is a warning.
 """
 
+import contextlib
 import importlib
 import os
 import platform
@@ -85,9 +86,9 @@ def check_together(config: Experiment, folder: Path, device: torch.device) -> tu
     """
     problems, warnings = [], []
     # Versions.
-    versions = [{"Python": platform.python_version()} | {name: _version(name) for name in ("torch", "deepspeed", "numpy")}]
-    everywhere = dist.gather(versions[0])
-    for name in versions[0]:
+    versions = {"Python": platform.python_version()} | {name: _version(name) for name in ("torch", "deepspeed", "numpy")}
+    everywhere = dist.gather(versions)
+    for name in versions:
         if len(different := sorted({found[name] for found in everywhere})) > 1:
             problems.append(f"the nodes have different versions of {name}: {', '.join(different)}")
     # Clocks. The barrier lets all ranks read them at nearly the same time.
@@ -105,11 +106,7 @@ def check_together(config: Experiment, folder: Path, device: torch.device) -> tu
     for rank, missing in enumerate(dist.gather(len(unseen))):
         if missing:
             problems.append(f"rank {rank} does not see files that other ranks have written to {folder}")
-    if dist.rank() == 0:
-        with rundir.lock(folder, rundir.QUIET_WAIT_S):
-            dist.barrier()
-            locked = dist.gather(rundir.is_locked(folder))
-    else:
+    with rundir.lock(folder, rundir.QUIET_WAIT_S) if dist.rank() == 0 else contextlib.nullcontext():
         dist.barrier()
         locked = dist.gather(rundir.is_locked(folder))
     if not all(locked):
@@ -128,7 +125,7 @@ def check_together(config: Experiment, folder: Path, device: torch.device) -> tu
     if total != dist.world_size():
         problems.append(f"an all-reduce of {dist.world_size()} ones gives {total:.0f}")
     facts = [
-        ", ".join(f"{name} {version}" for name, version in versions[0].items()),
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"all-reduce of 64 MiB on {device.type} in {seconds * 1000:.0f} ms, clocks within {spread:.2f} s, {free:.0f} GB free",
     ]
     return problems, warnings, facts

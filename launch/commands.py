@@ -214,6 +214,8 @@ def sample(options: argparse.Namespace) -> int:
         name += f"-{digest(others)[:6]}"
     folder = Path(options.out) if options.out else config.directory / name
     config = replace(config, sample=settings)
+    if options.cluster and options.format:
+        raise UserError("--format follows the job: give the same command without --cluster when the job is done.")
     if options.cluster:
         return _submit_samples(config, folder, options)
     pipeline.sample_into(config, folder, bool(options.fresh))
@@ -303,8 +305,7 @@ def sweep(options: argparse.Namespace) -> int:
 
 def refuse_queued(config: Experiment, names: list[str]) -> None:
     """Raises UserError while jobs of these names may still run: only one job at a time may write a directory."""
-    last_jobs = {name: slurm.last_job(config.directory, name) for name in names}
-    if busy := {name: job for name, job in last_jobs.items() if job and slurm.may_be_running(job)}:
+    if busy := slurm.active_jobs(config.directory, names):
         jobs = ", ".join(f"{name} (job {job})" for name, job in busy.items())
         raise UserError(
             f"Jobs of this run are still in the queue, or Slurm does not answer: {jobs}. Wait for them, or run "

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -149,6 +149,12 @@ def last_job(run_dir: Path, stage: str) -> str | None:
     """Returns the id of the last job that was submitted for a stage of this directory; None without a job."""
     jobs = submitted_jobs(run_dir, stage)
     return jobs[-1]["job"] if jobs else None
+
+
+def active_jobs(run_dir: Path, stages: Iterable[str]) -> dict[str, str]:
+    """Returns the last job of each of these stages that may still be queued or running: {stage: job id}."""
+    last = {stage: last_job(run_dir, stage) for stage in stages}
+    return {stage: job for stage, job in last.items() if job and may_be_running(job)}
 
 
 def may_be_running(job: str) -> bool:

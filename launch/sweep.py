@@ -73,17 +73,16 @@ class Sweep:
         """
         base = experiment.load(path, overrides)
         axes = [_axis(text) for text in grid]
-        combinations = [dict(zip([key for key, _ in axes], values, strict=True)) for values in _product(axes)]
-        plain = [experiment.load(path, [*overrides, *(f"{k}={v}" for k, v in values.items())]) for values in combinations]
-        shared = _shared(base, plain)
-        trials = []
-        for values in combinations:
-            place = str(base.directory)
-            settings = {"name": f"{base.name}-{_slug(values)}"}
-            settings |= {f"inputs.{name}": [place] if name == "shards" else place for name in shared}
-            settings |= {"mlflow.experiment": base.mlflow.experiment or base.name, "mlflow.parent": place}
-            changes = [*(f"{k}={v}" for k, v in values.items()), *(f"{k}={json.dumps(v)}" for k, v in settings.items())]
-            trials.append(Trial(values, experiment.load(path, [*overrides, *changes])))
+        keys = [key for key, _ in axes]
+        combinations = [dict(zip(keys, values, strict=True)) for values in itertools.product(*(found for _, found in axes))]
+        changes = [[*overrides, *(f"{key}={value}" for key, value in values.items())] for values in combinations]
+        shared, place, trials = _shared(base, [experiment.load(path, changed) for changed in changes]), str(base.directory), []
+        common = {f"inputs.{name}": [place] if name == "shards" else place for name in shared}
+        common |= {"mlflow.experiment": base.mlflow.experiment or base.name, "mlflow.parent": place}
+        for values, changed in zip(combinations, changes, strict=True):
+            own = common | {"name": f"{base.name}-{_slug(values)}"}
+            own = [f"{key}={json.dumps(value)}" for key, value in own.items()]
+            trials.append(Trial(values, experiment.load(path, [*changed, *own])))
         names = list(stages(trials[0].config))
         if until and until not in names:
             raise UserError(f"--until {until}: the runs have no such stage. Their stages are {', '.join(names)}.")
@@ -127,14 +126,14 @@ class Sweep:
         cluster = load_cluster(cluster_file)
         before = self._todo_of_base()
         check_before_queue(self.base, before, cluster)
-        if before and not _active(self.base, self.shared):
+        if before and not slurm.active_jobs(self.base.directory, self.shared):
             pipeline.write_config(self.base)
             executors.Submission(self.base, cluster).stages(before)
         last: list[str] = []
         for trial in self.trials:
             awaited = executors.awaited_jobs(trial.config)
             todo = pipeline.stages_to_do(trial.config, only=self._names(trial), awaited=awaited)
-            if not todo or _active(trial.config, self._names(trial)):
+            if not todo or slurm.active_jobs(trial.config.directory, self._names(trial)):
                 continue
             check_before_queue(trial.config, todo, cluster)
             pipeline.write_config(trial.config)
@@ -188,12 +187,6 @@ class Sweep:
         return row
 
 
-def _active(config: Experiment, names: tuple[str, ...]) -> bool:
-    """Returns whether a job of one of these stages may still be queued or running."""
-    jobs = [slurm.last_job(config.directory, name) for name in names]
-    return any(job and slurm.may_be_running(job) for job in jobs)
-
-
 def _bits_per_image(folder: Path) -> float:
     """Returns the held-out bits of all codes of an image, from the export of a prior."""
     export = read_yaml(folder / "export" / "config.yaml")
@@ -207,10 +200,6 @@ def _axis(text: str) -> tuple[str, list[str]]:
     if not key or len(found) < 2:
         raise UserError(f"--grid {text}: write a key and at least two values, as in priors.top.model.layers=4,8.")
     return key, found
-
-
-def _product(axes: list[tuple[str, list[str]]]) -> list[tuple[str, ...]]:
-    return list(itertools.product(*(values for _, values in axes)))
 
 
 def _slug(values: dict[str, str]) -> str:

@@ -21,6 +21,11 @@ NOTE_FILE, NOTE_TAG = "note.md", "mlflow.note.content"
 Dataset = tuple[str, str, str, str]  # name, digest, directory, and what the stage has to do with it
 
 
+def is_stage(name: str) -> bool:
+    """Returns whether a directory of a run has the name of a stage."""
+    return name in SECTIONS or name in ("tokenizer", "polish") or name.startswith("prior-")
+
+
 def run_name(stage: str, record: dict) -> str:
     """Returns the name of a stage's MLflow run, such as "prior-top · gpt 4×192 · 2.0 M"."""
     return " · ".join(filter(None, (stage, record.get("title"))))

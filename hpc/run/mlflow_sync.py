@@ -32,7 +32,7 @@ from hpc.errors import UserError
 from hpc.run import journal, mlflow_content
 from hpc.run.metrics_log import ALARMS_FILE, METRICS_FILE, numbers, picture_name
 from hpc.run.mlflow_address import EXPERIMENT_TAGS, MLFLOW_ENVIRONMENT, create_store, read_json, without_password
-from hpc.run.mlflow_content import NOTE_FILE, NOTE_TAG, SECTIONS
+from hpc.run.mlflow_content import NOTE_FILE, NOTE_TAG
 from hpc.run.rundir import atomic_write, is_copy, location, lock
 
 if TYPE_CHECKING:
@@ -95,7 +95,9 @@ def sync(run_dir: Path, uri: str) -> SyncResult:
     """
     run_dir = Path(run_dir).absolute()
     stage_dirs = {p.parent for p in run_dir.glob(f"*/{METRICS_FILE}") if not p.parent.name.startswith(".")}
-    stage_dirs |= {run_dir / name for name in SECTIONS if (run_dir / name / "stage.json").exists()}  # these may have no metrics
+    # A stage may have no metrics: it makes none, or has failed before the first. Other directories with a record hold samples
+    # that a user has asked for beside the run's.
+    stage_dirs |= {p.parent for p in run_dir.glob("*/stage.json") if mlflow_content.is_stage(p.parent.name)}
     stage_dirs = sorted(stage_dirs, key=lambda path: (read_json(path / "stage.json").get("created", 0.0), path.name))
     if not stage_dirs:
         return SyncResult()
@@ -168,7 +170,7 @@ class _Sync:
                           "parent": entry,
                           "stages": {name: entry}}}}
 
-    An entry has the "id" of an MLflow run, and records what was sent to the MLflow run: "tags", "datasets" and "status". For
+    An entry has the "id" of an MLflow run, and records what was sent to the MLflow run: "tags" and "datasets". For
     metrics.jsonl this is a cursor: "offset" (in bytes), "tail" (checksum of the bytes before the offset) and "last" ({metric:
     samples of its latest value}). In the entry of a stage, "sent" lists the pictures that were sent, and "created" is the time
     when the stage began. In the parent's entry, "sent" is the stamp of the report that was sent, and "figures" has the samples
@@ -301,9 +303,9 @@ class _Sync:
         from mlflow.entities import Metric
 
         client, entry = _client(self.uri), self.store["parent"]
-        text = mlflow_content.note(self.stage_dirs, self.records, self.statuses)
+        note = mlflow_content.note(self.stage_dirs, self.records, self.statuses)
         raised = {key: f"{p.name}: {text}" for p in self.stage_dirs for key, text in mlflow_content.alarms(p).items()}
-        self._send_tags(entry, parent, {NOTE_TAG: text} | raised)
+        self._send_tags(entry, parent, {NOTE_TAG: note} | raised)
         for stage_dir in self.stage_dirs:
             samples, found = mlflow_content.figures(stage_dir)
             if found and entry.setdefault("figures", {}).get(stage_dir.name) != samples:

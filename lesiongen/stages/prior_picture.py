@@ -87,9 +87,9 @@ class PriorPicture:
     def _drawn(self, abouts: list[dict]) -> list[dict[str, str]]:
         """Returns the facts of new images: equally many of each label, the other facts as those of training images."""
         priors = [PriorFacts(about["facts"], about["training_facts"]) for about in abouts]
-        labels = next((prior.trained_labels() for prior in priors if "label" in prior.values), [])[:IMAGES] or [""]
-        columns = PER_ROW if labels == [""] else max(1, min(PER_ROW, IMAGES // len(labels)))
-        shown = [{"label": label} for label in labels for _ in range(columns * (IMAGES // PER_ROW if labels == [""] else 1))]
+        labels = next((prior.trained_labels() for prior in priors if "label" in prior.values), [])[:IMAGES]
+        labels = labels or [""] * (IMAGES // PER_ROW)  # a label for each row
+        shown = [{"label": label} for label in labels for _ in range(max(1, min(PER_ROW, IMAGES // len(labels))))]
         for i, sample in enumerate(shown):
             for prior in priors:
                 sample |= prior.complete(sample, (i + 0.5) / len(shown))
@@ -102,9 +102,9 @@ class PriorPicture:
         values = {name: self.store.manifest["vocabularies"][name] for name in names}
         columns = self.store.gather_rows("val", rows, [*names, *(f"codes.{name}" for name in given)])
         label = columns["label"] if "label" in columns else np.zeros(len(rows), int)
-        columns_of_a_row = max(1, min(PER_ROW, IMAGES // max(1, len(set(label.tolist())))))
-        chosen = np.concatenate([np.flatnonzero(label == value)[:columns_of_a_row] for value in sorted(set(label.tolist()))])
-        chosen = chosen[:IMAGES]
+        present = sorted(set(label.tolist()))
+        in_a_row = max(1, min(PER_ROW, IMAGES // len(present)))
+        chosen = np.concatenate([np.flatnonzero(label == value)[:in_a_row] for value in present])[:IMAGES]
         shown = [
             {name: values[name][columns[name][i]] if columns[name][i] >= 0 else "" for name in names} for i in chosen.tolist()
         ]

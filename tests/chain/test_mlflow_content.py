@@ -153,6 +153,14 @@ def test_the_status_of_a_stage_that_fails_is_stopped_or_is_killed(runs):
     assert status(run) == "FINISHED"
 
 
+def test_a_stage_that_fails_before_its_first_metrics_is_seen(runs):
+    run = make_run(runs, "early", ())
+    write_stage_record(run / "prior-top", ended={"how": "failed", "reason": "CUDA out of memory"})
+    write_stage_record(run / "samples-mel-9-seed0", done=True)
+    assert status(run, "prior-top") == "FAILED"
+    assert {r.info.run_name for r in runs_of(run)} == {"early", "prior-top"}
+
+
 def test_pictures_are_sent_once_also_after_a_crash(runs):
     run = make_run(runs, "pictures", ("prior-top",))
     log = MetricsLog(run / "prior-top")
