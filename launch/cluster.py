@@ -91,6 +91,11 @@ class ClusterConfig:
     # Resources that differ for a stage, by its name: {tokenizer: {nodes: 2}}. "prior" stands for every level's prior.
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def has_gpus(self) -> bool:
+        """Whether any stage requests GPUs."""
+        return bool(self.default.gpus_per_node or any(changes.get("gpus_per_node") for changes in self.stages.values()))
+
     def resources(self, stage: Stage) -> Resources:
         """Returns the resources of a stage: the common settings, changed by `default`, changed by the stage's in `stages`.
 

@@ -267,8 +267,8 @@ def publish(options: argparse.Namespace) -> int:
 
 def submit(options: argparse.Namespace) -> int:
     """Submits every unfinished stage as a Slurm job."""
-    config = experiment.load(options.config, options.overrides)
     cluster = load_cluster(options.cluster)
+    config = experiment.load(options.config, options.overrides, cluster.has_gpus)
 
     # Check everything before anything is changed.
     if not options.dry:
@@ -294,11 +294,12 @@ def sweep(options: argparse.Namespace) -> int:
     """Runs every combination of some settings on this machine or as Slurm jobs, and compares them."""
     from launch.sweep import Sweep
 
-    swept = Sweep.of(options.config, options.overrides, options.grid, options.until)
+    cluster = load_cluster(options.cluster) if options.cluster else None
+    swept = Sweep.of(options.config, options.overrides, options.grid, options.until, cluster and cluster.has_gpus)
     if options.dry:
         print("\n".join(swept.described()))
         return errors.DONE
-    code = swept.submit(options.cluster, options.parallel) if options.cluster else swept.run()
+    code = swept.submit(cluster, options.parallel) if cluster else swept.run()
     print(swept.compare())
     return code
 

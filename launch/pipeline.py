@@ -17,6 +17,7 @@ from hpc.errors import UserError
 from hpc.run import metrics_log, rundir
 from launch import executors
 from launch.rank import run_stage
+from launch.remaining import TrainingTime
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import contents
 from lesiongen.stages import pack, sample, stages
@@ -73,7 +74,7 @@ def _status_of(config: Experiment, stage: Stage, unfinished: set[str], fresh: bo
     stage_dir = stage_dir_of(config, stage)
     if fresh or stage_dir.record is None:
         return StageStatus(stage, "waiting")
-    samples = samples_seen(stage_dir.path)
+    samples = metrics_log.samples_seen(stage_dir.path)
     done = stage_dir.done()
     progress = 1.0 if done else min(1.0, samples / stage.target) if stage.trains else 0.0
     # The digest of an unfinished input is unknown, so the record cannot be compared with this input yet.
@@ -86,12 +87,6 @@ def _status_of(config: Experiment, stage: Stage, unfinished: set[str], fresh: bo
     if done:
         return StageStatus(stage, "done", "", progress)
     return StageStatus(stage, "started", f"{samples:,} of {stage.target:,} samples" if stage.trains else "", progress)
-
-
-def samples_seen(folder: Path) -> int:
-    """Returns how many samples a training stage has seen, from its metrics log; 0 without a log."""
-    rows = metrics_log.read_metrics(folder)
-    return rows[-1]["samples"] if rows else 0
 
 
 def stages_to_do(
@@ -146,8 +141,12 @@ def run_stages(config: Experiment, todo: list[Stage], fresh: tuple[str, ...] = (
     refuse_busy(config, todo)
     clear_stages(config, fresh)
     write_config(config)
+    names = [stage.name for stage in todo]
+    training_time = TrainingTime(config)
     for number, stage in enumerate(todo, 1):
-        print(f"stage {number} of {len(todo)}: {stage.name}", flush=True)
+        left = training_time.left(names[number - 1 :])
+        more = f"; about {duration(left)} of training left" if left else ""
+        print(f"stage {number} of {len(todo)}: {stage.name}{more}", flush=True)
         began = time.monotonic()
         if code := executors.run_local(config, stage):
             return code

@@ -20,7 +20,7 @@ from hpc.run.metrics_log import read_held_out
 from hpc.run.rundir import atomic_write
 from launch import executors, pipeline, slurm
 from launch.before_queue import check_before_queue
-from launch.cluster import load_cluster
+from launch.cluster import ClusterConfig
 from lesiongen import experiment
 from lesiongen.evaluation import plots
 from lesiongen.experiment import Experiment
@@ -59,7 +59,9 @@ class Sweep:
         self.base, self.shared, self.trials, self.until = base, shared, trials, until
 
     @classmethod
-    def of(cls, path: str, overrides: list[str], grid: list[str], until: str | None = None) -> "Sweep":
+    def of(
+        cls, path: str, overrides: list[str], grid: list[str], until: str | None = None, on_gpu: bool | None = None
+    ) -> "Sweep":
         """Plans a sweep.
 
         Args:
@@ -67,22 +69,27 @@ class Sweep:
             overrides: Values to change in all runs, each as "section.key=value".
             grid: Values to combine, each as "section.key=value,value,…".
             until: Name of the last stage of each run; None for all stages.
+            on_gpu: Whether the runs will have GPUs; None if the config or this machine decides.
 
         Raises:
             UserError: A key or value is wrong, or `until` is no stage.
         """
-        base = experiment.load(path, overrides)
+        base = experiment.load(path, overrides, on_gpu)
         axes = [_axis(text) for text in grid]
         keys = [key for key, _ in axes]
         combinations = [dict(zip(keys, values, strict=True)) for values in itertools.product(*(found for _, found in axes))]
         changes = [[*overrides, *(f"{key}={value}" for key, value in values.items())] for values in combinations]
-        shared, place, trials = _shared(base, [experiment.load(path, changed) for changed in changes]), str(base.directory), []
+        shared, place, trials = (
+            _shared(base, [experiment.load(path, changed, on_gpu) for changed in changes]),
+            str(base.directory),
+            [],
+        )
         common = {f"inputs.{name}": [place] if name == "shards" else place for name in shared}
         common |= {"mlflow.experiment": base.mlflow.experiment or base.name, "mlflow.parent": place}
         for values, changed in zip(combinations, changes, strict=True):
             own = common | {"name": f"{base.name}-{_slug(values)}"}
             own = [f"{key}={json.dumps(value)}" for key, value in own.items()]
-            trials.append(Trial(values, experiment.load(path, [*changed, *own])))
+            trials.append(Trial(values, experiment.load(path, [*changed, *own], on_gpu)))
         names = list(stages(trials[0].config))
         if until and until not in names:
             raise UserError(f"--until {until}: the runs have no such stage. Their stages are {', '.join(names)}.")
@@ -113,17 +120,16 @@ class Sweep:
             result = code or result
         return result
 
-    def submit(self, cluster_file: str, parallel: int) -> int:
+    def submit(self, cluster: ClusterConfig, parallel: int) -> int:
         """Submits everything that is unfinished as Slurm jobs.
 
         Args:
-            cluster_file: The cluster file.
+            cluster: The content of the cluster file.
             parallel: Number of runs whose jobs may be active at once. A further run waits until an earlier one has ended.
 
         Returns:
             The exit code.
         """
-        cluster = load_cluster(cluster_file)
         before = self._todo_of_base()
         check_before_queue(self.base, before, cluster)
         if before and not slurm.active_jobs(self.base.directory, self.shared):

@@ -269,13 +269,14 @@ class Experiment:
         return self.priors.get(level, PriorConfig())
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
+def load(path: str, overrides: Sequence[str] = (), on_gpu: bool | None = None) -> Experiment:
     """Reads a config file. Relative paths in the config are relative to the working directory; ~ and $VARIABLE are replaced.
 
     Args:
         path: The YAML file, or the directory of a run. A run's directory may have been renamed or copied: its own name and
             place count, not those in its config.yaml.
         overrides: Values to change, each as "section.key=value".
+        on_gpu: Whether the run will have GPUs, for `preset: auto`; None if the config or this machine decides.
 
     Raises:
         UserError: The file cannot be read, or a key or value is wrong.
@@ -289,7 +290,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Experiment:
         overrides = [*(f"{key}={json.dumps(value)}" for key, value in place.items()), *overrides]
     data = hpc_config.apply_overrides(hpc_config.read_yaml(file), list(overrides))
     data.setdefault("name", file.stem)
-    return make(presets.fill_in(data))
+    return make(presets.fill_in(data, on_gpu))
 
 
 def make(data: dict) -> Experiment:

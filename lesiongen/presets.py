@@ -1,21 +1,23 @@
 """Presets: settings that fit a number of photographs, for all that a config leaves open (`preset: auto`, or --preset auto).
 
-A preset is one of the configs in configs/gpu, with the lengths of its trainings changed to epochs that suit the number of
+A preset is one of the configs in configs/, with the lengths of its trainings changed to epochs that suit the number of
 training images. lesiongen/experiment.py merges a preset with the user's config before the config is checked.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.config import expand_path, read_yaml
 from hpc.errors import UserError
+from hpc.train import hardware
 from lesiongen.ingest.folders import count_images
 from lesiongen.ingest.sources import read_csv
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "gpu"
+CONFIGS = Path(__file__).parents[1] / "configs"
 SECTIONS = ("tokenizer", "encode", "polish", "priors", "sample")  # sections of the config that a preset fills in
-LENGTHS = ("samples", "patience", "log_every", "eval_every", "save_every")  # settings of a training that are scaled
+LENGTHS = ("samples", "patience", "log_every", "eval_every", "save_every")  # settings of a training in samples
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,12 @@ class Preset:
     """Where a preset comes from, and how long its trainings are.
 
     Attributes:
-        config: Config in configs/gpu.
-        images: Largest number of training images that `auto` chooses this preset for.
+        config: Config in configs/.
+        images: Largest number of training images that `auto` chooses this preset for on a GPU.
         tokenizer_epochs: Length of tokenizer training.
         polish_epochs: Length of the decoder's second training.
         prior_epochs: Length of prior training. Each epoch shows other views of the images.
+        capped: Whether no training is longer than in the config, so that more photographs do not take more hours.
     """
 
     config: str
@@ -35,20 +38,24 @@ class Preset:
     tokenizer_epochs: int
     polish_epochs: int
     prior_epochs: int
+    capped: bool = False
 
 
 PRESETS = {
-    "small": Preset("one-128.yaml", 15_000, tokenizer_epochs=100, polish_epochs=40, prior_epochs=200),
-    "base": Preset("one-256.yaml", 150_000, tokenizer_epochs=40, polish_epochs=10, prior_epochs=60),
-    "large": Preset("node-256.yaml", float("inf"), tokenizer_epochs=20, polish_epochs=5, prior_epochs=20),
+    "cpu": Preset("ham10000-cpu.yaml", 0, tokenizer_epochs=100, polish_epochs=100, prior_epochs=200, capped=True),
+    "small": Preset("gpu/one-128.yaml", 15_000, tokenizer_epochs=100, polish_epochs=40, prior_epochs=200),
+    "base": Preset("gpu/one-256.yaml", 150_000, tokenizer_epochs=40, polish_epochs=10, prior_epochs=60),
+    "large": Preset("gpu/node-256.yaml", math.inf, tokenizer_epochs=20, polish_epochs=5, prior_epochs=20),
 }
 
 
-def fill_in(data: dict) -> dict:
+def fill_in(data: dict, on_gpu: bool | None = None) -> dict:
     """Returns a config with the settings of its preset where the config says nothing. Without `preset` it is unchanged.
 
     Args:
-        data: Plain data of a config. `preset` is small, base, large, or auto for the one that suits the number of images.
+        data: Plain data of a config. `preset` is the name of one, or auto: on GPUs the one that suits the number of images,
+            otherwise cpu.
+        on_gpu: Whether the run will have GPUs; None if the config's `hardware`, or this machine, decides.
 
     Raises:
         UserError: There is no such preset, or the images cannot be counted.
@@ -64,7 +71,9 @@ def fill_in(data: dict) -> dict:
     if number < 1:
         raise UserError(f"preset: there are no images in data.images={own.get('images')}, so a preset cannot set lengths.")
     if name == "auto":
-        name = next(name for name, preset in PRESETS.items() if number <= preset.images)
+        if on_gpu is None:
+            on_gpu = bool((data.get("hardware") or {}).get("gpus")) or hardware.has_gpu()
+        name = next(name for name, preset in PRESETS.items() if number <= preset.images) if on_gpu else "cpu"
     return _merge(settings(name, number, data), data)
 
 
@@ -93,24 +102,22 @@ def settings(name: str, images: int, own: dict | None = None) -> dict:
     trainings += [(prior, own_priors.get(level), preset.prior_epochs) for level, prior in filled["priors"].items()]
     for section, mine, epochs in trainings:
         asked = ((mine or {}).get("train") or {}).get("samples")
-        section["train"] = _scale(section["train"], asked or epochs * images)
-    if name == "small":  # also for machines without a GPU, which compute slowly in bf16; fp32 takes twice the memory
-        for section, *_ in trainings:
-            section["train"]["engine"] = {"accumulation": 2}
+        longest = section["train"]["samples"] if preset.capped else math.inf
+        section["train"] = _scale(section["train"], asked or min(longest, epochs * images))
+        if name == "cpu" and not hardware.cpu_has_bf16():
+            section["train"]["engine"]["precision"] = "fp32"
     return filled
 
 
 def _scale(train: dict, samples: int) -> dict:
-    """Returns the settings of a training with its length changed, and its intervals and warm-up in proportion."""
+    """Returns the settings of a training with its length changed; intervals, warm-up and averaging are in proportion."""
     factor, batch = samples / train["samples"], train["batch"]
 
-    def scaled(value: int) -> int:
-        return batch * max(1, round(value * factor / batch))
+    def scaled(section: dict, *keys: str) -> dict:
+        return section | {key: batch * max(1, round(section[key] * factor / batch)) for key in keys if key in section}
 
-    optim = train["optim"] | {"warmup": scaled(train["optim"]["warmup"])}
-    return (
-        train | {key: scaled(train[key]) for key in LENGTHS if key in train} | {"optim": optim, "engine": dict(train["engine"])}
-    )
+    changed = scaled(train, *LENGTHS)
+    return changed | {"optim": scaled(train["optim"], "warmup"), "engine": scaled(train["engine"], "average")}
 
 
 def _merge(base: dict, own: dict) -> dict:

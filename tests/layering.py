@@ -29,7 +29,7 @@ FLOORS = {
     "launch": [
         ["__init__"],
         ["slurm", "endings", "requeue", "cost", "cluster", "snapshot", "verify", "ui"],
-        ["cost_table", "before_queue"],
+        ["cost_table", "before_queue", "remaining"],
         ["rank", "check"],
         ["job", "local"],
         ["executors"],

@@ -135,6 +135,12 @@ def read_metrics(stage_dir: Path) -> list[dict]:
     return [values for row in journal.read(Path(stage_dir) / METRICS_FILE) if (values := numbers(row))]
 
 
+def samples_seen(stage_dir: Path) -> int:
+    """Returns how many samples a training stage has seen, from its metrics log; 0 without a log."""
+    rows = read_metrics(stage_dir)
+    return rows[-1]["samples"] if rows else 0
+
+
 def numbers(row: dict) -> dict[str, float]:
     """Returns a line of the log with its values as numbers. Returns {} if the line is damaged or has no samples."""
     try:

@@ -88,7 +88,7 @@ def machines(config: HardwareConfig, ranks: int) -> Machines:
         ranks: Ranks on this machine, if the config names no GPUs.
     """
     host = config.host_gb * 1e9 or psutil.virtual_memory().total
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = torch.cuda.device_count() if has_gpu() else 0
     if not config.gpus and found:
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9
         config = replace(config, gpus=min(ranks, found), gpu=torch.cuda.get_device_name(0), gpu_gb=memory)
@@ -98,6 +98,17 @@ def machines(config: HardwareConfig, ranks: int) -> Machines:
         name = f"{config.nodes} × {config.gpus} {config.gpu or 'GPU'} of {memory:.0f} GB"
         return Machines(name, config.nodes, config.gpus, memory * 1e9, host, peak)
     return Machines(f"{ranks} rank{'s' * (ranks > 1)} on the CPU", config.nodes, ranks, 0, host, cpu_flops() / ranks)
+
+
+def has_gpu() -> bool:
+    """Returns whether this machine has a GPU that torch can use."""
+    return torch.cuda.is_available()
+
+
+def cpu_has_bf16() -> bool:
+    """Returns whether this machine's CPU multiplies in bf16; another one emulates it, which is slower than fp32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.12 may lack it
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
 
 
 def cpu_flops() -> float:

@@ -9,10 +9,12 @@ import torch
 from torch.profiler import profile
 
 from hpc.errors import UserError
+from hpc.run.metrics_log import MetricsLog
 from hpc.train import flops
 from hpc.train.memory import peak_activations
 from launch import cost
 from launch.cost_table import format_cost
+from launch.remaining import TrainingTime
 from lesiongen import priors
 from lesiongen.experiment import load as load_experiment
 from lesiongen.experiment import make as experiment
@@ -217,3 +219,31 @@ def test_ranks_on_the_cpu_share_the_main_memory():
     text = plan("{host_gb: 100}", "local.ranks=2")
     assert "2 ranks on the CPU" in text and "it fits" in text
     assert "DOES NOT FIT" in plan("{host_gb: 4}", "local.ranks=2")
+
+
+def test_the_time_that_is_left_follows_the_speeds_that_were_measured(tmp_path):
+    """A training's own speed counts; before it has one, that of the others in operations per second; before any, the plan's."""
+    config = load_experiment("configs/demo.yaml", [f"runs={tmp_path}", "data.images=x"])
+    tokenizer, top, bottom = cost.trainings(config)
+    time, later = TrainingTime(config), ["codes", "prior-top", "prior-bottom", "samples"]
+    assert time.left(["shards", "samples"]) is None
+    assert time.left(["tokenizer", *later]) > time.left(later) > 0
+
+    log = MetricsLog(config.directory / "tokenizer")
+    for step, speed in enumerate((1.0, 50.0, 50.0), 1):  # the first steps are slow
+        log.log(step, 100 * step, {"images_per_second": speed})
+    assert time.left(["tokenizer"]) == pytest.approx((tokenizer.train.samples - 300) / 50)
+    of_priors = sum(training.train.samples * training.flops for training in (top, bottom))
+    assert time.left(later) == pytest.approx(of_priors / (50 * tokenizer.flops))
+
+    MetricsLog(config.directory / "prior-top").log(1, top.train.samples, {"images_per_second": 7.0})
+    speed = (50 * tokenizer.flops + 7 * top.flops) / 2
+    assert time.left(later) == pytest.approx(bottom.train.samples * bottom.flops / speed)
+    assert time.left(["prior-top"]) == 0
+
+
+def test_of_a_gpu_of_unknown_speed_no_time_is_said(tmp_path):
+    config = load_experiment(
+        "configs/demo.yaml", [f"runs={tmp_path}", "data.images=x", "hardware={gpus: 1, gpu: X, gpu_gb: 9}"]
+    )
+    assert TrainingTime(config).left(["tokenizer"]) is None

@@ -1,8 +1,8 @@
 """Journals, and what crashes and power failures leave in them."""
 
-from hpc.run import journal
+from hpc.run import journal, metrics_log
 from hpc.run.metrics_log import MetricsLog, read_metrics
-from launch import pipeline, slurm
+from launch import slurm
 
 TORN = b'{"step": 9, "samples": 90, "train/lo'
 NO_ENTRIES = [TORN, b"\0" * 40, b'"\xff\xfe"', b"12", b"[1]", b"null", b"{}", b""]
@@ -20,7 +20,7 @@ def test_a_damaged_line_of_a_journal_costs_no_other_line(tmp_path):
     log.log(99, 990, {"train/loss": 0.25})
     expected = [10 * i for i in range(len(damaged) + 2)] + [990]
     assert [row["samples"] for row in read_metrics(folder)] == expected
-    assert pipeline.samples_seen(folder) == 990
+    assert metrics_log.samples_seen(folder) == 990
     log.resume(500)
     assert [row["samples"] for row in read_metrics(folder)] == expected[:-1]
 
