@@ -117,6 +117,9 @@ def _add_stage_verbs(verbs: Verbs) -> None:
     )
     sample.add_argument("--format", choices=["webdataset"], help="write the samples as WebDataset shards too")
     sample.add_argument("--cluster", type=_path, help="cluster file: sample in a Slurm job instead of on this machine")
+    sample.add_argument(
+        "--array", type=int, metavar="TASKS", help="with --cluster: divide the samples among the tasks of an array"
+    )
 
     tune = _add_verb(verbs, "tune", "search the guidance and temperature at which samples are closest to real images")
     tune.add_argument("what", choices=["sampling"])

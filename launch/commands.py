@@ -5,6 +5,7 @@ imported inside its function.
 """
 
 import argparse
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -214,6 +215,8 @@ def sample(options: argparse.Namespace) -> int:
         name += f"-{digest(others)[:6]}"
     folder = Path(options.out) if options.out else config.directory / name
     config = replace(config, sample=settings)
+    if options.array and not options.cluster:
+        raise UserError("--array divides the samples among tasks of Slurm. Give the cluster file too: --cluster FILE.")
     if options.cluster and options.format:
         raise UserError("--format follows the job: give the same command without --cluster when the job is done.")
     if options.cluster:
@@ -233,18 +236,22 @@ def _export_samples(folder: Path, file_format: str | None) -> int:
 
 
 def _submit_samples(config: Experiment, folder: Path, options: argparse.Namespace) -> int:
-    """Submits a Slurm job whose ranks fill a directory of samples. The images do not depend on the number of ranks."""
+    """Submits Slurm jobs that fill a directory of samples. The images do not depend on the number of ranks or tasks."""
     if folder.absolute().parent != config.directory.absolute():
         raise UserError(f"--out {folder} is not in the run {config.directory}, where jobs write. Leave --out out.")
     cluster, stage = load_cluster(options.cluster), stages(config)["samples"]
     for name in stage.needs:
         require(config, name, stage.hints.get(name, ""))
     check_before_queue(config, [stage], cluster)
-    refuse_queued(config, [folder.name])
+    refuse_queued(config, [folder.name, f"{folder.name}-parts"])
     if options.fresh:
         pipeline.delete_samples(config, folder)
-    job = executors.Submission(config, cluster).samples(stage, folder)
-    print(f"{folder.name} job {job}; watch: lesiongen status {config.directory}")
+    tasks = min(options.array or 0, math.ceil(config.sample.number / config.sample.batch / cluster.resources(stage).ranks))
+    if tasks > 1:
+        pipeline.begin_samples(config, folder)
+    for name, job in executors.Submission(config, cluster).samples(stage, folder, tasks).items():
+        print(f"{name} job {job}" + (f", {tasks} tasks" if name != folder.name else ""))
+    print(f"watch: lesiongen status {config.directory}")
     return errors.DONE
 
 

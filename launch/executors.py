@@ -118,9 +118,23 @@ class Submission:
             self.submit(stage.name, resources, dependencies, after=after)
         return self.jobs
 
-    def samples(self, stage: Stage, out: Path) -> str:
-        """Submits a job that samples into a directory of the run which is not that of its stage. Returns the job's id."""
-        return self.submit(out.name, self.cluster.resources(stage), [], out=out, stage=stage.name)
+    def samples(self, stage: Stage, out: Path, parts: int = 0) -> dict[str, str]:
+        """Submits a job that samples into a directory of the run which is not that of its stage.
+
+        Args:
+            stage: The stage that samples.
+            out: The directory.
+            parts: Number of tasks of a Slurm array that comes first. Each task samples a part; the job finishes, and makes
+                what tasks that failed have left out.
+
+        Returns:
+            The jobs.
+        """
+        resources, after = self.cluster.resources(stage), ()
+        if parts > 1:
+            after = (self.submit(f"{out.name}-parts", resources, [], False, out, stage.name, parts=parts),)
+        self.submit(out.name, resources, [], out=out, stage=stage.name, after=after)
+        return self.jobs
 
     def submit(
         self,
@@ -131,8 +145,9 @@ class Submission:
         out: Path | None = None,
         stage: str | None = None,
         after: tuple[str, ...] = (),
+        parts: int = 0,
     ) -> str:
-        """Submits one job and returns its id.
+        """Submits one job, or an array of jobs, and returns its id.
 
         Args:
             name: Name of the job, and of its directory in jobs/.
@@ -142,6 +157,7 @@ class Submission:
             out: Directory of the result; None for the stage's directory in the run.
             stage: Name of the stage to run, if it is not `name`.
             after: Ids of jobs that must have ended, in whatever way.
+            parts: Number of tasks of an array, each of which does a part of the work; 0 for one job.
 
         Raises:
             UserError: Slurm refuses the job.
@@ -154,8 +170,9 @@ class Submission:
             return self.jobs[name]
         job = StageJob(hpc_config.to_yaml(self.config), stage or name, str(folder), str(out or ""), str(self.code))
         try:
-            with slurm.without_allocation():
-                self.jobs[name] = executor.submit(job).job_id
+            with slurm.without_allocation(), executor.batch():  # submitit makes an array of several jobs
+                submitted = [executor.submit(replace(job, part=part, parts=parts)) for part in range(parts or 1)]
+            self.jobs[name] = submitted[0].job_id.partition("_")[0]
         except submitit.core.utils.FailedJobError as error:
             # Do not leave half of a pipeline in the queue.
             if self.jobs:

@@ -235,6 +235,19 @@ def sample_into(config: Experiment, folder: Path, fresh: bool = False) -> None:
     run_stage(config, stage, Topology(), replace(stage_dir_of(config, stage), path=folder))
 
 
+def begin_samples(config: Experiment, folder: Path) -> None:
+    """Records what will be sampled into a directory, before several jobs make parts of it.
+
+    Raises:
+        UserError: The directory holds other samples, or is finished.
+    """
+    stage_dir = replace(stage_dir_of(config, sample.stage(config)), path=folder)
+    with rundir.lock(folder):
+        if stage_dir.done():
+            raise UserError(f"{folder} holds these samples already. To make them again, add --fresh.")
+        stage_dir.begin()
+
+
 def delete_samples(config: Experiment, folder: Path) -> None:
     """Deletes a directory of samples that is no stage of the run."""
     replace(stage_dir_of(config, sample.stage(config)), path=folder).delete()

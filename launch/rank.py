@@ -36,10 +36,7 @@ def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: S
     Raises:
         Exception: Whatever the stage raises.
     """
-    if config.local.device == "cpu":
-        dist.hide_gpus()
-    allocator.keep_freed_memory(topology.device)
-    math_modes.allow_tf32(topology.device)
+    _prepare(config, topology)
     uri = mlflow_address.default_uri(config.directory)
     # MLflow's default store is a SQLite file, and SQLite breaks on the parallel file systems of clusters. A Slurm job
     # therefore sends to an MLflow server only; without a server, `lesiongen ui` reads metrics.jsonl instead.
@@ -52,7 +49,32 @@ def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: S
             follower.close()
 
 
-def rank_main(config: Experiment, name: str, topology: Topology, out: Path | None = None) -> int:
+def run_part(config: Experiment, stage: Stage, topology: Topology, stage_dir: StageDir) -> None:
+    """Does this rank's part of a stage's work, without the other ranks. Who started the ranks has begun the directory.
+
+    Args:
+        config: The run's config.
+        stage: The stage.
+        topology: This process among the ranks that divide the work.
+        stage_dir: Directory of the result.
+
+    Raises:
+        UserError: The directory is for other settings or models.
+    """
+    _prepare(config, topology)
+    stage_dir.check()
+    stage.part(config, topology, stage_dir.path)
+
+
+def _prepare(config: Experiment, topology: Topology) -> None:
+    """Sets up this process for computing on its device."""
+    if config.local.device == "cpu":
+        dist.hide_gpus()
+    allocator.keep_freed_memory(topology.device)
+    math_modes.allow_tf32(topology.device)
+
+
+def rank_main(config: Experiment, name: str, topology: Topology, out: Path | None = None, part: bool = False) -> int:
     """Runs a stage as a rank that an executor started. Errors are printed, not raised.
 
     Args:
@@ -60,6 +82,7 @@ def rank_main(config: Experiment, name: str, topology: Topology, out: Path | Non
         name: The stage's name.
         topology: This process among the ranks.
         out: Directory of the result; None for the stage's directory in the run.
+        part: Whether to do this rank's part of the work alone, without the other ranks.
 
     Returns:
         The exit code.
@@ -67,7 +90,11 @@ def rank_main(config: Experiment, name: str, topology: Topology, out: Path | Non
     with preempt.Interruptible() as interruptible:
         try:
             stage = stages(config)[name]
-            run_stage(config, stage, topology, replace(stage_dir_of(config, stage), path=out) if out else None)
+            own = stage_dir_of(config, stage)
+            if part:
+                run_part(config, stage, topology, replace(own, path=out or own.path))
+            else:
+                run_stage(config, stage, topology, replace(own, path=out) if out else None)
             dist.leave()
             return errors.DONE
         except BaseException as error:

@@ -20,6 +20,7 @@ from hpc.run.rundir import is_copy, location
 SUBMITTED = "submitted.jsonl"  # file in jobs/<stage>: one line per submitted job
 NO_ANSWER = "(Slurm does not answer)"
 GONE = "gone from the queue"
+ACTIVE = ("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING")  # states of a job that is not over
 NOT_FOUND = 127  # exit code of a command that is not installed, as in a shell
 UNREACHABLE = re.compile(r"unable to contact|timed out|connection refused|not responding", re.IGNORECASE)
 
@@ -78,7 +79,7 @@ def unreachable(answer: subprocess.CompletedProcess) -> bool:
 
 
 def job_state(job: str, timeout_s: float = 10) -> str:
-    """Asks Slurm for the state of a job, by scontrol, otherwise by squeue.
+    """Asks Slurm for the state of a job, by scontrol, otherwise by squeue. An array runs as long as one of its tasks does.
 
     Args:
         job: The job's id.
@@ -96,16 +97,22 @@ def job_state(job: str, timeout_s: float = 10) -> str:
     )
     for question in questions:
         answer = run(*question, timeout_s=timeout_s)
-        state = re.search(r"JobState=(\S+)", answer.stdout)
-        reason, nodes = (re.search(rf"\b{key}=(\S+)", answer.stdout) for key in ("Reason", "NodeList"))
-        if state:
-            waiting = f" ({reason[1]})" if state[1] == "PENDING" and reason else ""
-            return state[1] + waiting + (f" on {nodes[1]}" if state[1] == "RUNNING" and nodes else "")
+        if states := [state for line in answer.stdout.splitlines() if (state := _state_in(line))]:
+            return min(states, key=lambda state: (state[:7] != "RUNNING", not state.startswith(ACTIVE), state == "COMPLETED"))
         if answer.returncode == 0 or "Invalid job id" in answer.stderr:
             return GONE
         if answer.returncode != NOT_FOUND:
             break
     return NO_ANSWER
+
+
+def _state_in(line: str) -> str:
+    """Returns the state of a job from a line of Slurm's answer; "" if the line has none."""
+    state, reason, nodes = (re.search(rf"\b{key}=(\S+)", line) for key in ("JobState", "Reason", "NodeList"))
+    if not state:
+        return ""
+    waiting = f" ({reason[1]})" if state[1] == "PENDING" and reason else ""
+    return state[1] + waiting + (f" on {nodes[1]}" if state[1] == "RUNNING" and nodes else "")
 
 
 def job_states(jobs: list[str]) -> dict[str, str]:
@@ -159,5 +166,4 @@ def active_jobs(run_dir: Path, stages: Iterable[str]) -> dict[str, str]:
 
 def may_be_running(job: str) -> bool:
     """Returns whether a job is queued or running, or could be because Slurm does not answer."""
-    active = ("PENDING", "RUNNING", "REQUEUE", "SUSPENDED", "COMPLETING", "CONFIGURING", NO_ANSWER)
-    return job_state(job).startswith(active)
+    return job_state(job).startswith((*ACTIVE, NO_ANSWER))

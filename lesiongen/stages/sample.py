@@ -54,7 +54,6 @@ from lesiongen.stages.base import (
     packed,
     require,
 )
-from lesiongen.tokenizers.tokenizer import Tokenizer
 
 NO_CODES = (
     "sample.gate compares samples with the codes and shards of the training images, which are not here. A published generator "
@@ -71,6 +70,7 @@ def stage(config: Experiment) -> Stage:
         (*needs, *hints),
         {"sample": to_plain(config.sample, volatile=False)},
         run,
+        part=make_part,
         hints=hints,
         check=_check,
         describe=lambda config: f"{config.sample.number:,} · guidance {config.sample.guidance:g}",
@@ -88,43 +88,54 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
 
     Batches of a fixed size are divided among the ranks. A batch whose codes an earlier run wrote is not sampled again.
     """
-    sampling = config.sample
-    # Load the models.
-    net, tokenizer_facts = load_decoder(config, topology.device)
-    priors = load_priors(config, topology.device)
-    code_sampler = CodeSampler.of(priors, {level: sampling.at(level) for level in priors}, topology.device)
-
-    # Decide what each sample shows, and what its metadata says.
-    facts = draw_facts(sampling, list(code_sampler.facts.values()))
-    provenance = _provenance(config)
-    data = merge_counts(tokenizer_facts["data"], *(about["data"] for _, about in priors.values()))
-    provenance["licence_of_training_images"] = strictest(data["licences"])
-
-    # Sample, and replace what the gate rejects.
-    work = _Sampling(config, topology, folder, net, code_sampler, facts, provenance)
-    kept = work.with_gate() if sampling.gate else work.without_gate()
+    work = _Sampling(config, topology, folder)
+    kept = work.with_gate() if config.sample.gate else work.without_gate()
     dist.barrier()
-    gate = {"gate": "samples that copied a training image or were unlikely were replaced"} if sampling.gate else {}
-    readme = card("samples", config.name, provenance | gate, data, {})
-    return dist.run_on_leader(_finish, folder, config, {i: facts[i] for i in kept}, work.paths, provenance, readme)
+    gate = {"gate": "samples that copied a training image or were unlikely were replaced"} if config.sample.gate else {}
+    readme = card("samples", config.name, work.provenance | gate, work.data, {})
+    return dist.run_on_leader(_finish, folder, config, {i: work.facts[i] for i in kept}, work.paths, work.provenance, readme)
+
+
+def make_part(config: Experiment, topology: Topology, folder: Path) -> None:
+    """Makes the codes of this rank's samples; without a gate their images too. run() finds them and does the rest.
+
+    The ranks do not wait for one another, so they may run at different times.
+    """
+    _Sampling(config, topology, folder).part()
 
 
 class _Sampling:
-    """The samples of one run of the stage: makes their codes, judges them and writes the images. Every rank has one."""
+    """The samples of one run of the stage: makes their codes, judges them and writes the images. Every rank has one.
 
-    def __init__(
-        self,
-        config: Experiment,
-        topology: Topology,
-        folder: Path,
-        net: Tokenizer,
-        code_sampler: CodeSampler,
-        facts: list[dict[str, str]],
-        provenance: dict[str, str],
-    ):
-        self.config, self.topology, self.folder, self.net, self.code_sampler = config, topology, folder, net, code_sampler
-        self.facts, self.provenance, self.paths = facts, provenance, image_paths([fact["label"] for fact in facts])
-        self.candidates = Candidates(folder)
+    Attributes:
+        facts: What each sample shows.
+        paths: Where the image of each sample lies.
+        provenance: What the samples' metadata say of their origin.
+        data: What the models' exports say of the training images.
+    """
+
+    def __init__(self, config: Experiment, topology: Topology, folder: Path):
+        self.config, self.topology, self.folder, self.candidates = config, topology, folder, Candidates(folder)
+        # Load the models.
+        sampling = config.sample
+        self.net, tokenizer_facts = load_decoder(config, topology.device)
+        priors = load_priors(config, topology.device)
+        self.code_sampler = CodeSampler.of(priors, {level: sampling.at(level) for level in priors}, topology.device)
+        # Decide what each sample shows, and what its metadata says.
+        self.facts = draw_facts(sampling, list(self.code_sampler.facts.values()))
+        self.paths = image_paths([fact["label"] for fact in self.facts])
+        self.data = merge_counts(tokenizer_facts["data"], *(about["data"] for _, about in priors.values()))
+        self.provenance = _provenance(config) | {"licence_of_training_images": strictest(self.data["licences"])}
+
+    def part(self) -> None:
+        """Makes the codes of this rank's samples, and their images if no gate judges them first."""
+        batches = self._batches(list(range(self.config.sample.number))).values()
+        with progress_bar(sum(map(len, batches)), "sample") as progress:
+            for batch in batches:
+                codes = self._codes(batch, 0)
+                if not self.config.sample.gate:
+                    self._write_images(codes, 0, {})
+                progress.update(len(batch))
 
     def without_gate(self) -> list[int]:
         """Samples and keeps all samples. Returns their indices. Collective."""

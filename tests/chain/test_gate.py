@@ -13,7 +13,11 @@ from PIL import Image
 
 from hpc.data.codestore import CodeStore
 from hpc.dist import Topology
+from hpc.errors import UserError
+from launch import pipeline
 from launch.__main__ import main
+from launch.rank import rank_main
+from lesiongen import experiment
 from lesiongen.data.augment import dihedral
 from lesiongen.data.efficientnet_lite import has_lite
 from lesiongen.data.images import to_float
@@ -132,6 +136,30 @@ def test_planted_copies_are_found_by_each_kind_of_distance_and_named(run, net):
         assert values["copies"] - 3 - (kind == "pixels") <= 1, "held-out images are no copies"
     assert metrics["any"]["copies"] >= 4
     assert metrics["any"]["held_out_rate"]["value"] * metrics["held_out"] <= len(views.kinds)
+
+
+@pytest.mark.parametrize("overrides", [[], [GATE]], ids=["plain", "gate"])
+def test_samples_made_in_parts_are_those_made_at_once(run, plain, tmp_path, overrides):
+    """Ranks that never meet make parts; one of them is missing, and the run that finishes makes up for it."""
+    folder = tmp_path / "samples"
+    config = experiment.load(str(run), overrides)
+    pipeline.begin_samples(config, folder)
+    for rank in (0, 2):
+        assert rank_main(config, "samples", Topology(rank=rank, world_size=3), folder, part=True) == 0
+    made = {path.name: path.stat().st_mtime_ns for path in folder.rglob("private/codes/*")}
+    assert sorted(made) == ["000-000000.safetensors", "000-000008.safetensors"]
+    assert len(list(folder.rglob("images/*/*.png"))) == (0 if overrides else 6)
+    assert samples_in(run, folder, *overrides) == 0
+    assert {name: (folder / "private" / "codes" / name).stat().st_mtime_ns for name in made} == made, "nothing is made twice"
+    if overrides:
+        assert samples_in(run, tmp_path / "whole", *overrides) == 0
+    whole = tree(tmp_path / "whole" if overrides else plain)
+    assert tree(folder) == whole
+    # Parts of other samples are refused, and a finished directory is not begun again.
+    other = experiment.load(str(run), [*overrides, "sample.temperature=0.9"])
+    assert rank_main(other, "samples", Topology(rank=1, world_size=3), folder, part=True) == 2
+    with pytest.raises(UserError, match="holds these samples already"):
+        pipeline.begin_samples(config, folder)
 
 
 def test_the_nearest_views_are_those_of_a_plain_comparison(run):

@@ -112,3 +112,31 @@ def test_a_job_fills_a_directory_with_samples(cluster, phantoms, tmp_path):
     assert len(images) == 28
     for image in images:
         assert image.read_bytes() == (run / name / image.relative_to(tmp_path / "here")).read_bytes()
+
+
+@pytest.mark.long
+def test_an_array_fills_a_directory_with_samples(cluster, phantoms, tmp_path):
+    """One of the tasks is cancelled: the job after the array makes its part. The images are those of one process."""
+    lesiongen("run", DEMO, *tiny(phantoms, tmp_path), "--until", "prior-bottom")
+    run, name = tmp_path / "tiny", "samples-mel-28-seed5"
+    command = ["sample", run, "--label", "mel", "-n", 28, "--seed", 5]
+    assert "Give the cluster file too" in lesiongen(*command, "--array", 3, code=2)
+    held = cluster_file(tmp_path, extra={"hold": True})
+    out = lesiongen(*command, "--cluster", held, "--array", 3)
+    [parts] = re.findall(rf"^{name}-parts job (\d+), 3 tasks$", out, re.MULTILINE)
+    [job] = re.findall(rf"^{name} job (\d+)$", out, re.MULTILINE)
+    assert cluster.job(job)["Dependency"].startswith(f"afterany:{parts}")
+    assert "still in the queue" in lesiongen(*command, "--cluster", held, "--array", 3, code=2)
+    cluster.run("scancel", f"{parts}_1")
+    cluster.run("scontrol", "release", job)
+    assert f"{name}-parts  job {parts} PENDING (JobHeldUser)" in lesiongen("status", run)
+    cluster.run("scontrol", "release", parts)
+    assert ends(cluster, job) == "COMPLETED", log_of(run, name)
+    codes = {path.name: path.stat().st_mtime for path in (run / name / "private" / "codes").iterdir()}
+    assert len(codes) == 4 and max(codes, key=codes.get) == "000-000007.safetensors", "the cancelled task's batch came last"
+    status = lesiongen("status", run)
+    assert f"{name}  done  job {job} COMPLETED" in status and f"{name}-parts  job {parts} " in status
+    lesiongen(*command, "--out", tmp_path / "here")
+    for image in (tmp_path / "here" / "images").rglob("*.png"):
+        assert image.read_bytes() == (run / name / image.relative_to(tmp_path / "here")).read_bytes()
+    assert "holds these samples already" in lesiongen(*command, "--cluster", held, "--array", 3, code=2)
