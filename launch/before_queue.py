@@ -5,7 +5,7 @@ import shutil
 
 from hpc.errors import UserError
 from hpc.run import metrics_log
-from launch import cost
+from launch import cost, slurm
 from launch.cluster import ClusterConfig
 from lesiongen.experiment import Experiment, check_ranks
 from lesiongen.stages.base import Stage
@@ -32,6 +32,16 @@ def check_before_queue(config: Experiment, todo: list[Stage], cluster: ClusterCo
     if not dry:
         for line in warn_of_short_signals(config, todo, cluster.signal_seconds):
             print(line)
+
+
+def refuse_queued(config: Experiment, names: list[str]) -> None:
+    """Raises UserError while jobs of these names may still run: only one job at a time may write a directory."""
+    if busy := slurm.active_jobs(config.directory, names):
+        jobs = ", ".join(f"{name} (job {job})" for name, job in busy.items())
+        raise UserError(
+            f"Jobs of this run are still in the queue, or Slurm does not answer: {jobs}. Wait for them, or run "
+            "`lesiongen cancel` first."
+        )
 
 
 def warn_of_short_signals(config: Experiment, todo: list[Stage], signal_seconds: int) -> list[str]:

@@ -5,7 +5,6 @@ imported inside its function.
 """
 
 import argparse
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,14 @@ from hpc import dist, errors
 from hpc.config import apply_overrides, digest, expand_path
 from hpc.errors import UserError
 from hpc.run import mlflow_address, mlflow_sync
-from launch import executors, pipeline, selection, slurm, status
-from launch.before_queue import check_before_queue
+from launch import executors, pipeline, selection, status
+from launch.before_queue import check_before_queue, refuse_queued
 from launch.cluster import load_cluster
+from launch.sampling import sample_into, submit_samples
 from lesiongen import experiment
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
-from lesiongen.stages.base import changed_images, require, training_images
+from lesiongen.stages.base import changed_images, training_images
 
 
 def run(options: argparse.Namespace) -> int:
@@ -220,8 +220,9 @@ def sample(options: argparse.Namespace) -> int:
     if options.cluster and options.format:
         raise UserError("--format follows the job: give the same command without --cluster when the job is done.")
     if options.cluster:
-        return _submit_samples(config, folder, options)
-    pipeline.sample_into(config, folder, bool(options.fresh))
+        submit_samples(config, folder, load_cluster(options.cluster), options.array or 0, bool(options.fresh))
+        return errors.DONE
+    sample_into(config, folder, bool(options.fresh))
     print(f"{settings.number} samples in {folder}; {folder / 'contact.png'} shows a selection")
     return _export_samples(folder, options.format)
 
@@ -232,26 +233,6 @@ def _export_samples(folder: Path, file_format: str | None) -> int:
         from lesiongen.data.sample_files import write_webdataset
 
         print(f"as WebDataset: {', '.join(map(str, write_webdataset(folder)))}")
-    return errors.DONE
-
-
-def _submit_samples(config: Experiment, folder: Path, options: argparse.Namespace) -> int:
-    """Submits Slurm jobs that fill a directory of samples. The images do not depend on the number of ranks or tasks."""
-    if folder.absolute().parent != config.directory.absolute():
-        raise UserError(f"--out {folder} is not in the run {config.directory}, where jobs write. Leave --out out.")
-    cluster, stage = load_cluster(options.cluster), stages(config)["samples"]
-    for name in stage.needs:
-        require(config, name, stage.hints.get(name, ""))
-    check_before_queue(config, [stage], cluster)
-    refuse_queued(config, [folder.name, f"{folder.name}-parts"])
-    if options.fresh:
-        pipeline.delete_samples(config, folder)
-    tasks = min(options.array or 0, math.ceil(config.sample.number / config.sample.batch / cluster.resources(stage).ranks))
-    if tasks > 1:
-        pipeline.begin_samples(config, folder)
-    for name, job in executors.Submission(config, cluster).samples(stage, folder, tasks).items():
-        print(f"{name} job {job}" + (f", {tasks} tasks" if name != folder.name else ""))
-    print(f"watch: lesiongen status {config.directory}")
     return errors.DONE
 
 
@@ -309,16 +290,6 @@ def sweep(options: argparse.Namespace) -> int:
     code = swept.submit(cluster, options.parallel) if cluster else swept.run()
     print(swept.compare())
     return code
-
-
-def refuse_queued(config: Experiment, names: list[str]) -> None:
-    """Raises UserError while jobs of these names may still run: only one job at a time may write a directory."""
-    if busy := slurm.active_jobs(config.directory, names):
-        jobs = ", ".join(f"{name} (job {job})" for name, job in busy.items())
-        raise UserError(
-            f"Jobs of this run are still in the queue, or Slurm does not answer: {jobs}. Wait for them, or run "
-            "`lesiongen cancel` first."
-        )
 
 
 def plan(options: argparse.Namespace) -> int:

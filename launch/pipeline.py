@@ -20,7 +20,7 @@ from launch.rank import run_stage
 from launch.remaining import TrainingTime
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import contents
-from lesiongen.stages import pack, sample, stages
+from lesiongen.stages import pack, stages
 from lesiongen.stages.base import Stage, artefact, digest_of, packed, stage_dir_of
 
 # Settings of `data` that may differ when images are appended: they describe the new images, not the shards' format.
@@ -219,38 +219,6 @@ def result_locations(config: Experiment) -> str:
         f"\nsamples:  {run_dir / 'samples' / 'contact.png'} and {run_dir / 'samples' / 'images'}/"
         f"\nMLflow:   lesiongen ui --runs {run_dir.parent}"
     )
-
-
-def sample_into(config: Experiment, folder: Path, fresh: bool = False) -> None:
-    """Samples with settings that differ from the run's, into a directory that is no stage of the run.
-
-    Args:
-        config: The run's config, in which `sample` holds the settings to use.
-        folder: Directory of the samples.
-        fresh: Delete the directory first.
-    """
-    stage = sample.stage(config)
-    if fresh:
-        delete_samples(config, folder)
-    run_stage(config, stage, Topology(), replace(stage_dir_of(config, stage), path=folder))
-
-
-def begin_samples(config: Experiment, folder: Path) -> None:
-    """Records what will be sampled into a directory, before several jobs make parts of it.
-
-    Raises:
-        UserError: The directory holds other samples, or is finished.
-    """
-    stage_dir = replace(stage_dir_of(config, sample.stage(config)), path=folder)
-    with rundir.lock(folder):
-        if stage_dir.done():
-            raise UserError(f"{folder} holds these samples already. To make them again, add --fresh.")
-        stage_dir.begin()
-
-
-def delete_samples(config: Experiment, folder: Path) -> None:
-    """Deletes a directory of samples that is no stage of the run."""
-    replace(stage_dir_of(config, sample.stage(config)), path=folder).delete()
 
 
 def pack_into(config: Experiment, out: Path, fresh: list[str], append: bool = False) -> None:

@@ -34,7 +34,7 @@ FLOORS = {
         ["job", "local"],
         ["executors"],
         ["pipeline"],
-        ["status", "demo", "clean", "selection", "sweep", "withdraw"],
+        ["status", "demo", "clean", "selection", "sampling", "sweep", "withdraw"],
         ["commands"],
         ["__main__"],
     ],

@@ -254,6 +254,8 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
     if not listed["supplied_splits"]:
         images = {name: sum(by_class.values()) for name, by_class in counts.items()}
         print("\n".join(splits.share_lines(images, largest, data.val, data.test)))
+    if listed["classes"] and (unlabelled := sum(by_class.get("", 0) for by_class in counts.values())):
+        print(f"{unlabelled:,} images have no class. They train all models, as images of an unknown class.")
     for warning in splits.small_class_warnings(columns_of(folder, catalogs, "split", "dx", "group"), listed["classes"]):
         print(f"warning: {warning}")
     # Finish: after manifest.write the set is complete.
@@ -322,12 +324,13 @@ def _remove_orphans(folder: Path, entries: list[dict]) -> None:
 
 
 def _table(counts: dict[str, dict[str, int]], members: dict[str, dict[str, int]]) -> str:
-    """Returns a table for the terminal: images of each class, lesions, patients and groups in each split."""
+    """Returns a table for the terminal: images of each class, known lesions and patients, and groups, in each split."""
     names = [name for name in SPLITS if name in counts]
     classes = list(dict.fromkeys(c for n in counts.values() for c in n))
     lines = [("", *names)] + [(c or "(unlabelled)", *(f"{counts[n].get(c, 0):,}" for n in names)) for c in classes]
     lines += [("images", *(f"{sum(counts[n].values()):,}" for n in names))]
-    lines += [(kind, *(f"{number[n]:,}" for n in names)) for kind, number in members.items()]
+    known = {kind: number for kind, number in members.items() if any(number.values())}
+    lines += [(kind, *(f"{number[n]:,}" for n in names)) for kind, number in known.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])

@@ -14,7 +14,7 @@ from PIL import Image
 from hpc.data.codestore import CodeStore
 from hpc.dist import Topology
 from hpc.errors import UserError
-from launch import pipeline
+from launch import sampling
 from launch.__main__ import main
 from launch.rank import rank_main
 from lesiongen import experiment
@@ -143,7 +143,7 @@ def test_samples_made_in_parts_are_those_made_at_once(run, plain, tmp_path, over
     """Ranks that never meet make parts; one of them is missing, and the run that finishes makes up for it."""
     folder = tmp_path / "samples"
     config = experiment.load(str(run), overrides)
-    pipeline.begin_samples(config, folder)
+    sampling.begin(config, folder)
     for rank in (0, 2):
         assert rank_main(config, "samples", Topology(rank=rank, world_size=3), folder, part=True) == 0
     made = {path.name: path.stat().st_mtime_ns for path in folder.rglob("private/codes/*")}
@@ -159,7 +159,7 @@ def test_samples_made_in_parts_are_those_made_at_once(run, plain, tmp_path, over
     other = experiment.load(str(run), [*overrides, "sample.temperature=0.9"])
     assert rank_main(other, "samples", Topology(rank=1, world_size=3), folder, part=True) == 2
     with pytest.raises(UserError, match="holds these samples already"):
-        pipeline.begin_samples(config, folder)
+        sampling.begin(config, folder)
 
 
 def test_the_nearest_views_are_those_of_a_plain_comparison(run):

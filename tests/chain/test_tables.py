@@ -264,6 +264,19 @@ def test_an_unread_patient_beside_lesions_is_warned_of(images, tmp_path, capsys)
     assert "WARNING: patient_number of meta.csv may hold a patient's id" in capsys.readouterr().out
 
 
+def test_images_without_a_class_are_counted_and_what_is_unknown_is_not_shown(images, tmp_path, capsys):
+    rows = table({"image": "image_id", "dx": "dx"}).splitlines()
+    rows[1:6] = [row.rpartition(",")[0] + "," for row in rows[1:6]]
+    (tmp_path / "meta.csv").write_text("\n".join(rows))
+    packed(images, tmp_path / "meta.csv", tmp_path / "shards")
+    said = capsys.readouterr().out
+    assert "\n5 images have no class. They train all models" in said and "\n(unlabelled)" in said
+    assert "\ngroups" in said and "\nlesions" not in said and "\npatients" not in said
+    (tmp_path / "meta.csv").write_text(table({"image": "image_id", "dx": "dx"}))
+    packed(images, tmp_path / "meta.csv", tmp_path / "labelled")
+    assert "have no class" not in capsys.readouterr().out
+
+
 def test_labels_that_are_all_lost_stop(images, tmp_path):
     (tmp_path / "meta.csv").write_text(table({"image": "image_id", "lesion": "lesion_id", "dx": "histology result"}))
     with pytest.raises(
