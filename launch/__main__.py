@@ -226,7 +226,7 @@ def _add_verb(verbs: Verbs, name: str, text: str) -> argparse.ArgumentParser:
 def _add_config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", type=_path, help=CONFIG_HELP)
     verb.add_argument(
-        "--preset", help="fill in what the config leaves open: small, base, large, or auto by the number of images"
+        "--preset", help="fill in what the config leaves open: cpu, small, base, large, or auto by machine and number of images"
     )
     _add_overrides(verb)
 

@@ -97,17 +97,17 @@ def order_for(
         find_member: (shard, label, j) → ordinal in the shard of the j-th image with this label.
 
     Raises:
-        UserError: The batch does not divide among the streams, or the number of weights is not the number of sets.
+        UserError: The batch does not divide among the streams, or the weights do not fit the sets.
     """
     if stream.streams and batch % stream.streams:
         raise UserError(f"stream.streams={stream.streams} does not divide the batch of {batch}.")
     if not stream.balance and not stream.weights:
         return SampleOrder(tuple(sum(counts.values()) for counts in label_counts), batch, seed, stream.streams)
-    set_count = max(sets) + 1
-    if stream.weights and len(stream.weights) != set_count:
+    held = [sum(sum(label_counts[i].values()) for i, of in enumerate(sets) if of == index) for index in range(max(sets) + 1)]
+    if stream.weights and (len(stream.weights) != len(held) or not all(held)):
         raise UserError(
-            f"stream.weights has {len(stream.weights)} numbers for {set_count} sets; give one number for each set in "
-            "inputs.shards."
+            f"stream.weights has {len(stream.weights)} numbers for sets of {', '.join(map(str, held))} training images; give "
+            "one number for each set in inputs.shards, and only sets that have training images."
         )
     components: list[_Component] = []
     if stream.weights:

@@ -19,7 +19,7 @@ from hpc.errors import UserError
 from launch.__main__ import main
 from lesiongen import experiment
 from lesiongen.data.augment import AugmentConfig
-from lesiongen.data.balance import StreamConfig
+from lesiongen.data.balance import StreamConfig, order_for
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
 from lesiongen.ingest import phantom
@@ -94,8 +94,13 @@ def test_weighted_sets(sets):
     assert sorted(keys(data, len(data), streams=8)) == sorted(keys(data, len(data))), "streams changed the epoch"
     with pytest.raises(UserError, match=r"stream\.streams=3 does not divide the batch of 8"):
         keys(data, 8, streams=3)
-    with pytest.raises(UserError, match="3 numbers for 2 sets"):
+    with pytest.raises(UserError, match=r"3 numbers for sets of \d+, \d+ training images"):
         keys(data, 8, weights=(1, 1, 1))
+    for balance in (0, 0.5):  # the first set has images for testing only
+        with pytest.raises(UserError, match="2 numbers for sets of 0, 7 training images"):
+            order_for([{}, {0: 7}], [0, 1], 8, 0, StreamConfig(weights=(1, 1), balance=balance), lambda *_: 0)
+    with pytest.raises(UserError, match="2 numbers for sets of 0, 7 training images"):
+        order_for([{0: 7}], [1], 8, 0, StreamConfig(weights=(1, 1)), lambda *_: 0)
 
 
 def test_a_lesion_in_two_sets_and_splits_is_refused(sets, tmp_path):
