@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import uuid
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,18 +28,19 @@ from typing import TYPE_CHECKING
 import yaml
 
 from hpc.errors import UserError
-from hpc.run import journal, mlflow_content
-from hpc.run.metrics_log import ALARMS_FILE, METRICS_FILE, numbers, picture_name
+from hpc.run import mlflow_content
+from hpc.run.metrics_log import ALARMS_FILE, METRICS_FILE, picture_name
 from hpc.run.mlflow_address import EXPERIMENT_TAGS, MLFLOW_ENVIRONMENT, create_store, read_json, without_password
 from hpc.run.mlflow_content import NOTE_FILE, NOTE_TAG
+from hpc.run.mlflow_values import MAX_VALUES, NewLines, Value
 from hpc.run.rundir import atomic_write, is_copy, location, lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Run
     from PIL import Image
 
-MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in one request
+MAX_PARAMS = 100  # the most that MLflow accepts in one request
 ALL_RUNS = 3  # mlflow.entities.ViewType.ALL: active and deleted runs
 
 # Pairs (run_dir, uri) that this process has compared with the server. The first sync of a process contacts the server even if
@@ -294,14 +294,14 @@ class _Sync:
             return
         self._send_tags(entry, run, mlflow_content.tags(stage_dir, record))
         self._send_datasets(entry, mlflow_content.datasets(stage_dir, record, self.config))
-        self.result.metrics += _LineSender(self.uri, stage_dir / METRICS_FILE, entry, run).send()
+        latest = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        send = functools.partial(self._send_values, entry["id"])
+        self.result.metrics += NewLines(stage_dir / METRICS_FILE, entry, latest, send).send()
         self._send_pictures(entry, stage_dir / "images")
         self._send_status(entry, run, self.statuses[name], record.get("finished"))
 
     def _sync_parent(self, parent: "Run") -> None:
         """Sends what the MLflow run of the whole run shows: a note, all stages' figures and alarms, the report, the status."""
-        from mlflow.entities import Metric
-
         client, entry = _client(self.uri), self.store["parent"]
         note = mlflow_content.note(self.stage_dirs, self.records, self.statuses)
         raised = {key: f"{p.name}: {text}" for p in self.stage_dirs for key, text in mlflow_content.alarms(p).items()}
@@ -310,8 +310,7 @@ class _Sync:
             samples, found = mlflow_content.figures(stage_dir)
             if found and entry.setdefault("figures", {}).get(stage_dir.name) != samples:
                 time_ms = (_file_stamp(stage_dir / METRICS_FILE) or [0])[0] // 10**6
-                metrics = [Metric(key, _finite(value), time_ms, samples) for key, value in found.items()]
-                client.log_batch(entry["id"], metrics[:MAX_METRICS], synchronous=True)
+                self._send_values(entry["id"], [(key, value, time_ms, samples) for key, value in found.items()][:MAX_VALUES])
                 entry["figures"][stage_dir.name] = samples
         report = self.run_dir / "report" / "report.html"
         if (stamp := _file_stamp(report)) and entry.get("sent") != stamp:
@@ -345,6 +344,14 @@ class _Sync:
             ]
             _client(self.uri).log_inputs(entry["id"], inputs)
             entry["datasets"] = sent
+
+    def _send_values(self, run_id: str, values: list[Value]) -> None:
+        """Sends values of metrics in one request, of which MLflow stores all or none."""
+        from mlflow.entities import Metric
+
+        # MLflow plots infinity as 1.8e308 but leaves NaN out of a plot.
+        metrics = [Metric(name, value if math.isfinite(value) else math.nan, *when) for name, value, *when in values]
+        _client(self.uri).log_batch(run_id, metrics, synchronous=True)
 
     def _send_pictures(self, entry: dict, folder: Path) -> None:
         """Sends new pictures. MLflow shows those of one name with a slider over the samples.
@@ -391,62 +398,6 @@ class _Sync:
             _client(self.uri).update_run(entry["id"], status)
 
 
-class _LineSender:
-    """Sends the new values of one metrics.jsonl, and moves the entry's cursor after each batch that MLflow accepted.
-
-    A value is new if its number of samples is above the latest step that MLflow stores for its metric. MLflow handles a request
-    as one transaction: it stores either all values of a request or none. The comparison is therefore exact, even if MLflow
-    stored the last request but its answer was lost.
-    """
-
-    def __init__(self, uri: str, path: Path, entry: dict, run: "Run"):
-        self.uri, self.path, self.entry = uri, path, entry
-        self.batch: list[Metric] = []
-        self.sent = 0
-        self.last: dict[str, int] = dict(entry.get("last", {}))  # samples of the latest value of each metric
-        for metric in run.data.to_proto().metrics:
-            self.last[metric.key] = max(metric.step, self.last.get(metric.key, -1))
-        self.offset = entry.get("offset", 0)
-        # Another checksum means that a resume has cut the file back, and the file may have grown since. Read it from the start.
-        if _checksum_before(path, self.offset) != entry.get("tail", 0):
-            self.offset = 0
-
-    def send(self) -> int:
-        """Sends everything new and returns the number of values."""
-        if not self.path.exists():
-            return 0
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # the stage is still writing this line
-                self._add(line)
-            self._send_batch()
-        return self.sent
-
-    def _add(self, line: bytes) -> None:
-        """Adds the new values of a line to the batch of values. If the batch would become too large, sends it first."""
-        from mlflow.entities import Metric
-
-        row = numbers(journal.parse(line))
-        # Each value gets the time of its line. If a value arrives twice with the same time, MLflow stores it once.
-        samples, time_ms = row.get("samples", -1), int(row.pop("time", 0) * 1000)
-        new = {name: float(value) for name, value in row.items() if samples > self.last.get(name, -1)}
-        if len(self.batch) + len(new) > MAX_METRICS:
-            self._send_batch()
-        self.batch += [Metric(k, _finite(v), time_ms, samples) for k, v in new.items()]
-        self.last |= dict.fromkeys(new, samples)
-        self.offset += len(line)
-
-    def _send_batch(self) -> None:
-        for i in range(0, len(self.batch), MAX_METRICS):
-            _client(self.uri).log_batch(self.entry["id"], self.batch[i : i + MAX_METRICS], synchronous=True)
-        self.sent += len(self.batch)
-        tail = _checksum_before(self.path, self.offset)
-        self.entry.update(offset=self.offset, tail=tail, last=dict(self.last))
-        self.batch.clear()
-
-
 def _title(name: str) -> "Image.Image":
     """Draws the picture at the beginning of a slider."""
     from PIL import Image, ImageDraw, ImageFont
@@ -457,20 +408,6 @@ def _title(name: str) -> "Image.Image":
     return picture
 
 
-def _finite(value: float) -> float:
-    """Returns a value as it is sent: MLflow plots infinity as 1.8e308 but leaves NaN out of a plot, so infinity becomes NaN."""
-    return value if math.isfinite(value) else math.nan
-
-
 def _file_stamp(path: Path) -> list[int] | None:
     """Returns modification time (ns) and size, which tell whether a file has changed. None if there is no file."""
     return [path.stat().st_mtime_ns, path.stat().st_size] if path.exists() else None
-
-
-def _checksum_before(path: Path, offset: int) -> int:
-    """Returns the checksum of the 256 bytes before an offset. They include a line's time, so a rewritten file differs."""
-    if not offset:
-        return 0
-    with open(path, "rb") as file:
-        file.seek(max(0, offset - 256))
-        return zlib.crc32(file.read(min(256, offset)))
