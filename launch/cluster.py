@@ -93,8 +93,11 @@ class ClusterConfig:
 
     @property
     def has_gpus(self) -> bool:
-        """Whether any stage requests GPUs."""
-        return bool(self.default.gpus_per_node or any(changes.get("gpus_per_node") for changes in self.stages.values()))
+        """Whether any stage requests GPUs, by gpus_per_node or by an option of sbatch."""
+        requests = [hpc_config.to_plain(self.default), {"extra": self.extra}, *self.stages.values()]
+        options = [option for request in requests for option in (request.get("extra") or {}).items()]
+        named = any(name.startswith("gpus") or (name == "gres" and "gpu" in str(value)) for name, value in options if value)
+        return named or any(request.get("gpus_per_node") for request in requests)
 
     def resources(self, stage: Stage) -> Resources:
         """Returns the resources of a stage: the common settings, changed by `default`, changed by the stage's in `stages`.

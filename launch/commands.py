@@ -197,7 +197,10 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def sample(options: argparse.Namespace) -> int:
     """Samples images. Without options it runs the run's stage `samples`; with options it writes another directory."""
-    config = experiment.load(options.config, options.overrides)
+    if options.array is not None and (options.array < 1 or not options.cluster):
+        raise UserError("--array TASKS divides the samples among at least 1 task of Slurm, and needs --cluster FILE.")
+    cluster = load_cluster(options.cluster) if options.cluster else None
+    config = experiment.load(options.config, options.overrides, cluster and cluster.has_gpus)
     changes = {"labels": options.label and tuple(options.label), "number": options.n, "seed": options.seed}
     changes = {key: value for key, value in changes.items() if value is not None}
     if not changes and not options.out and not options.cluster:
@@ -215,12 +218,10 @@ def sample(options: argparse.Namespace) -> int:
         name += f"-{digest(others)[:6]}"
     folder = Path(options.out) if options.out else config.directory / name
     config = replace(config, sample=settings)
-    if options.array and not options.cluster:
-        raise UserError("--array divides the samples among tasks of Slurm. Give the cluster file too: --cluster FILE.")
-    if options.cluster and options.format:
+    if cluster and options.format:
         raise UserError("--format follows the job: give the same command without --cluster when the job is done.")
-    if options.cluster:
-        submit_samples(config, folder, load_cluster(options.cluster), options.array or 0, bool(options.fresh))
+    if cluster:
+        submit_samples(config, folder, cluster, options.array or 0, bool(options.fresh))
         return errors.DONE
     sample_into(config, folder, bool(options.fresh))
     print(f"{settings.number} samples in {folder}; {folder / 'contact.png'} shows a selection")

@@ -27,6 +27,7 @@ FIND_END_TIME = (
     'end=$(SLURM_TIME_FORMAT=%s timeout 20 squeue -h -j "$SLURM_JOB_ID" -o %e)'
     " && [[ $end =~ ^[0-9]+$ ]] && export SLURM_JOB_END_TIME=$end"
 )
+MAX_TASKS = 100_000  # of an array that may run at once; submitit's default is 256
 CHECK_MINUTES = 10  # time limit of a job that checks the nodes
 
 
@@ -118,21 +119,22 @@ class Submission:
             self.submit(stage.name, resources, dependencies, after=after)
         return self.jobs
 
-    def samples(self, stage: Stage, out: Path, parts: int = 0) -> dict[str, str]:
+    def samples(self, stage: Stage, out: Path, tasks: int = 0) -> dict[str, str]:
         """Submits a job that samples into a directory of the run which is not that of its stage.
 
         Args:
             stage: The stage that samples.
             out: The directory.
-            parts: Number of tasks of a Slurm array that comes first. Each task samples a part; the job finishes, and makes
+            tasks: Number of tasks of a Slurm array that comes first. Each task samples a part; the job finishes, and makes
                 what tasks that failed have left out.
 
         Returns:
             The jobs.
         """
         resources, after = self.cluster.resources(stage), ()
-        if parts > 1:
-            after = (self.submit(f"{out.name}-parts", resources, [], False, out, stage.name, parts=parts),)
+        if tasks > 1:  # tasks are not requeued: the job makes what they leave out
+            array = self.submit(f"{out.name}-parts", resources, [], requeue=False, out=out, stage=stage.name, tasks=tasks)
+            after = (array,)
         self.submit(out.name, resources, [], out=out, stage=stage.name, after=after)
         return self.jobs
 
@@ -145,7 +147,7 @@ class Submission:
         out: Path | None = None,
         stage: str | None = None,
         after: tuple[str, ...] = (),
-        parts: int = 0,
+        tasks: int = 0,
     ) -> str:
         """Submits one job, or an array of jobs, and returns its id.
 
@@ -157,7 +159,7 @@ class Submission:
             out: Directory of the result; None for the stage's directory in the run.
             stage: Name of the stage to run, if it is not `name`.
             after: Ids of jobs that must have ended, in whatever way.
-            parts: Number of tasks of an array, each of which does a part of the work; 0 for one job.
+            tasks: Number of tasks of an array, each of which makes a part of the result; 0 for one job.
 
         Raises:
             UserError: Slurm refuses the job.
@@ -171,7 +173,7 @@ class Submission:
         job = StageJob(hpc_config.to_yaml(self.config), stage or name, str(folder), str(out or ""), str(self.code))
         try:
             with slurm.without_allocation(), executor.batch():  # submitit makes an array of several jobs
-                submitted = [executor.submit(replace(job, part=part, parts=parts)) for part in range(parts or 1)]
+                submitted = [executor.submit(replace(job, task=task, tasks=tasks)) for task in range(tasks or 1)]
             self.jobs[name] = submitted[0].job_id.partition("_")[0]
         except submitit.core.utils.FailedJobError as error:
             # Do not leave half of a pipeline in the queue.
@@ -228,6 +230,7 @@ class Submission:
             # other ranks have 30 seconds to print why they end.
             srun_args=["--wait=30", f"--cpus-per-task={resources.cpus_per_task}", *resources.srun],
             wckey=None,  # submitit's own default names itself, which clusters with accounting by wckey refuse
+            array_parallelism=MAX_TASKS,
             nodes=resources.nodes,
             ntasks_per_node=resources.tasks_per_node,
             additional_parameters=extra,

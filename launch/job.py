@@ -29,8 +29,8 @@ class StageJob:
         folder: The job's directory, where each rank records its exit code.
         out: Directory of the result; "" for the stage's directory in the run.
         code: Directory of the code that the job is to run; "" for the installed code.
-        part: Which of `parts` parts of the work this job does, without the others; they are the tasks of a Slurm array.
-        parts: Number of parts; 0 for a job whose ranks do the whole work together.
+        task: Number of this job among the tasks of a Slurm array, each of which makes a part of the result by itself.
+        tasks: Number of tasks; 0 for a job that is no array.
     """
 
     config_yaml: str
@@ -38,8 +38,8 @@ class StageJob:
     folder: str
     out: str = ""
     code: str = ""
-    part: int = 0
-    parts: int = 0
+    task: int = 0
+    tasks: int = 0
 
     def __call__(self) -> NoReturn:
         """Runs the stage on this rank, and ends the process with the exit code."""
@@ -80,7 +80,7 @@ class StageJob:
             from launch.check import check_main
 
             return check_main(config, topology, Path(self.folder))
-        if self.parts:
-            rank, world = self.part * topology.world_size + topology.rank, self.parts * topology.world_size
-            topology = replace(topology, rank=rank, world_size=world)
-        return rank_main(config, self.stage, topology, Path(self.out) if self.out else None, bool(self.parts))
+        if self.tasks:
+            rank, world = self.task * topology.world_size + topology.rank, self.tasks * topology.world_size
+            topology = replace(topology, rank=rank, world_size=world, nodes=self.tasks * topology.nodes)
+        return rank_main(config, self.stage, topology, Path(self.out) if self.out else None, bool(self.tasks))

@@ -7,7 +7,7 @@ call `rank_main`, which turns every outcome into an exit code. Code that runs a 
 from dataclasses import replace
 from pathlib import Path
 
-from hpc import dist, errors
+from hpc import dist, errors, watchdog
 from hpc.dist import Topology
 from hpc.run import mlflow_address, rundir
 from hpc.run.mlflow_follower import Follower
@@ -49,8 +49,8 @@ def run_stage(config: Experiment, stage: Stage, topology: Topology, stage_dir: S
             follower.close()
 
 
-def run_part(config: Experiment, stage: Stage, topology: Topology, stage_dir: StageDir) -> None:
-    """Does this rank's part of a stage's work, without the other ranks. Who started the ranks has begun the directory.
+def make_part(config: Experiment, stage: Stage, topology: Topology, stage_dir: StageDir) -> None:
+    """Makes this rank's part of a stage's result, without the other ranks. The submitting process has written stage.json.
 
     Args:
         config: The run's config.
@@ -60,10 +60,14 @@ def run_part(config: Experiment, stage: Stage, topology: Topology, stage_dir: St
 
     Raises:
         UserError: The directory is for other settings or models.
+        Busy: Another process makes or deletes the whole result.
     """
     _prepare(config, topology)
-    stage_dir.check()
-    stage.part(config, topology, stage_dir.path)
+    dist.init(Topology(local_rank=topology.local_rank))  # a group of this process alone
+    watched = watchdog.watch(stage_dir.path, topology.rank, config.local.hang_minutes * 60, stage.name)
+    with rundir.lock(stage_dir.path, JOB_LOCK_WAIT_S, shared=True), watched:
+        stage_dir.check_begun()
+        stage.make_part(config, topology, stage_dir.path)
 
 
 def _prepare(config: Experiment, topology: Topology) -> None:
@@ -74,7 +78,7 @@ def _prepare(config: Experiment, topology: Topology) -> None:
     math_modes.allow_tf32(topology.device)
 
 
-def rank_main(config: Experiment, name: str, topology: Topology, out: Path | None = None, part: bool = False) -> int:
+def rank_main(config: Experiment, name: str, topology: Topology, out: Path | None = None, alone: bool = False) -> int:
     """Runs a stage as a rank that an executor started. Errors are printed, not raised.
 
     Args:
@@ -82,7 +86,7 @@ def rank_main(config: Experiment, name: str, topology: Topology, out: Path | Non
         name: The stage's name.
         topology: This process among the ranks.
         out: Directory of the result; None for the stage's directory in the run.
-        part: Whether to do this rank's part of the work alone, without the other ranks.
+        alone: Whether this rank makes its part of the result in `out` without the other ranks.
 
     Returns:
         The exit code.
@@ -90,11 +94,11 @@ def rank_main(config: Experiment, name: str, topology: Topology, out: Path | Non
     with preempt.Interruptible() as interruptible:
         try:
             stage = stages(config)[name]
-            own = stage_dir_of(config, stage)
-            if part:
-                run_part(config, stage, topology, replace(own, path=out or own.path))
+            stage_dir = replace(stage_dir_of(config, stage), path=out) if out else None
+            if alone:
+                make_part(config, stage, topology, stage_dir)
             else:
-                run_stage(config, stage, topology, replace(own, path=out) if out else None)
+                run_stage(config, stage, topology, stage_dir)
             dist.leave()
             return errors.DONE
         except BaseException as error:

@@ -126,7 +126,7 @@ def count_attempts(folder: Path, kind: str, code: int) -> int:
     checkpoints = (stage_dir / "checkpoints").glob("step-*/MANIFEST.json")
     progress = max((p.parent.name for p in checkpoints), key=lambda name: (len(name), name), default="start")
     if progress == "start":
-        patterns = ("work/*.done", "*.safetensors", "images/*/*.png")  # files of pack, encode and sample
+        patterns = ("work/*.done", "**/*.safetensors", "images/*/*.png")  # files of pack, encode and sample
         progress = f"{sum(1 for pattern in patterns for _ in stage_dir.glob(pattern))} files"
     # Count the attempts of this job, and of the jobs that it replaces.
     chain = {_job()}

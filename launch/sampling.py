@@ -52,15 +52,16 @@ def submit_samples(config: Experiment, folder: Path, cluster: ClusterConfig, tas
     refuse_queued(config, [folder.name, f"{folder.name}-parts"])
     if fresh:
         _directory(config, folder).delete()
+    # A batch is not divided, so more tasks would have nothing to do.
     tasks = min(tasks, math.ceil(config.sample.number / config.sample.batch / cluster.resources(stage).ranks))
     if tasks > 1:
-        begin(config, folder)
+        begin_directory(config, folder)
     for name, job in Submission(config, cluster).samples(stage, folder, tasks).items():
         print(f"{name} job {job}" + (f", {tasks} tasks" if name != folder.name else ""))
     print(f"watch: lesiongen status {config.directory}")
 
 
-def begin(config: Experiment, folder: Path) -> None:
+def begin_directory(config: Experiment, folder: Path) -> None:
     """Records what will be sampled into a directory, before several jobs make parts of it.
 
     Raises:
@@ -68,7 +69,7 @@ def begin(config: Experiment, folder: Path) -> None:
     """
     with rundir.lock(folder):
         if _directory(config, folder).done():
-            raise UserError(f"{folder} holds these samples already. To make them again, add --fresh.")
+            raise UserError(f"{folder} holds these samples already. To make them again, add --fresh samples.")
         _directory(config, folder).begin()
 
 

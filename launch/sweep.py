@@ -79,13 +79,11 @@ class Sweep:
         keys = [key for key, _ in axes]
         combinations = [dict(zip(keys, values, strict=True)) for values in itertools.product(*(found for _, found in axes))]
         changes = [[*overrides, *(f"{key}={value}" for key, value in values.items())] for values in combinations]
-        shared, place, trials = (
-            _shared(base, [experiment.load(path, changed, on_gpu) for changed in changes]),
-            str(base.directory),
-            [],
-        )
+        shared = _shared(base, [experiment.load(path, changed, on_gpu) for changed in changes])
+        place = str(base.directory)
         common = {f"inputs.{name}": [place] if name == "shards" else place for name in shared}
         common |= {"mlflow.experiment": base.mlflow.experiment or base.name, "mlflow.parent": place}
+        trials = []
         for values, changed in zip(combinations, changes, strict=True):
             own = common | {"name": f"{base.name}-{_slug(values)}"}
             own = [f"{key}={json.dumps(value)}" for key, value in own.items()]

@@ -55,7 +55,7 @@ def fill_in(data: dict, on_gpu: bool | None = None) -> dict:
     Args:
         data: Plain data of a config. `preset` is the name of one, or auto: on GPUs the one that suits the number of images,
             otherwise cpu.
-        on_gpu: Whether the run will have GPUs; None if the config's `hardware`, or this machine, decides.
+        on_gpu: Whether the run will have GPUs; None if the config decides (local.device, hardware.gpus), else this machine.
 
     Raises:
         UserError: There is no such preset, or the images cannot be counted.
@@ -72,7 +72,8 @@ def fill_in(data: dict, on_gpu: bool | None = None) -> dict:
         raise UserError(f"preset: there are no images in data.images={own.get('images')}, so a preset cannot set lengths.")
     if name == "auto":
         if on_gpu is None:
-            on_gpu = bool((data.get("hardware") or {}).get("gpus")) or hardware.has_gpu()
+            on_cpu = (data.get("local") or {}).get("device") == "cpu"
+            on_gpu = not on_cpu and (bool((data.get("hardware") or {}).get("gpus")) or hardware.has_gpu())
         name = next(name for name, preset in PRESETS.items() if number <= preset.images) if on_gpu else "cpu"
     return _merge(settings(name, number, data), data)
 

@@ -159,8 +159,9 @@ class StageDir:
     def differences(self) -> list[str]:
         """Lists differences between the recorded and the requested identity and inputs; [] if nothing is recorded."""
         record = self.record
-        if record is None or self._holds_nothing(record):
-            return []
+        return [] if record is None or self._holds_nothing(record) else self._differences_of(record)
+
+    def _differences_of(self, record: dict) -> list[str]:
         identity = json.loads(json.dumps(self.identity))  # tuples become lists, as in the record
         recorded = record["identity"]
         if self.as_requested:
@@ -187,6 +188,12 @@ class StageDir:
                 f"{self.path} was made with other settings or inputs: {'; '.join(changed[:5])}. Restore them, give the run "
                 f"another name, or delete this result and make it again with --fresh {self.path.name}."
             )
+
+    def check_begun(self) -> None:
+        """Raises UserError unless begin() was called for this identity and these inputs."""
+        record = self.record
+        if record is None or self._differences_of(record):
+            raise UserError(f"{self.path} is not prepared for these settings and inputs. Submit again.")
 
     def begin(self, config_yaml: str | None = None) -> None:
         """Records identity and inputs before any work, so that a killed stage can be resumed only with the same ones.
@@ -293,12 +300,13 @@ def is_locked(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def lock(path: Path, wait_s: float = 0.0) -> Iterator[None]:
+def lock(path: Path, wait_s: float = 0.0, shared: bool = False) -> Iterator[None]:
     """Locks a directory inside the block. The operating system frees the lock when the process ends, also when it is killed.
 
     Args:
         path: The directory; it is created if needed. The lock is on its file .lock, whose text names the locking process.
         wait_s: Seconds to wait for another process to free the lock.
+        shared: Whether other processes may hold shared locks at the same time.
 
     Raises:
         Busy: Another process holds the lock.
@@ -309,7 +317,7 @@ def lock(path: Path, wait_s: float = 0.0) -> Iterator[None]:
         began, announced = time.monotonic(), False
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):

@@ -103,7 +103,9 @@ def order_for(
         raise UserError(f"stream.streams={stream.streams} does not divide the batch of {batch}.")
     if not stream.balance and not stream.weights:
         return SampleOrder(tuple(sum(counts.values()) for counts in label_counts), batch, seed, stream.streams)
-    held = [sum(sum(label_counts[i].values()) for i, of in enumerate(sets) if of == index) for index in range(max(sets) + 1)]
+    held = [0] * (max(sets) + 1)
+    for index, by_label in zip(sets, label_counts, strict=True):
+        held[index] += sum(by_label.values())
     if stream.weights and (len(stream.weights) != len(held) or not all(held)):
         raise UserError(
             f"stream.weights has {len(stream.weights)} numbers for sets of {', '.join(map(str, held))} training images; give "

@@ -254,8 +254,8 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
     if not listed["supplied_splits"]:
         images = {name: sum(by_class.values()) for name, by_class in counts.items()}
         print("\n".join(splits.share_lines(images, largest, data.val, data.test)))
-    if listed["classes"] and (unlabelled := sum(by_class.get("", 0) for by_class in counts.values())):
-        print(f"{unlabelled:,} images have no class. They train all models, as images of an unknown class.")
+    if listed["classes"] and (unlabelled := counts["train"].get("", 0)):
+        print(f"{unlabelled:,} training images have no class. Tokenizer and priors learn from them as of an unknown class.")
     for warning in splits.small_class_warnings(columns_of(folder, catalogs, "split", "dx", "group"), listed["classes"]):
         print(f"warning: {warning}")
     # Finish: after manifest.write the set is complete.

@@ -55,7 +55,7 @@ class Stage:
         appends: Whether the stage adds to a finished directory. The directory's record stays valid until the new digest is
             written.
         describe: Returns a few words on what the stage makes, such as "gpt 4×192 · 2.0 M", when its inputs are finished.
-        part: Does a rank's part of the work without the other ranks. `run` finds it, and does the rest. None: not possible.
+        make_part: Makes a rank's part of the result without the other ranks, as files that `run` reuses. None: not possible.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Stage:
     check: Callable[[Experiment], None] | None = None
     hints: dict[str, str] = field(default_factory=dict)
     describe: Callable[[Experiment], str] | None = None
-    part: Callable[[Experiment, Topology, Path], None] | None = None
+    make_part: Callable[[Experiment, Topology, Path], None] | None = None
 
 
 def beginning(config: Experiment) -> dict:

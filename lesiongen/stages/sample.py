@@ -70,7 +70,7 @@ def stage(config: Experiment) -> Stage:
         (*needs, *hints),
         {"sample": to_plain(config.sample, volatile=False)},
         run,
-        part=make_part,
+        make_part=make_part,
         hints=hints,
         check=_check,
         describe=lambda config: f"{config.sample.number:,} · guidance {config.sample.guidance:g}",
@@ -97,11 +97,11 @@ def run(config: Experiment, topology: Topology, folder: Path) -> str:
 
 
 def make_part(config: Experiment, topology: Topology, folder: Path) -> None:
-    """Makes the codes of this rank's samples; without a gate their images too. run() finds them and does the rest.
+    """Makes the codes of this rank's samples; without a gate their images too. run() reuses the files.
 
     The ranks do not wait for one another, so they may run at different times.
     """
-    _Sampling(config, topology, folder).part()
+    _Sampling(config, topology, folder).make_part()
 
 
 class _Sampling:
@@ -127,7 +127,7 @@ class _Sampling:
         self.data = merge_counts(tokenizer_facts["data"], *(about["data"] for _, about in priors.values()))
         self.provenance = _provenance(config) | {"licence_of_training_images": strictest(self.data["licences"])}
 
-    def part(self) -> None:
+    def make_part(self) -> None:
         """Makes the codes of this rank's samples, and their images if no gate judges them first."""
         batches = self._batches(list(range(self.config.sample.number))).values()
         with progress_bar(sum(map(len, batches)), "sample") as progress:

@@ -143,9 +143,9 @@ def test_samples_made_in_parts_are_those_made_at_once(run, plain, tmp_path, over
     """Ranks that never meet make parts; one of them is missing, and the run that finishes makes up for it."""
     folder = tmp_path / "samples"
     config = experiment.load(str(run), overrides)
-    sampling.begin(config, folder)
+    sampling.begin_directory(config, folder)
     for rank in (0, 2):
-        assert rank_main(config, "samples", Topology(rank=rank, world_size=3), folder, part=True) == 0
+        assert rank_main(config, "samples", Topology(rank=rank, world_size=3), folder, alone=True) == 0
     made = {path.name: path.stat().st_mtime_ns for path in folder.rglob("private/codes/*")}
     assert sorted(made) == ["000-000000.safetensors", "000-000008.safetensors"]
     assert len(list(folder.rglob("images/*/*.png"))) == (0 if overrides else 6)
@@ -157,9 +157,9 @@ def test_samples_made_in_parts_are_those_made_at_once(run, plain, tmp_path, over
     assert tree(folder) == whole
     # Parts of other samples are refused, and a finished directory is not begun again.
     other = experiment.load(str(run), [*overrides, "sample.temperature=0.9"])
-    assert rank_main(other, "samples", Topology(rank=1, world_size=3), folder, part=True) == 2
+    assert rank_main(other, "samples", Topology(rank=1, world_size=3), folder, alone=True) == 2
     with pytest.raises(UserError, match="holds these samples already"):
-        sampling.begin(config, folder)
+        sampling.begin_directory(config, folder)
 
 
 def test_the_nearest_views_are_those_of_a_plain_comparison(run):

@@ -120,7 +120,8 @@ def test_an_array_fills_a_directory_with_samples(cluster, phantoms, tmp_path):
     lesiongen("run", DEMO, *tiny(phantoms, tmp_path), "--until", "prior-bottom")
     run, name = tmp_path / "tiny", "samples-mel-28-seed5"
     command = ["sample", run, "--label", "mel", "-n", 28, "--seed", 5]
-    assert "Give the cluster file too" in lesiongen(*command, "--array", 3, code=2)
+    for wrong in (command, ["sample", run], [*command, "--cluster", LOCAL]):
+        assert "needs --cluster FILE" in lesiongen(*wrong, "--array", 0 if "--cluster" in wrong else 3, code=2)
     held = cluster_file(tmp_path, extra={"hold": True})
     out = lesiongen(*command, "--cluster", held, "--array", 3)
     [parts] = re.findall(rf"^{name}-parts job (\d+), 3 tasks$", out, re.MULTILINE)

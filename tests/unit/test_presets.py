@@ -4,6 +4,7 @@ import pytest
 
 from hpc.errors import UserError
 from launch.__main__ import main
+from launch.cluster import ClusterConfig, Resources
 from lesiongen import experiment, presets
 
 
@@ -31,7 +32,7 @@ def test_auto_goes_by_the_number_of_training_images_on_gpus(monkeypatch, images,
 
 
 def test_auto_goes_by_the_machine(photographs, monkeypatch):
-    """The config's `hardware` decides, then the cluster file, then whether this machine has a GPU."""
+    """The cluster file decides, else the config's local.device and `hardware`, else whether this machine has a GPU."""
     config, width = photographs(400), {"cpu": 256, "small": 512}
 
     def chosen(*overrides, **machine):
@@ -42,6 +43,14 @@ def test_auto_goes_by_the_machine(photographs, monkeypatch):
     assert chosen("hardware={gpus: 1, gpu: L4}") == chosen(on_gpu=True) == width["small"]
     monkeypatch.setattr(presets.hardware, "has_gpu", lambda: True)
     assert chosen() == width["small"]
+    assert chosen("local.device=cpu", "hardware={gpus: 1, gpu: L4}") == width["cpu"]
+
+
+def test_gpus_of_a_cluster_file_are_seen_however_they_are_requested():
+    for request in ({"gpus_per_node": 2}, {"extra": {"gres": "gpu:a100:4"}}, {"extra": {"gpus-per-task": 1}}):
+        assert ClusterConfig(stages={"prior": request}).has_gpus
+    assert ClusterConfig(extra={"gpus": 1}).has_gpus and ClusterConfig(default=Resources(gpus_per_node=1)).has_gpus
+    assert not ClusterConfig(extra={"gres": "lustre:1"}, stages={"prior": {"nodes": 2, "extra": {"gpus": None}}}).has_gpus
 
 
 @pytest.mark.parametrize("bf16", [True, False])
