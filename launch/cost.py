@@ -289,9 +289,8 @@ def length(training: Training, machines: Machines, utilisation: float, disk_byte
     """
     train = training.train
     flops = float(train.samples) * training.flops
-    hours = None
-    if machines.peak_flops:
-        hours = flops / (machines.peak_flops * utilisation * machines.ranks) / 3600
+    peak = machines.peak_flops.get(train.engine.precision)
+    hours = flops / (peak * utilisation * machines.ranks) / 3600 if peak else None
     size = checkpoint_bytes(training)
     writers = machines.nodes if train.engine.zero else 1
     return Length(math.ceil(train.samples / train.batch), flops, hours, size, size / writers / disk_bytes_per_s)
