@@ -114,7 +114,9 @@ def read_yaml(path: Path) -> dict:
 
 
 def apply_overrides(data: dict, assignments: list[str]) -> dict:
-    """Returns a copy of `data` with overrides applied. Missing sections are created.
+    """Returns a copy of `data` with overrides applied, one after another. Missing sections are created.
+
+    Another `kind` empties its section first, because the other keys are those of the kind before: give `kind` before them.
 
     Args:
         data: Plain data of a config.
@@ -136,8 +138,16 @@ def apply_overrides(data: dict, assignments: list[str]) -> dict:
             section = section[parent]
             if not isinstance(section, dict):
                 raise UserError(f"'{assignment}': {parent} holds a value, not a section.")
-        section[last] = parse_yaml(value, f"'{assignment}'")
+        parsed = parse_yaml(value, f"'{assignment}'")
+        if is_other_kind(section, {last: parsed}):
+            section.clear()
+        section[last] = parsed
     return data
+
+
+def is_other_kind(before: dict, after: dict) -> bool:
+    """Returns whether two sections name different values of `kind`, so that the keys of one mean nothing in the other."""
+    return "kind" in before and "kind" in after and before["kind"] != after["kind"]
 
 
 def from_plain(cls: type[T], data: Any, key_path: str = "") -> T:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc.config import expand_path, read_yaml
+from hpc.config import expand_path, is_other_kind, read_yaml
 from hpc.errors import UserError
 from hpc.train import hardware
 from lesiongen.ingest.folders import count_images
@@ -69,7 +69,10 @@ def fill_in(data: dict, on_gpu: bool | None = None) -> dict:
     own = data.get("data") or {}
     number = round(_photographs(own) * (1 - own.get("val", 0.1) - own.get("test", 0.1)))
     if number < 1:
-        raise UserError(f"preset: there are no images in data.images={own.get('images')}, so a preset cannot set lengths.")
+        raise UserError(
+            f"preset: there are no images in data.images={own.get('images')}, so a preset cannot set lengths. Once a run has "
+            "begun, give its directory in place of the config."
+        )
     if name == "auto":
         if on_gpu is None:
             on_cpu = (data.get("local") or {}).get("device") == "cpu"
@@ -122,8 +125,8 @@ def _scale(train: dict, samples: int) -> dict:
 
 
 def _merge(base: dict, own: dict) -> dict:
-    """Returns `base` with the values of `own` in place of its own, section by section."""
-    merged = dict(base)
+    """Returns `base` with the values of `own` in place of its own, section by section. Another `kind` replaces its section."""
+    merged = {} if is_other_kind(base, own) else dict(base)
     for key, value in own.items():
         merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
     return merged

@@ -10,6 +10,7 @@ from hpc.data.storage import CacheConfig, Store
 from hpc.errors import UserError
 from launch.__main__ import parse_arguments
 from lesiongen import experiment
+from lesiongen.priors.gated_pixelcnn import GatedPixelCNNConfig
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -54,6 +55,16 @@ def test_shipped_configs_load_and_read_back(path):
     assert c.from_plain(experiment.Experiment, c.parse_yaml(c.to_yaml(made), "")) == made
     header = path.read_text().split("name:")[0]
     assert all(word in header for word in ("# What:", "# Command:", "# Hardware:", "# Expect:"))
+
+
+def test_another_kind_replaces_the_settings_of_the_kind_before():
+    path, given = "configs/ham10000-cpu.yaml", ["data.images=x"]
+    kinds = [f"priors.codes.model.kind={kind}" for kind in ("gpt", "gated_pixelcnn")]
+    assert experiment.load(path, [*given, kinds[0]]).prior("codes").model.width == 256
+    other = experiment.load(path, [*given, kinds[1], "priors.codes.model.width=48"]).prior("codes").model
+    assert (other.kind, other.width, other.layers) == ("gated_pixelcnn", 48, GatedPixelCNNConfig().layers)
+    with pytest.raises(UserError, match=r"priors\.codes: this tokenizer has the levels top, bottom"):
+        experiment.load(path, [*given, "tokenizer.model.kind=vqvae2"])
 
 
 def test_numbers_people_write(tmp_path):

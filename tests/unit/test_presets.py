@@ -6,6 +6,7 @@ from hpc.errors import UserError
 from launch.__main__ import main
 from launch.cluster import ClusterConfig, Resources
 from lesiongen import experiment, presets
+from lesiongen.priors.gated_pixelcnn import GatedPixelCNNConfig
 
 
 @pytest.fixture
@@ -95,6 +96,12 @@ def test_own_settings_go_before_those_of_a_preset(photographs):
     assert (found.prior("codes").model.layers, found.tokenizer.train.batch) == (2, 16)
     assert found.prior("codes").model.width == 512 and found.tokenizer.model.entries == 1024
     assert found.tokenizer.train.engine.precision == "bf16"
+
+
+def test_another_kind_of_prior_replaces_the_settings_of_the_preset(photographs):
+    config = photographs(40, "priors: {codes: {model: {kind: gated_pixelcnn, layers: 2}}}\n", "small")
+    model = experiment.load(config).prior("codes").model
+    assert (model.kind, model.layers, model.width) == ("gated_pixelcnn", 2, GatedPixelCNNConfig().width)
 
 
 def test_the_option_is_the_same_as_the_line(photographs, tmp_path, capsys):
