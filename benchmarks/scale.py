@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -47,13 +48,6 @@ TOLERANCE = 0.15  # largest relative difference between planned and measured pea
 ENTRIES, IMAGES, SIDE = 512, 48, 8  # of the random codes
 SPEED_MILLIONS = 10  # parameters of the model whose speed is measured
 PHASES = ("build", "step", "evaluation", "save", "export", "resume")
-
-
-class RandomCodes(PriorTask):
-    """A prior task without pictures: there is no tokenizer that could decode samples of random codes."""
-
-    def _sample_picture(self, net):
-        return {}
 
 
 def model_of(millions: float) -> GPTConfig:
@@ -91,7 +85,8 @@ def trainer_of(folder: Path, millions: float, zero: int, topology: dist.Topology
     """Builds the trainer as the prior stage does."""
     config, prior = configure(folder, millions, zero, topology.world_size)
     stage = folder / f"zero-{zero}"
-    task = RandomCodes(config, prior, "top", stage, topology)
+    task = PriorTask(config, prior, "top", stage, topology)
+    task.picture = SimpleNamespace(draw=lambda net: {})  # there is no tokenizer that could decode samples of random codes
     return Trainer(task, prior.train, stage, topology, 0, "scale", start, False)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc.run import rundir
 from launch.pipeline import stage_statuses
-from lesiongen.evaluation.feature_cache import FOLDER
+from lesiongen.evaluation.feature_cache import FEATURES_FOLDER
 from lesiongen.experiment import Experiment
 
 CHECKPOINTS = "checkpoints of a finished training; without them it cannot be trained for longer"
@@ -22,7 +22,7 @@ def removable(config: Experiment) -> dict[Path, str]:
         if status.stage.trains and status.state == "done":
             found[config.directory / status.stage.name / "checkpoints"] = CHECKPOINTS
     for folder in (config.directory, config.directory / "shards", config.directory / "codes"):
-        found[folder / FOLDER] = FEATURES
+        found[folder / FEATURES_FOLDER] = FEATURES
     return {path: what for path, what in found.items() if path.is_dir()}
 
 

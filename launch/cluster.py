@@ -6,9 +6,9 @@ from typing import Any
 
 from hpc import config as hpc_config
 from hpc.errors import UserError
+from hpc.run.rundir import STAGE_KINDS
 from lesiongen.stages.base import Stage
 
-STAGE_KINDS = ("shards", "tokenizer", "codes", "polish", "prior", "samples", "report")
 SBATCH = ("partition", "account", "qos", "constraint", "reservation")  # fields with the names of options of sbatch
 
 

@@ -28,7 +28,7 @@ class StageJob:
         stage: The stage's name.
         folder: The job's directory, where each rank records its exit code.
         out: Directory of the result; "" for the stage's directory in the run.
-        code: Directory of the code that the job is to run; "" for the installed code.
+        code: Directory of the code that the job is to run.
         task: Number of this job among the tasks of a Slurm array, each of which makes a part of the result by itself.
         tasks: Number of tasks; 0 for a job that is no array.
     """
@@ -36,8 +36,8 @@ class StageJob:
     config_yaml: str
     stage: str  # for a job that checks the nodes, CHECK
     folder: str
-    out: str = ""
-    code: str = ""
+    out: str
+    code: str
     task: int = 0
     tasks: int = 0
 
@@ -68,7 +68,7 @@ class StageJob:
         from lesiongen.experiment import Experiment
 
         print_in_any_encoding()
-        if self.code and self.code != str(Path(hpc_config.__file__).parents[1]):  # Python 3.10 has no PYTHONSAFEPATH
+        if self.code != str(Path(hpc_config.__file__).parents[1]):  # Python 3.10 has no PYTHONSAFEPATH
             print(f"warning: this job runs the code in {Path(hpc_config.__file__).parents[1]}, not that of its submission")
         try:
             config = hpc_config.from_plain(Experiment, hpc_config.parse_yaml(self.config_yaml, "the job's config"))

@@ -277,5 +277,5 @@ def append_to(config: Experiment, out: Path) -> None:
         raise UserError(f"{out} was packed with other settings: {'; '.join(changed)}. Append with the same settings.")
     record = rundir.read_stage_record(out)
     stage_dir = rundir.StageDir(out, identity, record["inputs"], record["target"])
-    run_stage(config, pack.appending(config, identity), Topology(), stage_dir)
+    run_stage(config, pack.appending(identity), Topology(), stage_dir)
     print(f"Appended to {out}. Stages that were made from the shards before are stale now.")

@@ -36,7 +36,7 @@ def fresh_and_todo(
         raise UserError(f"--from {options.first} comes after --until {options.until}.")
     if missing := [status.stage.name for status in pipeline.stage_statuses(config)[:first] if status.state != "done"]:
         raise UserError(f"--from {options.first} needs {', '.join(missing)}, which is not done.")
-    considered, others = tuple(names[first : last + 1]), made_from(config, tuple(options.fresh))
+    considered, others = tuple(names[first : last + 1]), stages_made_from(config, tuple(options.fresh))
     again = (*options.fresh, *(name for name in others if name in considered))
     return (*options.fresh, *others), pipeline.stages_to_do(config, again, considered, awaited)
 
@@ -53,7 +53,7 @@ def confirm_fresh(options: argparse.Namespace, fresh: tuple[str, ...]) -> None:
         raise UserError("Nothing was deleted.")
 
 
-def made_from(config: Experiment, names: tuple[str, ...]) -> tuple[str, ...]:
+def stages_made_from(config: Experiment, names: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the stages that have begun with results of the stages `names`, upstream first. They do not fit new results."""
     affected = set(names)
     for stage in stages(config).values():

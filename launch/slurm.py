@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hpc.run import journal
-from hpc.run.rundir import is_copy, location
+from hpc.run.rundir import location, was_copied
 
 SUBMITTED = "submitted.jsonl"  # file in jobs/<stage>: one line per submitted job
 NO_ANSWER = "(Slurm does not answer)"
@@ -149,7 +149,7 @@ def submitted_jobs(run_dir: Path, stage: str) -> list[dict]:
         stage: The stage's name.
     """
     records = journal.read(run_dir / "jobs" / stage / SUBMITTED, "job")
-    return [record for record in records if "directory" not in record or not is_copy(run_dir, record["directory"])]
+    return [record for record in records if "directory" not in record or not was_copied(run_dir, record["directory"])]
 
 
 def last_job(run_dir: Path, stage: str) -> str | None:

@@ -4,8 +4,6 @@ The config itself is the base run. Stages that no setting of the grid changes ar
 the sweep name them as inputs. A sweep that is started again goes on with what is unfinished.
 """
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -22,6 +20,7 @@ from launch import executors, pipeline, slurm
 from launch.before_queue import check_before_queue
 from launch.cluster import ClusterConfig
 from lesiongen import experiment
+from lesiongen.data.tables import write_csv
 from lesiongen.evaluation import plots
 from lesiongen.experiment import Experiment
 from lesiongen.stages import stages
@@ -154,11 +153,7 @@ class Sweep:
         if ranked_by:
             rows.sort(key=lambda row: row[ranked_by] if lower else -row[ranked_by])
         columns = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
-        content = io.StringIO()
-        writer = csv.DictWriter(content, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        atomic_write(self.base.directory / "sweep.csv", content.getvalue().encode())
+        write_csv(self.base.directory / "sweep.csv", columns, ([row.get(name, "") for name in columns] for row in rows))
         text = [[_text(row.get(name)) for name in columns] for row in rows]
         widths = [max(map(len, column)) for column in zip(columns, *text, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [columns, *text]]

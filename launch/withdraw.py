@@ -16,7 +16,7 @@ from hpc.errors import UserError
 from hpc.run import journal, rundir
 from hpc.run.rundir import StageDir, read_stage_record
 from lesiongen import experiment
-from lesiongen.evaluation.feature_cache import FOLDER
+from lesiongen.evaluation.feature_cache import FEATURES_FOLDER
 from lesiongen.experiment import Experiment
 from lesiongen.ingest import withdraw as shards
 from lesiongen.stages import stages
@@ -78,21 +78,21 @@ def plan(config: Experiment, ids: Collection[str]) -> Withdrawal:
     if unknown := [name for name in ids if not name or name not in seen]:
         where = folders[0] / "catalog.csv"
         raise UserError(f"There is no image, lesion or patient {unknown[0]!r} in the shards. Their ids are in {where}.")
-    holders, made = [folder / FOLDER for folder in found], {}
-    for path in made_from(list(found), config.directory.parent):
+    holders, made = [folder / FEATURES_FOLDER for folder in found], {}
+    for path in results_made_from(list(found), config.directory.parent):
         if path.name in ("codes", "report"):
             holders.append(path)
             continue
         record = _record(path)
         made[str(path)] = " · ".join(filter(None, (record.get("title"), "finished" if record.get("done") else "unfinished")))
         holders += [path / "images"] if any(path.match(name) for name in PICTURES) else []
-        holders.append(path.parent / FOLDER)
+        holders.append(path.parent / FEATURES_FOLDER)
     for run in {Path(path).parent for path in made}:
         made |= {entry["folder"]: "published" for entry in journal.read(run / PUBLISHED, "folder")}
     return Withdrawal(found, [path for path in dict.fromkeys(holders) if path.exists()], made)
 
 
-def made_from(folders: list[Path], runs: Path) -> list[Path]:
+def results_made_from(folders: list[Path], runs: Path) -> list[Path]:
     """Returns the directory of each result that was made, directly or not, from shards in these folders.
 
     Goes by the directories that the runs' configs name, because shards to which images were appended have another digest than

@@ -6,7 +6,7 @@ import torch
 
 from lesiongen.data import images
 from lesiongen.evaluation import plots
-from lesiongen.evaluation.report import Pair, Strips, charts
+from lesiongen.evaluation.report import NearestPair, Strips, charts
 from lesiongen.ingest import phantom
 
 LABELS = {"akiec": 330, "bcc": 510, "bkl": 1100, "df": 115, "mel": 1110, "nv": 6700, "vasc": 140}  # images of HAM10000
@@ -243,7 +243,7 @@ def drawn(label: str, lesion: int, size: int = 96) -> torch.Tensor:
     return torch.from_numpy(phantom.draw(label, lesion, 0, size).copy()).permute(2, 0, 1)
 
 
-def shown() -> tuple[dict[str, bytes], Strips, list[Pair]]:
+def shown() -> tuple[dict[str, bytes], Strips, list[NearestPair]]:
     """Returns the pictures, strips and pairs of a page. Lesions from number 100 on stand for real images."""
     rng = torch.Generator().manual_seed(0)
     pictures = {}
@@ -269,5 +269,7 @@ def shown() -> tuple[dict[str, bytes], Strips, list[Pair]]:
     ]
     pictures["curves"] = plots.curves({"tokenizer": rows, "prior-top": rows, "prior-bottom": rows})
     distances = {"pixels": 0.04, "features": 4.4, "codes top": 0.61}
-    pairs = [Pair(drawn("nv", i), drawn("nv", 100 + i), {k: v * (1 + i / 20) for k, v in distances.items()}) for i in range(8)]
+    pairs = [
+        NearestPair(drawn("nv", i), drawn("nv", 100 + i), {k: v * (1 + i / 20) for k, v in distances.items()}) for i in range(8)
+    ]
     return pictures, strips, pairs

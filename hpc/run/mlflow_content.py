@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpc.run.metrics_log import METRICS_FILE, read_alarms, read_held_out
-from hpc.run.rundir import is_locked
+from hpc.run.rundir import STAGE_KINDS, is_locked
 
 SECTIONS = {"shards": "data", "codes": "encode", "samples": "sample", "report": "evaluate"}  # of stages with another name
 QUIET_S = 600.0  # a stage that began on another machine was killed if its files are older, and no process has locked it
@@ -23,7 +23,8 @@ Dataset = tuple[str, str, str, str]  # name, digest, directory, and what the sta
 
 def is_stage(name: str) -> bool:
     """Returns whether a directory of a run has the name of a stage."""
-    return name in SECTIONS or name in ("tokenizer", "polish") or name.startswith("prior-")
+    kind, _, level = name.partition("-")
+    return kind in STAGE_KINDS and bool(level) == (kind == "prior")
 
 
 def run_name(stage: str, record: dict) -> str:

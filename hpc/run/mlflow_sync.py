@@ -33,7 +33,7 @@ from hpc.run.metrics_log import ALARMS_FILE, METRICS_FILE, picture_name
 from hpc.run.mlflow_address import EXPERIMENT_TAGS, MLFLOW_ENVIRONMENT, create_store, read_json, without_password
 from hpc.run.mlflow_content import NOTE_FILE, NOTE_TAG
 from hpc.run.mlflow_values import MAX_VALUES, NewLines, Value
-from hpc.run.rundir import atomic_write, is_copy, location, lock
+from hpc.run.rundir import atomic_write, location, lock, was_copied
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -180,7 +180,7 @@ class _Sync:
     def __init__(self, run_dir: Path, uri: str, stage_dirs: list[Path], forget: bool = False):
         self.run_dir, self.uri, self.stage_dirs, self.result = run_dir, uri, stage_dirs, SyncResult()
         self.state = read_json(run_dir / "mlflow.json")
-        if not self.state or ("directory" in self.state and is_copy(run_dir, self.state["directory"])):
+        if not self.state or ("directory" in self.state and was_copied(run_dir, self.state["directory"])):
             self.state = {"uid": uuid.uuid4().hex, "stores": {}}
         self.state["directory"] = location(run_dir)
         if forget:

@@ -25,6 +25,8 @@ from pathlib import Path
 from hpc.config import differences
 from hpc.errors import Busy, UserError
 
+# Directories of a run that are stages; "prior" stands for prior-LEVEL, one for each level.
+STAGE_KINDS = ("shards", "tokenizer", "codes", "polish", "prior", "samples", "report")
 # Files of a stage directory that hold no part of a result.
 WITHOUT_RESULT = {"stage.json", "config.yaml", ".lock", "rejected.jsonl", "left_out.jsonl"}
 COMMIT_FILE = "commit.txt"  # beside the packages in a copy of the code that a job runs, see launch/snapshot.py
@@ -264,7 +266,7 @@ def location(path: Path) -> dict:
     return {"path": str(path.resolve()), "inode": path.stat().st_ino}
 
 
-def is_copy(path: Path, recorded: dict) -> bool:
+def was_copied(path: Path, recorded: dict) -> bool:
     """Returns whether a directory is a copy of the one whose location() a record in it holds.
 
     A directory that was moved keeps its inode, and one that was restored keeps its path; a copy has neither.

@@ -1,6 +1,5 @@
 """The image files of samples: where they lie, what a PNG says of its origin, and the contact sheet."""
 
-import csv
 import io
 import itertools
 import json
@@ -16,6 +15,7 @@ from hpc.data.shards import write_shard
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.sheets import sheet
+from lesiongen.data.tables import read_csv
 
 PER_CLASS = 8  # samples of each class in the contact sheet
 # The IPTC's digital source type of media made by a trained model; programs that show where a picture comes from read it.
@@ -53,8 +53,7 @@ def write_webdataset(folder: Path, per_shard: int = 1000) -> list[Path]:
     Returns:
         Paths of the shards.
     """
-    with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(folder / "metadata.csv")
     classes = sorted({row["label"] for row in rows})
     out = folder / "webdataset"
     out.mkdir(exist_ok=True)

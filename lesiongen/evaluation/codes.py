@@ -36,7 +36,7 @@ def bigram_bits(train: Iterable[np.ndarray], held_out: Iterable[np.ndarray], ent
         Bits per token.
     """
     fitted, asked = (sum(pair_counts(part, entries) for part in parts) for parts in (train, held_out))
-    frequency = (fitted.sum(0) + 0.5) / (fitted.sum() + 0.5 * entries)
+    frequency = code_frequencies(fitted)
     totals = fitted.sum(1, keepdims=True)
     return min(
         float(-(asked * np.log2((fitted + strength * frequency) / (totals + strength))).sum() / asked.sum())
@@ -47,5 +47,15 @@ def bigram_bits(train: Iterable[np.ndarray], held_out: Iterable[np.ndarray], ent
 def pair_counts(codes_NHW: np.ndarray, entries: int) -> np.ndarray:
     """Counts how often each code follows each left neighbour, [K + 1, K]. The last row is for codes without a neighbour."""
     codes = codes_NHW.astype(np.int64)
-    left = np.concatenate([np.full_like(codes[..., :1], entries), codes[..., :-1]], -1)
+    left = left_neighbours(codes, entries)
     return np.bincount((left * entries + codes).ravel(), minlength=(entries + 1) * entries).reshape(-1, entries)
+
+
+def left_neighbours(codes_NHW: np.ndarray, entries: int) -> np.ndarray:
+    """Returns the left neighbour of each code, [N, H, W]; `entries` stands for no neighbour."""
+    return np.concatenate([np.full_like(codes_NHW[..., :1], entries), codes_NHW[..., :-1]], -1)
+
+
+def code_frequencies(counts_KK: np.ndarray) -> np.ndarray:
+    """Returns the frequency of each code, [K], from pair_counts(). A code that never occurs counts as half a code."""
+    return (counts_KK.sum(0) + 0.5) / (counts_KK.sum() + 0.5 * counts_KK.shape[1])

@@ -29,7 +29,7 @@ from hpc.dist import Topology
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 
-FOLDER = "features"
+FEATURES_FOLDER = "features"
 Columns = dict[str, np.ndarray]  # arrays by name, each with one row for each image
 
 
@@ -96,7 +96,7 @@ def cache_folder(beside: str | Path, otherwise: Path) -> Path:
         otherwise: The run's directory.
     """
     writable = not is_remote(beside) and Path(beside).is_dir() and os.access(beside, os.W_OK)
-    return (Path(beside) if writable else otherwise) / FOLDER
+    return (Path(beside) if writable else otherwise) / FEATURES_FOLDER
 
 
 def cached_columns(

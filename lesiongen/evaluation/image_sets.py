@@ -5,7 +5,6 @@ with the size of the images. Of a real image it keeps about 20 bytes.
 """
 
 import contextlib
-import csv
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from lesiongen.data import images
 from lesiongen.data.augment import centre
 from lesiongen.data.packed import Packed, name_number
 from lesiongen.data.stream import ImageShards
+from lesiongen.data.tables import read_csv
 from lesiongen.evaluation import feature_cache
 from lesiongen.evaluation.feature_cache import Source
 
@@ -185,8 +185,7 @@ class SampleImages(ImageSet):
             channels: 1 or 3.
         """
         self.folder, self.size, self.channels = folder, size, channels
-        with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
-            self.rows = list(csv.DictReader(file))
+        self.rows = read_csv(folder / "metadata.csv")
         label_of = {name: label for label, name in enumerate(classes)}
         self.labels = torch.tensor([label_of.get(row["label"], -1) for row in self.rows], dtype=torch.int64)
         self.groups = np.arange(len(self.rows))

@@ -103,8 +103,7 @@ def average_precision(positive_L: np.ndarray, scores_L: np.ndarray, weights: np.
 
 def drawn_seeds(seeds: int, rounds: int, seed: int) -> np.ndarray:
     """Draws the seeds of each resample, with replacement. Returns how often each seed occurs, float [R, S]."""
-    rng = np.random.default_rng(seed)
-    return np.stack([np.bincount(rng.integers(seeds, size=seeds), minlength=seeds) for _ in range(rounds)]).astype(float)
+    return resampled_weights(np.arange(seeds), rounds, seed).astype(float)
 
 
 def over_seeds(values: np.ndarray, drawn_RS: np.ndarray) -> Figure:

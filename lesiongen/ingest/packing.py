@@ -5,8 +5,6 @@ each with a pool of processes. Rank 0 merges the results into the manifest, whic
 manifest is not finished. If packing is killed and run again, only work files without a result are packed.
 """
 
-import csv
-import io
 import json
 import multiprocessing
 import os
@@ -29,6 +27,7 @@ from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data.config import DataConfig
 from lesiongen.data.packed import CATALOG, SPLITS, moments, rows
+from lesiongen.data.tables import write_csv
 from lesiongen.ingest import catalog, contents, pairing, shard_work, splits
 from lesiongen.ingest.catalog import Catalog, Record
 
@@ -273,9 +272,7 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
 def _write_catalog(path: Path, results: list[dict]) -> dict:
     """Writes a row for each newly packed image. Returns the file's entry in the manifest."""
     new = [row for result in results for row in result["catalog"]]
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([CATALOG, *new])
-    atomic_write(path, table.getvalue().encode())
+    write_csv(path, CATALOG, new)
     return manifest.describe(path, count=len(new))
 
 

@@ -4,8 +4,6 @@ Writes near-duplicates.csv and near-duplicates.png, a picture of the pairs for p
 pairs to `splits.assign`, which puts the two images of a pair in the same split.
 """
 
-import csv
-import io
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from hpc.data.shards import ShardReader
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
+from lesiongen.data.tables import write_csv
 from lesiongen.ingest import duplicates
 from lesiongen.ingest.catalog import Record
 from lesiongen.ingest.duplicates import Pair
@@ -78,11 +77,9 @@ def _write_report(
 
     The picture begins with pairs that the metadata does not list as one lesion, the lowest score first.
     """
-    table = io.StringIO()
     rows = [(p.a, p.b, p.score, "yes" if own_groups[p.a] == own_groups[p.b] else "no") for p in pairs]
-    csv.writer(table, lineterminator="\n").writerows([("a", "b", "score", "same_group_already"), *rows])
     doubtful_first = sorted(pairs, key=lambda p: (own_groups[p.a] == own_groups[p.b], p.score))
-    atomic_write(folder / f"near-duplicates{suffix}.csv", table.getvalue().encode())
+    write_csv(folder / f"near-duplicates{suffix}.csv", ("a", "b", "score", "same_group_already"), rows)
     atomic_write(folder / f"near-duplicates{suffix}.png", images.encode_png(duplicates.draw_pairs(doubtful_first, load)))
 
 

@@ -5,7 +5,6 @@ killed before, the set is as it was, and the command can be given again. The ord
 """
 
 import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -16,10 +15,10 @@ import numpy as np
 from hpc.data import manifest
 from hpc.data.shards import ShardReader, index_path, write_shard
 from hpc.errors import UserError
-from hpc.run.rundir import atomic_write
 from lesiongen.data import images
 from lesiongen.data.augment import centre
 from lesiongen.data.packed import moments, rows
+from lesiongen.data.tables import write_csv
 from lesiongen.ingest import splits
 from lesiongen.ingest.packing import columns_of, count_members
 from lesiongen.ingest.shard_work import COUNTED_FIELDS
@@ -117,14 +116,10 @@ def _write_catalog(folder: Path, name: str, table: list[dict], ordinals: dict[st
         if row["shard"] in ordinals:
             row["shard"], places = ordinals[row["shard"]]
             row["ordinal"] = str(places[int(row["ordinal"])])
-    text = io.StringIO()
     with open(folder / name, newline="", encoding="utf-8") as file:
         columns = next(csv.reader(file))
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
     path = folder / _new_name(name)
-    atomic_write(path, text.getvalue().encode())
+    write_csv(path, columns, ([row[column] for column in columns] for row in table))
     return manifest.describe(path, count=len(table))
 
 

@@ -16,13 +16,12 @@ from lesiongen.tokenizers.export import refuse_changed
 WEIGHTS_SHARE = 0.5
 
 
-def load_prior(path: Path, device: torch.device, resident_bytes: int | None = None) -> tuple[Prior, dict]:
+def load_prior(path: Path, device: torch.device) -> tuple[Prior, dict]:
     """Loads an exported prior. A prior that is too large for the device is copied to it layer by layer while it runs.
 
     Args:
         path: Directory of the prior's stage, which holds export/.
         device: The device that computes.
-        resident_bytes: How many bytes of weights the device may hold; by default WEIGHTS_SHARE of a GPU's free memory.
 
     Returns:
         The prior in evaluation mode, and the content of the export's config.yaml.
@@ -42,8 +41,8 @@ def load_prior(path: Path, device: torch.device, resident_bytes: int | None = No
         raise UserError(
             f"The weights in {path / 'export'} do not fit this version's {kind}; train this prior again. ({error})"
         ) from None
-    if resident_bytes is None and device.type == "cuda":
+    if device.type == "cuda":
         resident_bytes = int(WEIGHTS_SHARE * torch.cuda.mem_get_info(device)[0])
-    if resident_bytes is not None and weight_files.total_bytes(path / "export") > resident_bytes:
-        return stream_layers(net, device, resident_bytes), description
+        if weight_files.total_bytes(path / "export") > resident_bytes:
+            return stream_layers(net, device, resident_bytes), description
     return net.to(device), description

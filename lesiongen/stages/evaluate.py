@@ -29,7 +29,7 @@ from lesiongen.evaluation import parts, plots
 from lesiongen.evaluation.backbone import check_backbone
 from lesiongen.evaluation.fidelity import fidelity
 from lesiongen.evaluation.held_out import evaluate_tokenizer
-from lesiongen.evaluation.privacy.candidates import Candidates
+from lesiongen.evaluation.privacy.candidates import PRIVATE_FOLDER, Candidates
 from lesiongen.evaluation.privacy.copies import Copies, write_neighbours
 from lesiongen.evaluation.privacy.views import training_views
 from lesiongen.evaluation.report import charts
@@ -227,7 +227,7 @@ def _write(
     if pairs:
         neighbours = torch.stack([*(pair.sample_CHW for pair in pairs), *(pair.real_CHW for pair in pairs)])
         log.image("neighbours", 0, images.encode_png(images.tile_images(neighbours, len(pairs))))
-    write_neighbours(folder / "private" / "neighbours.csv", [str(i) for i in first.members], copies, subject.shards)
+    write_neighbours(folder / PRIVATE_FOLDER / "neighbours.csv", [str(i) for i in first.members], copies, subject.shards)
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
     atomic_write(folder / "note.md", in_markdown(metrics["verdict"]).encode())
     atomic_write(folder / "share.html", page(name, metrics, pictures, shown, share=True).encode())

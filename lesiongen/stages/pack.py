@@ -32,11 +32,10 @@ def _check(config: Experiment) -> None:
             raise UserError(f"data.{key}: {path} does not exist. Correct data.{key}.")
 
 
-def appending(config: Experiment, identity: dict) -> Stage:
+def appending(identity: dict) -> Stage:
     """Returns the stage that adds new images to a finished set.
 
     Args:
-        config: The config; its `data` names the new images.
         identity: The settings in the record of the finished set, which stay as they are.
     """
     return Stage("shards", (), identity, run_append, appends=True)

@@ -4,8 +4,6 @@ This is a command, not a stage of a run. It writes images/<name>.png, metrics.cs
 pictures: pairs.png, codes.png and codebook.png.
 """
 
-import csv
-import io
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from lesiongen.data import images
 from lesiongen.data.images import to_float, to_uint8, to_unit
 from lesiongen.data.prepare import Preparation
 from lesiongen.data.similarity import psnr, ssim
+from lesiongen.data.tables import write_csv
 from lesiongen.evaluation import figures
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.folders import IMAGE_SUFFIXES
@@ -136,10 +135,7 @@ class _Results:
 
     def write_table(self) -> dict[str, float]:
         """Writes metrics.csv. Returns the number of images and the means of PSNR and SSIM."""
-        table = io.StringIO()
-        header = ("file", "reconstruction", "psnr", "ssim")
-        csv.writer(table, lineterminator="\n").writerows([header, *self.rows])
-        atomic_write(self.out / "metrics.csv", table.getvalue().encode())
+        write_csv(self.out / "metrics.csv", ("file", "reconstruction", "psnr", "ssim"), self.rows)
         number = len(self.rows)
         means = {name: sum(row[i] for row in self.rows) / number for i, name in ((2, "psnr"), (3, "ssim"))}
         return {"images": number, **means}

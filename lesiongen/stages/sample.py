@@ -11,9 +11,7 @@ of the sample's label, so that samples vary as the data do. Do not pass "unknown
 """
 
 import contextlib
-import csv
 import hashlib
-import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -33,6 +31,7 @@ from hpc.run.rundir import atomic_write
 from lesiongen.data.croissant import croissant
 from lesiongen.data.facts import PriorFacts, refuse_unknown
 from lesiongen.data.sample_files import contact_sheet, image_paths, png_with
+from lesiongen.data.tables import csv_text
 from lesiongen.evaluation.backbone import check_backbone
 from lesiongen.evaluation.card import card
 from lesiongen.evaluation.image_sets import BATCH
@@ -354,10 +353,8 @@ def _table(
     settings = {f.name: getattr(sampling, f.name) for f in fields(LevelSampling)} | {"seed": sampling.seed}
     for level, level_sampling in sampling.levels.items():
         settings |= {f"{k}-{level}": v for k, v in to_plain(level_sampling).items() if v is not None}
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["file", "file_name", *next(iter(facts.values())), "index", *bits, *settings, *provenance])
+    rows = []
     for row, (path, (i, sample)) in enumerate(zip(paths, facts.items(), strict=True)):
         of_sample = [f"{values[row]:.4f}" for values in bits.values()]
-        writer.writerow([path, path, *sample.values(), i, *of_sample, *settings.values(), *provenance.values()])
-    return table.getvalue()
+        rows.append([path, path, *sample.values(), i, *of_sample, *settings.values(), *provenance.values()])
+    return csv_text(["file", "file_name", *next(iter(facts.values())), "index", *bits, *settings, *provenance], rows)

@@ -9,8 +9,6 @@ The distance is the KID of the main ruler to images of the validation split; tes
 images have equal numbers of each class.
 """
 
-import csv
-import io
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from hpc.run import journal
 from hpc.run.progress import progress_bar
 from hpc.run.rundir import atomic_write
 from lesiongen.data import images
+from lesiongen.data.tables import write_csv
 from lesiongen.evaluation import feature_cache
 from lesiongen.evaluation.backbone import Backbone, load_backbone
 from lesiongen.evaluation.classifier import small_recipe, trained_classifier
@@ -52,7 +51,7 @@ SHOWN = 8  # samples of each class in the picture
 
 
 @dataclass(frozen=True)
-class Trial:
+class Setting:
     """One row of the table.
 
     Attributes:
@@ -127,7 +126,7 @@ class _Search:
         fixed = {key: getattr(config.sample, key) for key in ("seed", "top_k", "top_p")}
         made_from = {name: digest_of(config, name) for name in ("shards", "codes", *model_stages(config))}
         self.key = digest({"number": number, "seed": config.seed, **fixed, **made_from, "ruler": self.backbone.digest})
-        self.trials: list[Trial] = []
+        self.trials: list[Setting] = []
 
     def _backbone(self, train: RealImages) -> Backbone:
         config, shards = self.config.evaluate, packed(self.config)
@@ -145,20 +144,20 @@ class _Search:
         _, about = self.priors[level]
         return GUIDANCE if about["facts"] else GUIDANCE[:1]
 
-    def measure(self, level: str, settings: LevelSampling) -> Trial:
+    def measure(self, level: str, settings: LevelSampling) -> Setting:
         """Measures one setting of a level, unless an earlier attempt has."""
         asked = {"level": level, "guidance": settings.guidance, "guidance_schedule": settings.guidance_schedule}
         asked |= {"temperature": settings.temperature}
         trials = self.out / "trials.jsonl"
         for entry in journal.read(trials, "key", "kid", *asked):
             if entry.pop("key") == self.key and asked.items() <= entry.items():
-                trial = Trial(**entry)
+                trial = Setting(**entry)
                 break
         else:
             codes = self._codes(level, settings)
             features = torch.from_numpy(self.backbone.over(decode_batches(self.net, codes))).double()
             scores = {name: float(values.mean()) for name, values in neighbour_scores(features, self.features).items()}
-            trial = Trial(**asked, kid=kid(features, self.features), **scores)
+            trial = Setting(**asked, kid=kid(features, self.features), **scores)
             self.out.mkdir(parents=True, exist_ok=True)
             journal.append(trials, {"key": self.key} | asdict(trial))
         self.trials.append(trial)
@@ -193,11 +192,7 @@ class _Search:
 
     def write(self) -> None:
         """Writes the table, the section for the config, and a picture of samples, a row for each class."""
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(asdict(self.trials[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(asdict, self.trials))
-        atomic_write(self.out / "trials.csv", table.getvalue().encode())
+        write_csv(self.out / "trials.csv", asdict(self.trials[0]), (asdict(trial).values() for trial in self.trials))
         levels = {name: {k: v for k, v in asdict(self.found[name]).items() if v is not None} for name in self.config.levels}
         atomic_write(self.out / "sampling.yaml", yaml.safe_dump({"sample": {"levels": levels}}, sort_keys=False).encode())
         codes = self._codes(self.config.levels[0], self.found[self.config.levels[0]])
@@ -231,7 +226,7 @@ def equal_classes(train: RealImages, val: RealImages, number: int, seed: int) ->
     return np.repeat(common, each), chosen
 
 
-def _row(trial: Trial) -> str:
+def _row(trial: Setting) -> str:
     """Returns a trial as a line for the terminal."""
     if not trial.level:
         what = "all codes real"

@@ -57,16 +57,22 @@ def export_digest(folder: Path) -> str:
     return digest({"weights": weight_files.sha256(folder), "model": description["model"]})
 
 
-def refuse_changed(path: Path) -> None:
-    """Raises UserError if an export is not the one that its finished stage recorded.
+def changed_since(path: Path) -> str | None:
+    """Returns the digest that a finished stage recorded if its export is another one now; otherwise None.
 
     Args:
         path: Directory of the stage, which holds export/. An export without a stage's record is not checked.
     """
     record = read_stage_record(path)
-    if record and record["done"] and export_digest(path / "export") != record["digest"]:
+    changed = record and record["done"] and export_digest(path / "export") != record["digest"]
+    return record["digest"] if changed else None
+
+
+def refuse_changed(path: Path) -> None:
+    """Raises UserError if an export is not the one that its finished stage recorded. Argument as in changed_since()."""
+    if recorded := changed_since(path):
         raise UserError(
-            f"{path / 'export'} has changed since the stage was done: its digest is not {record['digest']}. What was made from "
+            f"{path / 'export'} has changed since the stage was done: its digest is not {recorded}. What was made from "
             f"it would not fit it. Restore the files, or train again (--fresh {path.name})."
         )
 

@@ -8,9 +8,9 @@ time by itself (SeQ-GAN, Gu et al. 2022, arXiv:2212.03185), together with a netw
 import torch
 from torch import nn
 
-from lesiongen.data.images import to_float, to_unit
-from lesiongen.data.similarity import psnr, ssim
+from lesiongen.data.images import to_float
 from lesiongen.tokenizers.energy import EnergyScore
+from lesiongen.tokenizers.objective import training_metrics
 from lesiongen.tokenizers.quantizer import Quantized
 from lesiongen.tokenizers.texture import hashed, seeds_of
 from lesiongen.tokenizers.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ class Objective(nn.Module):
         a, b = self._draws(vectors, position_B)
         loss, terms = self.score(a, b, x, position_B)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for SSIM's variances
-            terms |= {"psnr": psnr(to_unit(a), to_unit(x)).mean(), "ssim": ssim(to_unit(a[:4]), to_unit(x[:4])).mean()}
+            terms |= training_metrics(a, x)
         return {"loss": loss, "metrics": terms, "statistics": None}
 
     def held_out_loss(self, x_BCHW: torch.Tensor, levels: dict[str, Quantized]) -> torch.Tensor:

@@ -18,8 +18,6 @@ from launch.__main__ import main
 from lesiongen.stages import pack
 from tests.conftest import DEMO, tiny
 
-ROOT = Path(__file__).parents[2]
-
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -18,7 +18,6 @@ rng = np.random.default_rng(0)
 SMOOTH = np.add.outer(np.arange(24), np.arange(32))[..., None] * np.array([4, 3, 2]) % 256
 COLOUR = np.clip(np.abs(SMOOTH - 60), 0, 255).astype(np.uint8)  # 24 × 32 × 3
 GREY = COLOUR[..., 0]
-ADOBE_RGB = {"red": (0.64, 0.33), "green": (0.21, 0.71), "blue": (0.15, 0.06)}
 
 
 def save(image: Image.Image | np.ndarray, form: str, **options) -> bytes:

@@ -7,13 +7,20 @@ import torch
 from lesiongen.data.augment import dihedral
 from lesiongen.evaluation.intervals import wilson
 from lesiongen.evaluation.privacy import copies, nearest
-from lesiongen.evaluation.privacy.nearest import Nearest, nearest_images
+from lesiongen.evaluation.privacy.nearest import Nearest
 from lesiongen.evaluation.privacy.views import thumbnails
 
 
 def noise(number: int, side: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(256, (number, channels, side, side), generator=rng, dtype=torch.uint8)
+
+
+def nearest_images(queries: np.ndarray, images: np.ndarray) -> Nearest:
+    """Finds the nearest of some thumbnails, by pixels."""
+    found = Nearest.empty(len(queries))
+    nearest._PixelQueries(queries, torch.device("cpu")).search(found, images, (0, 0), None)
+    return found
 
 
 def lesion_like(number: int, seed: int = 0) -> torch.Tensor:

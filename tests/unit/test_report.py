@@ -11,7 +11,7 @@ from PIL import Image
 
 from lesiongen.data import images
 from lesiongen.evaluation import plots
-from lesiongen.evaluation.report import Pair, page, words
+from lesiongen.evaluation.report import NearestPair, page, words
 from lesiongen.evaluation.report.readings import why_missing
 from tests import evaluations
 
@@ -155,7 +155,7 @@ def test_a_shared_copy_shows_no_real_image():
     green, red = (torch.zeros(3, 40, 320, dtype=torch.uint8) for _ in range(2))
     green[1], red[0] = 255, 255
     pictures = pictures | dict.fromkeys(("reconstructions", "neighbours", "codes"), images.encode_png(green))
-    pairs = [Pair(red[..., :40], green[..., :40], {"pixels": 0.01})]
+    pairs = [NearestPair(red[..., :40], green[..., :40], {"pixels": 0.01})]
     strips = {"mel": (red, green)}
 
     def greenish(html: str) -> int:

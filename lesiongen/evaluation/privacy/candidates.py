@@ -10,7 +10,6 @@ With a gate (gate.py) there are also
 The sample stage writes the folder; the evaluate stage reads it.
 """
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +20,10 @@ from safetensors.numpy import load_file, save
 
 from hpc.errors import UserError
 from hpc.run.rundir import atomic_write
-from lesiongen.evaluation.privacy.copies import write_table
+from lesiongen.data.tables import read_csv, write_csv
 from lesiongen.priors.code_sampler import Codes
 
-FOLDER = "private"
+PRIVATE_FOLDER = "private"
 
 
 class Candidates:
@@ -36,7 +35,7 @@ class Candidates:
 
     def __init__(self, samples: Path):
         """Names the files. `samples` is the directory of the samples."""
-        self.folder = samples / FOLDER
+        self.folder = samples / PRIVATE_FOLDER
 
     # Codes
 
@@ -111,18 +110,14 @@ class Candidates:
 
     def check(self) -> None:
         """Raises UserError if the codes of a sample are missing, as they are beside samples of older versions."""
-        with open(self.folder.parent / "metadata.csv", newline="", encoding="utf-8") as file:
-            self.read({int(row["index"]): 0 for row in csv.DictReader(file)})
+        self.read({int(row["index"]): 0 for row in read_csv(self.folder.parent / "metadata.csv")})
 
     # The gate's verdicts
 
     def rows(self) -> list[dict[str, str]]:
         """Reads candidates.csv; [] without a gate. An empty `reason` means that the candidate was accepted."""
-        try:
-            with open(self.folder / "candidates.csv", newline="", encoding="utf-8") as file:
-                return list(csv.DictReader(file))
-        except FileNotFoundError:
-            return []
+        path = self.folder / "candidates.csv"
+        return read_csv(path) if path.exists() else []
 
     def verdicts(self) -> dict[int, dict[int, str]]:
         """Returns the reason of each candidate, "" for an accepted one: {attempt: {index: reason}}."""
@@ -134,7 +129,8 @@ class Candidates:
     def add(self, attempt: int, columns: dict[str, list]) -> None:
         """Adds the candidates of an attempt to candidates.csv; replaces what it held of this attempt and later ones."""
         before = [row for row in self.rows() if int(row["attempt"]) < attempt]
-        write_table(self.folder / "candidates.csv", {name: [row[name] for row in before] + columns[name] for name in columns})
+        merged = [[row[name] for row in before] + columns[name] for name in columns]
+        write_csv(self.folder / "candidates.csv", columns, zip(*merged, strict=True))
 
     def limits(self) -> dict | None:
         """Reads gate.json; None if there is none."""

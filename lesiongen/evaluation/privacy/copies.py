@@ -10,8 +10,6 @@ The distance alone would not do: a typical, blurred sample is near to every imag
 The evaluate stage calls measure(); the gate of the sample stage uses the same thresholds.
 """
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,9 @@ import numpy as np
 import torch
 
 from hpc.dist import Topology
-from hpc.run.rundir import atomic_write
 from lesiongen.data.packed import Packed
 from lesiongen.data.stream import ImageShards
+from lesiongen.data.tables import write_csv
 from lesiongen.evaluation.intervals import share
 from lesiongen.evaluation.privacy.nearest import Nearest, nearest_views
 from lesiongen.evaluation.privacy.views import TrainingViews, joined
@@ -170,13 +168,4 @@ def write_neighbours(path: Path, names: Sequence[str], found: Copies, packed: Pa
     copied = below(found.samples, found.thresholds)
     columns = {"sample": list(names)} | neighbour_columns(found.samples, packed)
     columns["copy"] = ["; ".join(kind for kind in copied if copied[kind][i]) for i in range(len(names))]
-    write_table(path, columns)
-
-
-def write_table(path: Path, columns: dict[str, Sequence]) -> None:
-    """Writes columns as a CSV file, atomically."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    atomic_write(path, text.getvalue().encode())
+    write_csv(path, columns, zip(*columns.values(), strict=True))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hpc.data.codestore import CodeStore
 from hpc.run.progress import progress_bar
-from lesiongen.evaluation.codes import STRENGTHS, pair_counts
+from lesiongen.evaluation.codes import STRENGTHS, code_frequencies, left_neighbours, pair_counts
 from lesiongen.evaluation.privacy.audit_rows import AuditRows, Groups, batches
 from lesiongen.evaluation.privacy.separation import separation
 from lesiongen.priors.prior import Prior
@@ -128,9 +128,8 @@ def _smoothed(counts_KK: np.ndarray, codes_NHW: np.ndarray) -> Iterator[np.ndarr
         counts_KK: How often each code follows each left neighbour, [K + 1, K].
         codes_NHW: The codes.
     """
-    entries = counts_KK.shape[1]
-    left_NHW = np.concatenate([np.full_like(codes_NHW[..., :1], entries), codes_NHW[..., :-1]], -1)
+    left_NHW = left_neighbours(codes_NHW, counts_KK.shape[1])
     seen, totals = counts_KK[left_NHW, codes_NHW], counts_KK.sum(1)[left_NHW]
-    frequency_K = (counts_KK.sum(0) + 0.5) / (counts_KK.sum() + 0.5 * entries)
+    frequency_K = code_frequencies(counts_KK)
     for strength in STRENGTHS:
         yield np.log((seen + strength * frequency_K[codes_NHW]) / (totals + strength)).sum((1, 2))

@@ -130,19 +130,6 @@ def _search(
     pixels.search(found["pixels"], images.pixels, file, progress)
 
 
-def nearest_images(queries_NCHW: np.ndarray, images_NCHW: np.ndarray, progress: tqdm | None = None) -> Nearest:
-    """Finds the nearest of some images in memory, by pixels; `row` is (0, 0, index).
-
-    Args:
-        queries_NCHW: Thumbnails to compare, uint8 [N, C, 32, 32].
-        images_NCHW: Thumbnails to search, uint8 [S, C, 32, 32].
-        progress: A bar that counts images.
-    """
-    found = Nearest.empty(len(queries_NCHW))
-    _PixelQueries(queries_NCHW, torch.device("cpu")).search(found, images_NCHW, (0, 0), progress)
-    return found
-
-
 def _combined(parts: list[dict[str, Nearest]]) -> dict[str, Nearest]:
     """Returns the nearest views among those that the ranks have found; of equal distances the first row."""
     combined = {}

@@ -12,13 +12,13 @@ from lesiongen.evaluation.report.likeness import likeness
 from lesiongen.evaluation.report.made import made
 from lesiongen.evaluation.report.markup import Html, element, escape, join
 from lesiongen.evaluation.report.models import models
-from lesiongen.evaluation.report.privacy import Pair, gate, privacy
+from lesiongen.evaluation.report.privacy import NearestPair, gate, privacy
 from lesiongen.evaluation.report.samples import Strips, samples
 from lesiongen.evaluation.report.style import STYLE
 from lesiongen.evaluation.report.utility import utility
 from lesiongen.evaluation.report.verdict import reasons, verdict
 
-__all__ = ["Pair", "Strips", "page"]
+__all__ = ["NearestPair", "Strips", "page"]
 
 OVERALL = {  # overall → sign's mark, title, what it means
     "use": ("good", "Use", "No rule speaks against using and sharing the samples within the licence of the data."),
@@ -35,7 +35,7 @@ TOPICS = {
 
 
 def page(
-    name: str, metrics: dict, pictures: dict[str, bytes], strips: Strips, pairs: Sequence[Pair] = (), share: bool = False
+    name: str, metrics: dict, pictures: dict[str, bytes], strips: Strips, pairs: Sequence[NearestPair] = (), share: bool = False
 ) -> str:
     """Builds the page.
 

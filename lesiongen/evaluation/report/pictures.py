@@ -12,7 +12,7 @@ from lesiongen.data.augment import dihedral
 from lesiongen.evaluation.image_sets import ImageSet
 from lesiongen.evaluation.privacy.copies import Copies
 from lesiongen.evaluation.reconstructions import decode
-from lesiongen.evaluation.report.privacy import Pair
+from lesiongen.evaluation.report.privacy import NearestPair
 from lesiongen.evaluation.report.samples import Strips
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
@@ -52,7 +52,7 @@ def shrink(images_BCHW: torch.Tensor) -> torch.Tensor:
     return F.resize(images_BCHW, [SIDE, SIDE], antialias=True)
 
 
-def nearest_pairs(found: Copies, samples: dict[str, np.ndarray], store: CodeStore, net: Tokenizer) -> Iterator[Pair]:
+def nearest_pairs(found: Copies, samples: dict[str, np.ndarray], store: CodeStore, net: Tokenizer) -> Iterator[NearestPair]:
     """Yields the samples that are nearest to a training view, each with this view as the tokenizer decodes it.
 
     The closeness of different kinds is compared in multiples of its threshold.
@@ -72,4 +72,4 @@ def nearest_pairs(found: Copies, samples: dict[str, np.ndarray], store: CodeStor
         view = decode(net, {level: codes[f"codes.{level}"] for level in samples})[0]
         sample = decode(net, {level: values[i : i + 1] for level, values in samples.items()})[0]
         distances = {kind: float(found.samples[kind].closeness[i]) for kind in found.samples}
-        yield Pair(shrink(sample[None])[0], shrink(dihedral(view, int(nearest.form[i]))[None])[0], distances)
+        yield NearestPair(shrink(sample[None])[0], shrink(dihedral(view, int(nearest.form[i]))[None])[0], distances)

@@ -16,7 +16,7 @@ from lesiongen.evaluation.report.readings import why_missing
 TITLE = "Does it leak?"
 
 
-class Pair(NamedTuple):
+class NearestPair(NamedTuple):
     """A sample and its nearest training image, turned to match.
 
     Attributes:
@@ -29,7 +29,7 @@ class Pair(NamedTuple):
     distances: dict[str, float]
 
 
-def privacy(found: dict | None, pictures: dict[str, bytes], pairs: Sequence[Pair], share: bool) -> Html:
+def privacy(found: dict | None, pictures: dict[str, bytes], pairs: Sequence[NearestPair], share: bool) -> Html:
     """Returns the section.
 
     Args:
@@ -85,7 +85,7 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3g}"
 
 
-def _pairs(copies: dict, pairs: Sequence[Pair], share: bool) -> list[Html]:
+def _pairs(copies: dict, pairs: Sequence[NearestPair], share: bool) -> list[Html]:
     """Returns the samples that are nearest to the training data, each above its nearest training image."""
     title = markup.heading("The nearest pairs")
     if share:
