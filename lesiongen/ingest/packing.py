@@ -30,6 +30,7 @@ from lesiongen.data.packed import CATALOG, SPLITS, moments, rows
 from lesiongen.data.tables import write_csv
 from lesiongen.ingest import catalog, contents, pairing, shard_work, splits
 from lesiongen.ingest.catalog import Catalog, Record
+from lesiongen.ingest.splits import PackedImage
 
 POOL_FROM = 2_000  # images; for fewer, starting the processes takes longer than packing
 
@@ -114,17 +115,17 @@ def _prepare(data: DataConfig, folder: Path, append: bool) -> list[tuple[str, in
         with _pool(data.processes or _default_processes(len(records), Topology())) as parallel_map:
             pairs += pairing.find_near_duplicates(records, folder, packed, _suffix(before), parallel_map)
     patients = _packed_patients(before, folder) if data.group_by == "patient" else {}
-    known = {image: (*facts[:3], patients.get(image, "")) for image, facts in packed.items()}
-    members, unjoined = splits.assign(records, data.val, data.test, pairs, known, data.group_by == "patient")
+    packed = {name: image._replace(patient=patients.get(name, "")) for name, image in packed.items()}
+    by_split, unjoined = splits.assign(records, data.val, data.test, pairs, packed, data.group_by == "patient")
     _write_rejected(rejected + unjoined, listing.listed, data, folder / f"rejected{_suffix(before)}.jsonl")
     if not append:
-        splits.refuse_empty({name: len({r.group for r in m}) for name, m in members.items()}, data.val, data.test)
+        splits.refuse_empty({name: len({r.group for r in found}) for name, found in by_split.items()}, data.val, data.test)
     files = contents.describe(data, listing.tables, folder)
     atomic_write(folder / "work" / contents.list_name(""), json.dumps(files).encode())
     _write_listed(
         folder, listing, rejected + unjoined, classes, catalog.vocabularies(records, classes, before.get("vocabularies"))
     )
-    return _write_work(data, folder, members, classes, before.get("shards", []))
+    return _write_work(data, folder, by_split, classes, before.get("shards", []))
 
 
 def _refuse_lost_facts(data: DataConfig, listing: Catalog) -> None:
@@ -171,13 +172,13 @@ def _write_listed(folder: Path, listing: Catalog, rejected: list[dict], classes:
 
 
 def _write_work(
-    data: DataConfig, folder: Path, members: dict[str, list[Record]], classes: list[str], shards: list[dict]
+    data: DataConfig, folder: Path, by_split: dict[str, list[Record]], classes: list[str], shards: list[dict]
 ) -> list[tuple[str, int]]:
     """Writes one work file for each new shard. New shards are numbered after `shards`, which are packed already."""
     settings = {k: getattr(data, k) for k in ("size", "channels", "format", "quality")} | {"classes": classes}
     settings["preprocess"] = to_plain(data.preprocess)
     work_files = []
-    for split, records in members.items():
+    for split, records in by_split.items():
         first_number = sum(s["split"] == split for s in shards)
         for number, first in enumerate(range(0, len(records), data.shard_samples), first_number):
             part = records[first : first + data.shard_samples]
@@ -185,14 +186,14 @@ def _write_work(
     return work_files
 
 
-def _read_packed(folder: Path) -> tuple[dict, dict[str, tuple[str, ...]]]:
-    """Returns the manifest of a finished set, and for each image its (own group, group, split, shard, ordinal)."""
+def _read_packed(folder: Path) -> tuple[dict, dict[str, PackedImage]]:
+    """Returns the manifest of a finished set, and its images without their patients."""
     before = manifest.read(folder)
     if problems := manifest.verify(folder, before["catalogs"]):
         raise UserError(f"{problems[0]}. Images can be appended only to a complete set: restore the file, or pack again.")
     columns = ("own_group", "group", "split", "shard", "ordinal")
     packed = rows(folder / entry["name"] for entry in before["catalogs"])
-    return before, {row["image_id"]: tuple(row[c] for c in columns) for row in packed}
+    return before, {row["image_id"]: PackedImage(*(row[column] for column in columns)) for row in packed}
 
 
 def _packed_patients(before: dict, folder: Path) -> dict[str, str]:

@@ -20,30 +20,29 @@ from lesiongen.data.tables import write_csv
 from lesiongen.ingest import duplicates
 from lesiongen.ingest.catalog import Record
 from lesiongen.ingest.duplicates import Pair
-from lesiongen.ingest.splits import Groups
+from lesiongen.ingest.splits import Groups, PackedImage
 
 LARGE_GROUP = 20  # images; a larger group is unlikely to be one lesion, so a warning is printed
 
 
 def find_near_duplicates(
-    records: list[Record], folder: Path, packed: dict[str, tuple[str, ...]], suffix: str, parallel_map: Callable
+    records: list[Record], folder: Path, packed: dict[str, PackedImage], suffix: str, parallel_map: Callable
 ) -> list[tuple[str, str]]:
     """Finds pairs of images that show the same lesion, at least one of them new, and writes the table and the picture.
 
     Args:
         records: The new images.
         folder: Directory of the shards.
-        packed: (own group, group, split, shard, ordinal) of each packed image.
+        packed: The images that are packed already.
         suffix: Ending of the names of the files to write.
         parallel_map: A function like map(), which may use several processes.
     """
     paths = {r.image: Path(r.path) for r in records}
-    names = sorted({shard for _, _, _, shard, _ in packed.values()})
+    names = sorted({image.shard for image in packed.values()})
     reader, shard_index = ShardReader.local(folder, names), {name: i for i, name in enumerate(names)}
 
     def packed_bytes(image: str) -> bytes:
-        *_, shard, ordinal = packed[image]
-        members = reader.read(shard_index[shard], int(ordinal))
+        members = reader.read(shard_index[packed[image].shard], int(packed[image].ordinal))
         return members.get("jpg") or members["png"]
 
     def load(image: str) -> Image.Image:
@@ -63,7 +62,7 @@ def find_near_duplicates(
         return []
     pairs = duplicates.find_pairs(list(thumbnails), np.stack(list(thumbnails.values())), new_from=len(packed))
     if pairs:
-        own_groups = {r.image: r.own_group for r in records} | {image: group for image, (group, *_) in packed.items()}
+        own_groups = {r.image: r.own_group for r in records} | {name: image.own_group for name, image in packed.items()}
         _write_report(folder, suffix, pairs, own_groups, load)
     print(f"{len(pairs):,} pairs of near duplicates" + (f", see {folder / f'near-duplicates{suffix}.png'}" if pairs else ""))
     _warn_of_large_groups(pairs)

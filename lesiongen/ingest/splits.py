@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 from hpc.errors import UserError
 from lesiongen.data.packed import SPLITS
@@ -68,12 +69,32 @@ class Groups:
         return True
 
 
+class PackedImage(NamedTuple):
+    """What the catalogs say of an image that is packed already.
+
+    Attributes:
+        own_group: Its group by the metadata alone.
+        group: Its group, after others were joined to it.
+        split: Its split.
+        shard: Name of its shard.
+        ordinal: Its number in the shard, as text.
+        patient: Its patient as a group; "" if unknown, or if patients join no groups.
+    """
+
+    own_group: str
+    group: str
+    split: str
+    shard: str = ""
+    ordinal: str = ""
+    patient: str = ""
+
+
 def assign(
     records: list[Record],
     val: float,
     test: float,
     pairs: Iterable[tuple[str, str]] = (),
-    packed: dict[str, tuple[str, ...]] | None = None,
+    packed: dict[str, PackedImage] | None = None,
     by_patient: bool = True,
 ) -> tuple[dict[str, list[Record]], list[dict]]:
     """Assigns each record a group and a split.
@@ -87,7 +108,7 @@ def assign(
         val: Share of groups in val, 0 to 1.
         test: Share of groups in test, 0 to 1.
         pairs: Images that show the same lesion.
-        packed: For each image that is packed already, its (own group, group, split) and maybe its patient as a group.
+        packed: The images that are packed already.
         by_patient: Whether all images of a patient are in one split, also those of different lesions.
 
     Returns:
@@ -98,17 +119,17 @@ def assign(
         UserError: The records give images of one group different splits.
     """
     packed = packed or {}
-    packed_splits = {name: split for own, group, split, *_ in packed.values() for name in (own, group)}
+    packed_splits = {name: image.split for image in packed.values() for name in (image.own_group, image.group)}
     renamed = _former_names(records, packed)
     packed_splits |= {now: packed_splits[before] for now, before in renamed.items() if before in packed_splits}
     supplied_splits, rejected = _supplied_splits(records, packed_splits)
     # Join groups: first as the packed images were joined, then by the new pairs.
     groups = Groups(supplied_splits | packed_splits)
-    for a, b in [*((own, group) for own, group, *_ in packed.values()), *renamed.items()]:
+    for a, b in [*((image.own_group, image.group) for image in packed.values()), *renamed.items()]:
         groups.join(a, b)
     if by_patient:
         _join_patients(groups, records, packed, rejected)
-    group_of = {image: group for image, (_, group, *_) in packed.items()} | {r.image: r.own_group for r in records}
+    group_of = {name: image.group for name, image in packed.items()} | {r.image: r.own_group for r in records}
     _join_pairs(groups, group_of, pairs, packed, rejected)
     # Choose each group's split.
     packed_groups = {groups.find(group) for group in packed_splits}
@@ -129,9 +150,9 @@ def assign(
     return ordered, [{"image": image, "reason": reason} for image, reason in rejected.items()]
 
 
-def _former_names(records: list[Record], packed: dict[str, tuple[str, ...]]) -> dict[str, str]:
+def _former_names(records: list[Record], packed: dict[str, PackedImage]) -> dict[str, str]:
     """Returns the groups of new images that the packed images have under a former name: name now → name before."""
-    names = {name for own, group, _, *patient in packed.values() for name in (own, group, *patient)}
+    names = {name for image in packed.values() for name in (image.own_group, image.group, image.patient)}
     former = {now: before for record in records for now, before in record.former_groups().items()}
     return {now: before for now, before in former.items() if before in names and now not in names}
 
@@ -164,14 +185,14 @@ def _supplied_splits(records: list[Record], packed_splits: dict[str, str]) -> tu
     return supplied, rejected
 
 
-def _join_patients(groups: Groups, records: list[Record], packed: dict[str, tuple[str, ...]], rejected: dict[str, str]) -> None:
+def _join_patients(groups: Groups, records: list[Record], packed: dict[str, PackedImage], rejected: dict[str, str]) -> None:
     """Joins the lesions of each patient. Adds new images to `rejected` whose lesion and patient are in different splits.
 
     Raises UserError if the splits that come with the data divide a patient.
     """
-    for _, group, _, *patient in packed.values():
-        if patient and patient[0]:
-            groups.join(group, patient[0])
+    for image in packed.values():
+        if image.patient:
+            groups.join(image.group, image.patient)
     divided = []
     for record in records:
         if record.lesion and record.patient and not groups.join(record.lesion_group, record.patient_group):
@@ -191,7 +212,7 @@ def _join_pairs(
     groups: Groups,
     group_of: dict[str, str],
     pairs: Iterable[tuple[str, str]],
-    packed: dict[str, tuple[str, str, str]],
+    packed: dict[str, PackedImage],
     rejected: dict[str, str],
 ) -> None:
     """Joins the groups of each pair. If a pair cannot be joined, adds one of its images to `rejected` (image → reason)."""

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from hpc.errors import UserError
 from lesiongen.ingest.catalog import Record
-from lesiongen.ingest.splits import Groups, assign, share_lines, small_class_warnings, split_of
+from lesiongen.ingest.splits import Groups, PackedImage, assign, share_lines, small_class_warnings, split_of
 
 names = st.sampled_from([f"i{n}" for n in range(30)])
 
@@ -25,18 +25,18 @@ def test_appending_moves_nothing_and_never_leaks(pairs, already):
     """Some images are packed. The others are appended with pairs of images that show one lesion and may join any groups."""
     everything = records(30)
     first, _ = assign(everything[:already], 0.3, 0.3, pairs[::2])
-    packed = {r.image: (r.own_group, r.group, name) for name, members in first.items() for r in members}
+    packed = {r.image: PackedImage(r.own_group, r.group, name) for name, members in first.items() for r in members}
     later, rejected = assign(everything[already:], 0.3, 0.3, pairs, packed)
-    now = {image: split for image, (_, _, split) in packed.items()} | split_by_image(later)
+    now = {name: image.split for name, image in packed.items()} | split_by_image(later)
     refused = {entry["image"] for entry in rejected}
     assert now.keys() | refused == {r.image for r in everything}
-    assert all(now[image] == split for image, (_, _, split) in packed.items())
+    assert all(now[name] == image.split for name, image in packed.items())
     groups: dict[str, set[str]] = {}
     for split, members in later.items():
         for r in members:
             groups.setdefault(r.group, set()).add(split)
-    for _, group, split in packed.values():
-        groups.setdefault(group, set()).add(split)
+    for image in packed.values():
+        groups.setdefault(image.group, set()).add(image.split)
     assert all(len(found) == 1 for found in groups.values())
     new = {r.image for r in everything[already:]} - refused
     for a, b in pairs:
@@ -81,7 +81,11 @@ def test_no_patient_and_no_lesion_is_in_two_splits_also_after_appending(ids, alr
     everything = [Record(r.image, "", r.lesion or "", r.patient or "") for r in everything]
     first, refused = assign(everything[:already], 0.3, 0.3)
     assert not refused
-    packed = {r.image: (r.own_group, r.group, name, r.patient_group) for name, members in first.items() for r in members}
+    packed = {
+        r.image: PackedImage(r.own_group, r.group, name, patient=r.patient_group)
+        for name, members in first.items()
+        for r in members
+    }
     later, rejected = assign(everything[already:], 0.3, 0.3, packed=packed)
     where = {r.image: name for splits in (first, later) for name, members in splits.items() for r in members}
     assert where.keys() | {entry["image"] for entry in rejected} == {r.image for r in everything}
@@ -178,7 +182,8 @@ def test_a_number_is_an_id_of_its_kind_and_data_set_only(ids):
 def test_groups_that_were_packed_under_a_former_name():
     """Sets that were packed before bare numbers carried their data set: new photographs join the packed groups."""
     for split in ("train", "val", "test"):
-        packed = {"a": ("7", "7", split, ""), "b": ("patient 9", "patient 9", split, "patient 9")}
+        packed = {"a": PackedImage("7", "7", split)}
+        packed["b"] = PackedImage("patient 9", "patient 9", split, patient="patient 9")
         new = [Record("c", "", "7", "", source="PAD-UFES-20"), Record("d", "", "", "9", source="PAD-UFES-20")]
         splits, rejected = assign(new, 0.3, 0.3, packed=packed)
         assert split_by_image(splits) == {"c": split, "d": split} and not rejected
