@@ -121,7 +121,7 @@ class Generator:
         drawn = draw_facts(sampling, list(code_sampler.facts.values()))
         batches = [range(first, min(first + sampling.batch, n)) for first in range(0, n, sampling.batch)]
         parts = [code_sampler.sample([drawn[i] for i in batch], batch) for batch in batches]
-        pictures = torch.cat([decode(self._net, part.codes, len(part.members)) for part in parts])
+        pictures = torch.cat([decode(self._net, part.codes, len(part.indices)) for part in parts])
         codes = {level: np.concatenate([part.codes[level] for part in parts]) for level in self._priors}
         bits = {level: np.concatenate([part.bits[level] for part in parts]) for level in self._priors}
         return Samples(pictures, drawn, codes, bits)

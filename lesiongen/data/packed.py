@@ -94,7 +94,7 @@ class Packed:
         return {name: dict(total) for name, total in totals.items()}
 
     @property
-    def members(self) -> dict[str, dict[str, int]]:
+    def group_counts(self) -> dict[str, dict[str, int]]:
         """Number of lesions, patients and groups in each split: {"lesions": {split: number}, …}.
 
         Lesions and patients count those with an id in the metadata. They are left out for sets whose manifest lacks them.
@@ -108,8 +108,8 @@ class Packed:
         described = []
         for m in self.manifests:
             images = sum(sum(by_class.values()) for by_class in m["counts"].values())
-            members = {kind: sum(m[kind].values()) for kind in ("lesions", "patients", "groups") if kind in m}
-            described.append({"sources": list(m["sources"]), "images": images, **members})
+            group_counts = {kind: sum(m[kind].values()) for kind in ("lesions", "patients", "groups") if kind in m}
+            described.append({"sources": list(m["sources"]), "images": images, **group_counts})
         return described
 
     @property

@@ -248,9 +248,9 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
     entries = before.get("shards", []) + [result["entry"] for result in results if result["entry"]]
     catalogs = [*before.get("catalogs", []), _write_catalog(folder / f"catalog{suffix}.csv", results)]
     counts = splits.class_counts(columns_of(folder, catalogs, "split", "dx"), listed["classes"])
-    members, largest = count_members(folder, catalogs)
-    splits.refuse_empty(members["groups"], data.val, data.test)
-    print(_table(counts, members))
+    group_counts, largest = count_groups(folder, catalogs)
+    splits.refuse_empty(group_counts["groups"], data.val, data.test)
+    print(_table(counts, group_counts))
     if not listed["supplied_splits"]:
         images = {name: sum(by_class.values()) for name, by_class in counts.items()}
         print("\n".join(splits.share_lines(images, largest, data.val, data.test)))
@@ -261,7 +261,7 @@ def _commit(data: DataConfig, folder: Path, work_files: list[str], append: bool)
     # Finish: after manifest.write the set is complete.
     _remove_orphans(folder, entries)
     facts = {"schema": 1, "size": data.size, "channels": data.channels, "preprocess": to_plain(data.preprocess)}
-    facts |= {"classes": listed["classes"], "counts": counts, **members, "vocabularies": listed["vocabularies"]}
+    facts |= {"classes": listed["classes"], "counts": counts, **group_counts, "vocabularies": listed["vocabularies"]}
     facts |= {**_count_about(before, results), **moments(entries)}
     facts |= {"rejected": before.get("rejected", 0) + len(rejected), "catalogs": catalogs, "shards": entries}
     digest = manifest.write(folder, facts)
@@ -283,7 +283,7 @@ def columns_of(folder: Path, catalogs: list[dict], *columns: str) -> Iterator[tu
         yield tuple(row[column] for column in columns)
 
 
-def count_members(folder: Path, catalogs: list[dict]) -> tuple[dict[str, dict[str, int]], tuple[str, int]]:
+def count_groups(folder: Path, catalogs: list[dict]) -> tuple[dict[str, dict[str, int]], tuple[str, int]]:
     """Counts lesions, patients and groups in each split, and finds the largest group and its number of images.
 
     Lesions or patients are left out if a catalog was written before it had their column.
@@ -321,13 +321,13 @@ def _remove_orphans(folder: Path, entries: list[dict]) -> None:
             index_path(orphan).unlink(missing_ok=True)
 
 
-def _table(counts: dict[str, dict[str, int]], members: dict[str, dict[str, int]]) -> str:
+def _table(counts: dict[str, dict[str, int]], group_counts: dict[str, dict[str, int]]) -> str:
     """Returns a table for the terminal: images of each class, known lesions and patients, and groups, in each split."""
     names = [name for name in SPLITS if name in counts]
     classes = list(dict.fromkeys(c for n in counts.values() for c in n))
     lines = [("", *names)] + [(c or "(unlabelled)", *(f"{counts[n].get(c, 0):,}" for n in names)) for c in classes]
     lines += [("images", *(f"{sum(counts[n].values()):,}" for n in names))]
-    known = {kind: number for kind, number in members.items() if any(number.values())}
+    known = {kind: number for kind, number in group_counts.items() if any(number.values())}
     lines += [(kind, *(f"{number[n]:,}" for n in names)) for kind, number in known.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(

@@ -20,7 +20,7 @@ from lesiongen.data.augment import centre
 from lesiongen.data.packed import moments, rows
 from lesiongen.data.tables import write_csv
 from lesiongen.ingest import splits
-from lesiongen.ingest.packing import columns_of, count_members
+from lesiongen.ingest.packing import columns_of, count_groups
 from lesiongen.ingest.shard_work import COUNTED_FIELDS
 
 ID_COLUMNS = ("image_id", "own_group", "lesion", "patient")  # of a catalog
@@ -89,9 +89,9 @@ def remove(folder: Path, withdrawn: Collection[str]) -> str:
     # Write the catalogs again, then the manifest, and delete what the manifest no longer lists.
     catalogs = [_write_catalog(folder, name, table, ordinals) for name, table in kept.items()]
     counts = splits.class_counts(columns_of(folder, catalogs, "split", "dx"), before["classes"])
-    members, _ = count_members(folder, catalogs)
+    group_counts, _ = count_groups(folder, catalogs)
     about = {f"{field}s": dict((Counter(before[f"{field}s"]) - names).items()) for field, names in removed.items()}
-    new = before | {"counts": counts, **members, **about, **moments(entries), "catalogs": catalogs, "shards": entries}
+    new = before | {"counts": counts, **group_counts, **about, **moments(entries), "catalogs": catalogs, "shards": entries}
     digest = manifest.write(folder, new)
     for name in {*_names(before), *affected} - {entry["name"] for entry in [*catalogs, *entries]}:
         (folder / name).unlink()

@@ -24,12 +24,12 @@ class Codes:
     """Samples as codes.
 
     Attributes:
-        members: Index of each sample, int64 [B].
+        indices: Index of each sample, int64 [B].
         codes: Codes of each level, [B, h, w], of the type in which the code store holds them.
         bits: For each level the mean bits per token of each sample, float32 [B].
     """
 
-    members: np.ndarray
+    indices: np.ndarray
     codes: dict[str, np.ndarray]
     bits: dict[str, np.ndarray]
 
@@ -65,7 +65,7 @@ class CodeSampler:
     def sample(
         self,
         facts: Sequence[dict[str, str]],
-        members: Sequence[int],
+        indices: Sequence[int],
         attempt: int = 0,
         given: dict[str, np.ndarray] | None = None,
     ) -> Codes:
@@ -73,7 +73,7 @@ class CodeSampler:
 
         Args:
             facts: The facts that each sample is to show.
-            members: Indices of the samples. With the attempt they decide the random numbers.
+            indices: Indices of the samples. With the attempt they decide the random numbers.
             attempt: 0 for a sample, 1 for its first replacement, and so on.
             given: Codes of the levels that are coarser than those of this sampler, [B, h, w]; None if there are none.
         """
@@ -83,12 +83,12 @@ class CodeSampler:
             numbers = [self.facts[level].numbers(f) for f in facts]
             coarser = [torch.from_numpy(grid.astype(np.int64)).to(sampler.device) for grid in (given or {}).values()]
             upper = coarser + list(codes.values())
-            codes[level] = sampler(numbers, upper, members, attempt)
+            codes[level] = sampler(numbers, upper, indices, attempt)
             bits[level] = self._bits(level, codes[level], numbers, upper)
         grids = {
             level: grid.cpu().numpy().astype(code_dtype(self.samplers[level].prior.entries)) for level, grid in codes.items()
         }
-        return Codes(np.asarray(members, np.int64), grids, bits)
+        return Codes(np.asarray(indices, np.int64), grids, bits)
 
     @torch.no_grad()
     def bits(self, codes: dict[str, np.ndarray], facts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

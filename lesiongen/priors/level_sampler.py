@@ -68,22 +68,22 @@ class LevelSampler:
         return cls(prior, choice, strength, settings.seed * 1009 + index, device, settings.cuda_graphs)
 
     def __call__(
-        self, facts: Sequence[Sequence[int]], upper: list[torch.Tensor], members: Sequence[int], attempt: int = 0
+        self, facts: Sequence[Sequence[int]], upper: list[torch.Tensor], indices: Sequence[int], attempt: int = 0
     ) -> torch.Tensor:
         """Samples one batch.
 
         Args:
             facts: Facts that each sample is to show, as indices of the prior's values, [B, F]; -1 for unknown.
             upper: Codes [B, h, w] of the coarser levels, coarse to fine.
-            members: Global indices of the samples; they decide the random numbers.
+            indices: Global indices of the samples; they decide the random numbers.
             attempt: Replacements of a sample have the attempts 1, 2, …, which give other random numbers.
 
         Returns:
             Codes [B, h, w].
         """
         seed = sample_seed(self.seed, -attempt - 1) if attempt else self.seed
-        numbers = uniform_numbers(seed, members, self.prior.grid).to(self.device)
-        facts_BF = torch.tensor(facts, dtype=torch.long, device=self.device).view(len(members), -1)
+        numbers = uniform_numbers(seed, indices, self.prior.grid).to(self.device)
+        facts_BF = torch.tensor(facts, dtype=torch.long, device=self.device).view(len(indices), -1)
         return self._sample(facts_BF, numbers, *upper)
 
     def _draw(self, facts_BF: torch.Tensor, uniform_BT: torch.Tensor, *upper: torch.Tensor) -> torch.Tensor:

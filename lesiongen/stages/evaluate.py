@@ -181,7 +181,7 @@ def _data_metrics(subject: Subject) -> dict:
         "size": shards.size,
         "channels": shards.channels,
         "counts": shards.counts,
-        **shards.members,
+        **shards.group_counts,
         "sets": shards.sets,
         "lesions_in_two_splits": 0,  # Subject has raised if there is one
         "rejected": shards.rejected,
@@ -227,7 +227,7 @@ def _write(
     if pairs:
         neighbours = torch.stack([*(pair.sample_CHW for pair in pairs), *(pair.real_CHW for pair in pairs)])
         log.image("neighbours", 0, images.encode_png(images.tile_images(neighbours, len(pairs))))
-    write_neighbours(folder / PRIVATE_FOLDER / "neighbours.csv", [str(i) for i in first.members], copies, subject.shards)
+    write_neighbours(folder / PRIVATE_FOLDER / "neighbours.csv", [str(i) for i in first.indices], copies, subject.shards)
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
     atomic_write(folder / "note.md", in_markdown(metrics["verdict"]).encode())
     atomic_write(folder / "share.html", page(name, metrics, pictures, shown, share=True).encode())

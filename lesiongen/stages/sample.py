@@ -138,12 +138,12 @@ class _Sampling:
 
     def without_gate(self) -> list[int]:
         """Samples and keeps all samples. Returns their indices. Collective."""
-        members = list(range(self.config.sample.number))
-        with self._progress(members, "sample") as progress:
-            for batch in self._batches(members).values():
+        indices = list(range(self.config.sample.number))
+        with self._progress(indices, "sample") as progress:
+            for batch in self._batches(indices).values():
                 self._write_images(self._codes(batch, 0), 0, {})
                 progress(batch)
-        return members
+        return indices
 
     def with_gate(self) -> list[int]:
         """Samples, and draws the samples that the gate rejects again. Returns the indices of the samples kept. Collective."""
@@ -191,29 +191,29 @@ class _Sampling:
         )
         return prepare(sampling.gate, views, self.code_sampler, self.candidates, config.seed, sampling.batch, self.topology)
 
-    def _batches(self, members: list[int]) -> dict[int, list[int]]:
+    def _batches(self, indices: list[int]) -> dict[int, list[int]]:
         """Divides samples into batches. Returns this rank's batches by their number."""
         size = self.config.sample.batch
-        batches = [members[first : first + size] for first in range(0, len(members), size)]
+        batches = [indices[first : first + size] for first in range(0, len(indices), size)]
         mine = range(len(batches))[self.topology.rank :: self.topology.world_size]
         return {number: batches[number] for number in mine}
 
-    def _codes(self, members: list[int], attempt: int) -> Codes:
+    def _codes(self, indices: list[int], attempt: int) -> Codes:
         """Returns the codes of a batch: those that an earlier run wrote, or new ones."""
-        codes = self.candidates.load(attempt, members)
+        codes = self.candidates.load(attempt, indices)
         if codes is None:
-            codes = self.code_sampler.sample([self.facts[i] for i in members], members, attempt)
+            codes = self.code_sampler.sample([self.facts[i] for i in indices], indices, attempt)
             self.candidates.save(attempt, codes)
         return codes
 
     def _decode(self, codes: Codes) -> torch.Tensor:
         """Decodes a batch of samples, uint8 [B, C, H, W]."""
-        return decode(self.net, codes.codes, len(codes.members))
+        return decode(self.net, codes.codes, len(codes.indices))
 
     def _write_images(self, batch: Codes, attempt: int, reasons: dict[int, str]) -> None:
         """Writes the images of a batch that are not there yet; those that have a reason among the rejected ones."""
         paths = {}
-        for i in batch.members.tolist():
+        for i in batch.indices.tolist():
             name = self.paths[i].removeprefix("images/").replace("/", "-")
             rejected = self.candidates.folder / "rejected" / f"{attempt:03d}-{name}"
             paths[i] = rejected if reasons.get(i) else self.folder / self.paths[i]
@@ -225,12 +225,12 @@ class _Sampling:
                 atomic_write(path, png_with(image, text))
 
     @contextlib.contextmanager
-    def _progress(self, members: list[int], what: str) -> Iterator[Callable[[list[int]], None]]:
+    def _progress(self, indices: list[int], what: str) -> Iterator[Callable[[list[int]], None]]:
         """Shows a bar on rank 0. Yields a function to call after each batch.
 
         All ranks are about equally fast, so rank 0 counts each of its batches once per rank.
         """
-        with progress_bar(len(members), what, shown=self.topology.leader) as progress:
+        with progress_bar(len(indices), what, shown=self.topology.leader) as progress:
             yield lambda batch: progress.update(len(batch) * (self.topology.world_size if self.topology.leader else 1))
 
 

@@ -185,9 +185,9 @@ class _Search:
         with progress_bar(number, f"sample {level}") as progress:
             for first in range(0, number, sampling.batch):
                 part = slice(first, first + sampling.batch)
-                members = range(number)[part]
-                parts.append(sampler(facts[part].tolist(), [grid[part] for grid in upper], members))
-                progress.update(len(members))
+                indices = range(number)[part]
+                parts.append(sampler(facts[part].tolist(), [grid[part] for grid in upper], indices))
+                progress.update(len(indices))
         return torch.cat(parts)
 
     def write(self) -> None:

@@ -80,7 +80,7 @@ def plant(run: Path, plain: Path, folder: Path) -> None:
             found.codes[level][member] = codes[0]
     for first in range(0, 10, 4):
         part = slice(first, first + 4)
-        batch = Codes(found.members[part], *({k: v[part] for k, v in d.items()} for d in (found.codes, found.bits)))
+        batch = Codes(found.indices[part], *({k: v[part] for k, v in d.items()} for d in (found.codes, found.bits)))
         Candidates(folder).save(0, batch)
 
 

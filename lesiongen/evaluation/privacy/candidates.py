@@ -39,18 +39,18 @@ class Candidates:
 
     # Codes
 
-    def load(self, attempt: int, members: Sequence[int]) -> Codes | None:
+    def load(self, attempt: int, indices: Sequence[int]) -> Codes | None:
         """Returns the codes of a batch that was sampled before, None if there are none or they are other samples'."""
-        path = self._codes_path(attempt, members[0])
+        path = self._codes_path(attempt, indices[0])
         codes = _read(path) if path.exists() else None
-        return codes if codes is not None and codes.members.tolist() == list(members) else None
+        return codes if codes is not None and codes.indices.tolist() == list(indices) else None
 
     def save(self, attempt: int, batch: Codes) -> None:
         """Writes the codes of a batch of candidates."""
-        arrays = {"index": batch.members} | {f"bits.{level}": bits for level, bits in batch.bits.items()}
+        arrays = {"index": batch.indices} | {f"bits.{level}": bits for level, bits in batch.bits.items()}
         arrays |= {f"codes.{level}": codes for level, codes in batch.codes.items()}
         content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-        atomic_write(self._codes_path(attempt, batch.members[0]), content)
+        atomic_write(self._codes_path(attempt, batch.indices[0]), content)
 
     def _codes_path(self, attempt: int, first: int) -> Path:
         return self.folder / "codes" / f"{attempt:03d}-{first:06d}.safetensors"
@@ -71,21 +71,21 @@ class Candidates:
         for attempt in sorted(set(chosen.values())):
             for path in sorted(self.folder.glob(f"codes/{attempt:03d}-*.safetensors")):
                 batch = _read(path)
-                for i, member in enumerate(batch.members.tolist()):
-                    if chosen.get(member) == attempt:
-                        found[member] = Codes(
-                            batch.members[i : i + 1],
+                for i, index in enumerate(batch.indices.tolist()):
+                    if chosen.get(index) == attempt:
+                        found[index] = Codes(
+                            batch.indices[i : i + 1],
                             {level: codes[i : i + 1] for level, codes in batch.codes.items()},
                             {level: bits[i : i + 1] for level, bits in batch.bits.items()},
                         )
-        if missing := [member for member in chosen if member not in found]:
+        if missing := [index for index in chosen if index not in found]:
             raise UserError(
                 f"{self.folder} lacks the codes of sample {missing[0]}. The evaluation and the gate need them; sample again "
                 "(--fresh samples)."
             )
-        parts = [found[member] for member in chosen]
+        parts = [found[index] for index in chosen]
         return Codes(
-            np.concatenate([part.members for part in parts]),
+            np.concatenate([part.indices for part in parts]),
             {level: np.concatenate([part.codes[level] for part in parts]) for level in parts[0].codes},
             {level: np.concatenate([part.bits[level] for part in parts]) for level in parts[0].bits},
         )
@@ -97,7 +97,7 @@ class Candidates:
             UserError: The folder holds no codes.
         """
         paths = sorted(self.folder.glob("codes/000-*.safetensors"))
-        return self.read({member: 0 for path in paths for member in _read(path).members.tolist()} or {0: 0})
+        return self.read({index: 0 for path in paths for index in _read(path).indices.tolist()} or {0: 0})
 
     def accepted(self, indices: Sequence[int]) -> Codes:
         """Reads the codes of the samples that were not left out.

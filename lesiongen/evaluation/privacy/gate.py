@@ -97,16 +97,16 @@ class Gate:
         """
         gathered = {number: batch for part in dist.gather(batches) for number, batch in part.items()}
         ordered = [gathered[number] for number in sorted(gathered)]
-        members = np.concatenate([codes.members for codes, _ in ordered]).tolist()
+        indices = np.concatenate([codes.indices for codes, _ in ordered]).tolist()
         bits = {level: np.concatenate([codes.bits[level] for codes, _ in ordered]) for level in self.bits}
         found = nearest_views(self.views, joined([described for _, described in ordered]), topology, self.unseen)
         broken = {kind: copies for kind, copies in below(found, self.thresholds).items() if self._is_rule(kind)}
         if self.config.likelihood < 1:
             broken |= {f"likelihood {level}": bits[level] > limit for level, limit in self.bits.items()}
-        reasons = ["; ".join(rule for rule in broken if broken[rule][i]) for i in range(len(members))]
-        columns = {"label": [labels[member] for member in members]}
+        reasons = ["; ".join(rule for rule in broken if broken[rule][i]) for i in range(len(indices))]
+        columns = {"label": [labels[index] for index in indices]}
         columns |= {f"bits_per_token-{level}": values.tolist() for level, values in bits.items()}
-        return Verdicts(dict(zip(members, reasons, strict=True)), columns, found)
+        return Verdicts(dict(zip(indices, reasons, strict=True)), columns, found)
 
     def _is_rule(self, kind: str) -> bool:
         """Returns whether copies by this kind of distance are rejected."""
