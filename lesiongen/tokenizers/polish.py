@@ -56,10 +56,10 @@ class Objective(nn.Module):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the codes are those of the encode stage
             vectors = {name: q.x for name, q in self.tokenizer.quantized(x).items()}
         position_B = batch["position"].to(x.device)
-        a, b = self._draws(vectors, position_B)
-        loss, terms = self.score(a, b, x, position_B)
+        draws, mean = self._draws(vectors, position_B)
+        loss, terms = self.score(draws, mean, x, position_B)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for SSIM's variances
-            terms |= training_metrics(a, x)
+            terms |= training_metrics(draws[: len(x)], x)
         return {"loss": loss, "metrics": terms, "statistics": None}
 
     def held_out_loss(self, x_BCHW: torch.Tensor, levels: dict[str, Quantized]) -> torch.Tensor:
@@ -68,7 +68,10 @@ class Objective(nn.Module):
         return self.score(*self._draws({name: q.x for name, q in levels.items()}, number_B), x_BCHW)[0]
 
     def _draws(self, vectors: dict[str, torch.Tensor], number_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decodes two draws of each image. The seeds of both are hashes of a number that the caller gives each image."""
+        """Decodes images. Returns two draws of each, [2 B, C, H, W], and the images without texture, [B, C, H, W].
+
+        The seeds of the draws are hashes of a number that the caller gives each image.
+        """
         seeds = [hashed(2 * number_B + draw) for draw in (0, 1)]
-        a, b = self.tokenizer.decode(vectors, torch.cat(seeds)).chunk(2)
-        return a, b
+        mean, draws = self.tokenizer.decode_both(vectors, torch.cat(seeds))
+        return draws, mean

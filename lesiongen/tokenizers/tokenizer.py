@@ -70,12 +70,16 @@ class Tokenizer(nn.Module, ABC):
             seed_B: Seed of the texture of each image; None leaves the texture out. With n · B seeds, n draws of each image
                 follow one another: the first draw of all images, then the second.
         """
+        return self.decode_both(vectors, seed_B)[1]
+
+    def decode_both(self, vectors: dict[str, torch.Tensor], seed_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decodes as decode() does. Returns the decoder's images without texture, [B, C, H, W], and what decode() returns."""
         h = self.decoder_input(vectors)
         y = self._run_part(self.decoder, h)
         if self.texture is None or seed_B is None:
-            return y
+            return y, y
         draws = len(seed_B) // len(y)
-        return self.texture(y.repeat(draws, 1, 1, 1), h.repeat(draws, 1, 1, 1), seed_B)
+        return y, self.texture(y.repeat(draws, 1, 1, 1), h.repeat(draws, 1, 1, 1), seed_B)
 
     def forward(
         self, x_BCHW: torch.Tensor, slot_B: torch.Tensor | None = None, position_B: torch.Tensor | None = None
