@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from lesiongen.tokenizers import make, texture
-from lesiongen.tokenizers.energy import EnergyConfig, EnergyScore
 from lesiongen.tokenizers.texture import TextureConfig, seeds_of, uniform
 from lesiongen.tokenizers.vqvae import VQVAEConfig
 from lesiongen.tokenizers.vqvae2 import VQVAE2Config
@@ -97,40 +96,6 @@ def test_no_stage_is_coarser_than_the_grid(stride, stages):
     assert net.decode({"codes": torch.randn(2, 8, grid, grid)}, torch.tensor([1, 2])).shape == (2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("term", ["pixels", "features", "style"])
-def test_the_score_is_smallest_for_draws_like_the_images(term):
-    torch.manual_seed(0)
-    score = EnergyScore(EnergyConfig(**({"pixels": 0.0, "features": 0.0, "style": 0.0} | {term: 1.0})))
-    x, a, b = (0.3 * torch.randn(64, 3, 32, 32) for _ in range(3))
-    found = {scale: float(score(scale * a, scale * b, x)[0]) for scale in (0.0, 0.5, 1.0, 1.5)}
-    assert min(found, key=found.get) == 1.0, "the mean is not the best, nor are too quiet or too loud draws"
-    assert found[1.0] < score.worst
-
-
-def test_style_sees_that_images_differ_as_wholes():
-    """Images are grainy or smooth as wholes. Draws with both in one image have the right mean of grain, but not its spread."""
-    torch.manual_seed(0)
-    score = EnergyScore(EnergyConfig(pixels=0.0, features=0.0, style=1.0))
-
-    def grain(mixed: bool) -> torch.Tensor:
-        amount = torch.rand(64, 1, 8, 8) if mixed else torch.rand(64, 1, 1, 1).expand(-1, -1, 8, 8)
-        return 0.5 * amount.repeat_interleave(4, 2).repeat_interleave(4, 3) * torch.randn(64, 3, 32, 32)
-
-    images = grain(mixed=False)
-    likely, mixed = (float(score(grain(kind), grain(kind), images)[0]) for kind in (False, True))
-    assert likely < mixed
-
-
-def test_equal_draws_have_a_finite_gradient():
-    x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
-    EnergyScore(EnergyConfig())(y, y, x)[0].backward()
-    assert y.grad.isfinite().all() and y.grad.any()
-    EnergyScore(EnergyConfig())(x, x, x)[0]
-
-
-def test_wrong_weights_are_refused():
-    for weights in ({"pixels": -1.0}, {"pixels": 0.0, "features": 0.0, "style": 0.0}):
-        with pytest.raises(ValueError, match="pixels, features and style"):
-            EnergyConfig(**weights)
+def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="width and noise"):
         TextureConfig(width=0)
