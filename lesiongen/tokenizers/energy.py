@@ -34,7 +34,7 @@ LARGEST = 4.0
 
 @dataclass(frozen=True)
 class EnergyConfig:
-    """Weights of the score's terms. A term of weight 0 is not computed."""
+    """Weights of the loss's terms. A term of weight 0 is not computed."""
 
     pixels: float = 12.0  # the colour of each pixel: features hardly see a wrong one
     features: float = 1.0  # each feature of EfficientNet-Lite1, at each place of each compared layer
@@ -119,7 +119,7 @@ def _scaled(of_draws: torch.Tensor, of_images: torch.Tensor) -> tuple[torch.Tens
 
 
 def _score_of_each(draws: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Returns the mean score of each entry by itself."""
+    """Returns the mean score of single numbers. Shapes of the images' numbers: [B, …]; of the draws': [2 B, …]."""
     return _score(draws[:, None], x[:, None])
 
 

@@ -1,4 +1,4 @@
-"""Texture: noise that is a hash, the same for any batch; and the energy score, smallest for the distribution of the images."""
+"""Texture: noise that is a hash, the same for any batch; texture that is bounded."""
 
 import pytest
 import torch
