@@ -26,8 +26,8 @@ from lesiongen.experiment import Experiment
 from lesiongen.priors import objective as prior_objective
 from lesiongen.tokenizers import objective as tokenizer_objective
 from lesiongen.tokenizers import polish as polish_objective
-from lesiongen.tokenizers.energy import EnergyScore
 from lesiongen.tokenizers.losses import ReconstructionLoss
+from lesiongen.tokenizers.polish_loss import PolishLoss
 
 MARGIN = 0.85  # share of the memory that a plan may take
 PROCESS_BYTES = {"cpu": 0.6e9, "gpu": 3e9}  # main memory of a rank without the model: Python, libraries, CUDA
@@ -155,13 +155,13 @@ def _tokenizer(config: Experiment) -> Training:
 
 def _polish(config: Experiment) -> Training:
     model, side, channels = config.tokenizer.model, config.data.size, config.data.channels
-    score = EnergyScore(config.polish.loss)
+    loss = PolishLoss(config.polish.loss)
 
     def build_with(model: tokenizers.TokenizerModel) -> Callable[[], nn.Module]:
         def build() -> nn.Module:
             net = tokenizers.make(model, channels, 1)
             net.add_texture(config.polish.texture)
-            return polish_objective.Objective(net, score)
+            return polish_objective.Objective(net, loss)
 
         return build
 

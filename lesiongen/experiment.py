@@ -28,8 +28,8 @@ from lesiongen.evaluation.config import EvaluateConfig
 from lesiongen.evaluation.privacy.gate import GateConfig
 from lesiongen.priors import GPTConfig, PriorModel
 from lesiongen.tokenizers import TokenizerModel, VQVAE2Config
-from lesiongen.tokenizers.energy import EnergyConfig
 from lesiongen.tokenizers.losses import LossConfig
+from lesiongen.tokenizers.polish_loss import PolishLossConfig
 from lesiongen.tokenizers.texture import TextureConfig
 
 
@@ -101,7 +101,7 @@ class PolishConfig:
     """The polish stage: trains the decoder once more by itself, for sharp images with texture. Codes and priors stay valid."""
 
     texture: TextureConfig = field(default_factory=TextureConfig)  # the network that draws what the codes do not decide
-    loss: EnergyConfig = field(default_factory=EnergyConfig)  # weights of the energy score's terms
+    loss: PolishLossConfig = field(default_factory=PolishLossConfig)  # weights of the loss's terms
     stream: StreamConfig = field(default_factory=StreamConfig)  # how often each image, class and set is drawn
     train: PolishTraining = field(default_factory=PolishTraining)  # length, batch, optimizer, evaluations, checkpoints
 

@@ -27,9 +27,9 @@ from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.licences import merge_counts
 from lesiongen.stages.base import Stage, digest_of, packed, require, training
-from lesiongen.tokenizers.energy import EnergyScore
 from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
 from lesiongen.tokenizers.polish import Objective
+from lesiongen.tokenizers.polish_loss import PolishLoss
 
 
 def stage(config: Experiment) -> Stage:
@@ -48,7 +48,7 @@ def _describe(config: Experiment) -> str:
 
 def _check(config: Experiment) -> None:
     """Raises UserError if a network of the loss is not installed."""
-    EnergyScore(config.polish.loss)
+    PolishLoss(config.polish.loss)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:
@@ -83,7 +83,7 @@ class PolishTask:
             torch.manual_seed(config.seed)
             self.tokenizer.add_texture(polish.texture)
         self.tokenizer.to(device)
-        self.loss = EnergyScore(polish.loss)
+        self.loss = PolishLoss(polish.loss)
         self.worst = self.loss.worst
         # The views are those that the encode stage makes, because samples look like them.
         how = config.encode.augment, polish.stream, polish.train.batch, config.seed

@@ -1,4 +1,4 @@
-"""What the polish stage minimises: the energy score of a decoder that draws, behind a frozen encoder and frozen codebooks.
+"""What the polish stage minimises: the loss of a decoder that draws, behind a frozen encoder and frozen codebooks.
 
 Codes that are easy to predict and images that are sharp ask different things of a tokenizer, so the decoder is trained a second
 time by itself (SeQ-GAN, Gu et al. 2022, arXiv:2212.03185), together with a network that draws what the codes do not decide
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lesiongen.data.images import to_float
-from lesiongen.tokenizers.energy import EnergyScore
 from lesiongen.tokenizers.objective import training_metrics
+from lesiongen.tokenizers.polish_loss import PolishLoss
 from lesiongen.tokenizers.quantizer import Quantized
 from lesiongen.tokenizers.texture import hashed, seeds_of
 from lesiongen.tokenizers.tokenizer import Tokenizer
@@ -23,20 +23,20 @@ class Objective(nn.Module):
         net: Holds decoder and texture, the only parts that train, under their names in the tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, score: EnergyScore):
+    def __init__(self, tokenizer: Tokenizer, loss: PolishLoss):
         """Joins them.
 
         Args:
             tokenizer: The trained tokenizer with a texture network, on the device that trains. The weights of its decoder and
                 of its texture are changed.
-            score: The loss.
+            loss: The loss.
         """
         super().__init__()
         # In a tuple, so that the engine sees the trained parameters alone: it would shard frozen ones and save them.
         self.frozen = (tokenizer.eval().requires_grad_(False),)
         parts = {"decoder": tokenizer.decoder, "texture": tokenizer.texture}
         self.net = nn.ModuleDict({name: part.train().requires_grad_(True) for name, part in parts.items()})
-        self.score = score
+        self.loss = loss
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -56,22 +56,21 @@ class Objective(nn.Module):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the codes are those of the encode stage
             vectors = {name: q.x for name, q in self.tokenizer.quantized(x).items()}
         position_B = batch["position"].to(x.device)
-        draws, mean = self._draws(vectors, position_B)
-        loss, terms = self.score(draws, mean, x, position_B)
+        mean, draws = self._mean_and_draws(vectors, position_B)
+        loss, terms = self.loss(mean, draws, x, position_B)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for SSIM's variances
             terms |= training_metrics(draws[: len(x)], x)
         return {"loss": loss, "metrics": terms, "statistics": None}
 
     def held_out_loss(self, x_BCHW: torch.Tensor, levels: dict[str, Quantized]) -> torch.Tensor:
-        """Returns the score of encoded images in [-1, 1]. A hash of their codes decides the noise, so that it never changes."""
+        """Returns the loss of encoded images in [-1, 1]. A hash of their codes decides the noise, so that it never changes."""
         number_B = seeds_of([q.codes for q in levels.values()])
-        return self.score(*self._draws({name: q.x for name, q in levels.items()}, number_B), x_BCHW)[0]
+        return self.loss(*self._mean_and_draws({name: q.x for name, q in levels.items()}, number_B), x_BCHW)[0]
 
-    def _draws(self, vectors: dict[str, torch.Tensor], number_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decodes images. Returns two draws of each, [2 B, C, H, W], and the images without texture, [B, C, H, W].
+    def _mean_and_draws(self, vectors: dict[str, torch.Tensor], number_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decodes images. Returns them without texture, [B, C, H, W], and two draws of each, [2 B, C, H, W].
 
         The seeds of the draws are hashes of a number that the caller gives each image.
         """
         seeds = [hashed(2 * number_B + draw) for draw in (0, 1)]
-        mean, draws = self.tokenizer.decode_both(vectors, torch.cat(seeds))
-        return draws, mean
+        return self.tokenizer.decode_both(vectors, torch.cat(seeds))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lesiongen.tokenizers import make
-from lesiongen.tokenizers.energy import EnergyConfig, EnergyScore
 from lesiongen.tokenizers.polish import Objective
+from lesiongen.tokenizers.polish_loss import PolishLoss, PolishLossConfig
 from lesiongen.tokenizers.texture import TextureConfig
 from lesiongen.tokenizers.vqvae import VQVAEConfig
 from lesiongen.tokenizers.vqvae2 import VQVAE2Config
@@ -28,7 +28,7 @@ def test_only_decoder_and_texture_learn(kind, channels, precision):
     tokenizer.initialise(torch.rand(4, channels, 32, 32) * 2 - 1)
     tokenizer.add_texture(TextureConfig(width=8))
     before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
-    module = Objective(tokenizer, EnergyScore(EnergyConfig()))
+    module = Objective(tokenizer, PolishLoss(PolishLossConfig()))
     names = {name for name, _ in module.named_parameters()}
     assert names and {name.split(".")[1] for name in names} == {"decoder", "texture"}
     optimizer = torch.optim.Adam(module.parameters(), 1e-3)

@@ -1,4 +1,4 @@
-"""The energy score: a loss for decoders that draw, smallest when draws are distributed as the images are.
+"""The loss of polishing: the energy score, which is smallest when a decoder's draws are distributed as the images are.
 
 For an image x and two draws a and b from the same codes, the score is (|a - x| + |b - x|) / 2 - |a - b| / 2. Its expectation
 is smallest if draws and images with these codes have one distribution (Gneiting and Raftery 2007, Strictly proper scoring
@@ -12,7 +12,7 @@ compared one by one: for long vectors the score hardly sees more than mean and t
 Discrimination ability of the energy score), and a few bold strokes have the variance of fine grain all over.
 
 The score does not say which part of a draw is the decoder's image and which is texture. A decoder that is free in this becomes
-violet or dark, and texture, whose colours are bounded, repairs it in part. So the squared error of the decoder's image without
+violet or dark, and texture, which is lightness alone, repairs it in part. So the squared error of the decoder's image without
 texture counts too: it is smallest for the mean of the images with these codes.
 
 In training, draws and image are shifted together by a few pixels, for each image another way. The network sees every second
@@ -33,7 +33,7 @@ LARGEST = 4.0
 
 
 @dataclass(frozen=True)
-class EnergyConfig:
+class PolishLossConfig:
     """Weights of the loss's terms. A term of weight 0 is not computed."""
 
     pixels: float = 12.0  # the colour of each pixel: features hardly see a wrong one
@@ -47,13 +47,13 @@ class EnergyConfig:
             raise ValueError("pixels, features, style and mean must be at least 0, and one of the first three above 0")
 
 
-class EnergyScore(nn.Module):
+class PolishLoss(nn.Module):
     """The weighted sum of the scores of pixels, features and style, and of the squared error of the image without texture.
 
     Make it before the engine builds the model: under ZeRO 3, weights that are made meanwhile are divided among the ranks.
     """
 
-    def __init__(self, config: EnergyConfig):
+    def __init__(self, config: PolishLossConfig):
         """Loads the network of the features. Raises UserError if its weights are not installed."""
         super().__init__()
         self.config = config
@@ -67,13 +67,13 @@ class EnergyScore(nn.Module):
         return LARGEST * sum(vars(self.config).values())
 
     def forward(
-        self, draws_MCHW: torch.Tensor, mean_BCHW: torch.Tensor, x_BCHW: torch.Tensor, shift_B: torch.Tensor | None = None
+        self, mean_BCHW: torch.Tensor, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor, shift_B: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict]:
         """Returns the mean loss of a batch, and its terms {name: detached scalar}.
 
         Args:
-            draws_MCHW: Two draws for each image, M = 2 B, in about [-1, 1]: the first of all images, then the second.
             mean_BCHW: The decoder's images without texture.
+            draws_MCHW: Two draws for each image, M = 2 B, in about [-1, 1]: the first of all images, then the second.
             x_BCHW: The images in [-1, 1].
             shift_B: An integer for each image, whose hash decides how far it and its draws are shifted; None shifts nothing.
         """

@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lesiongen.tokenizers.energy import SHIFT, EnergyConfig, EnergyScore, _shifted
+from lesiongen.tokenizers.polish_loss import SHIFT, PolishLoss, PolishLossConfig, _shifted
 
 TERMS = ("pixels", "features", "style", "mean")
 
 
-def only(term: str) -> EnergyScore:
+def only(term: str) -> PolishLoss:
     """Returns the loss whose one term of weight 1 is `term`."""
-    return EnergyScore(EnergyConfig(**{name: float(name == term) for name in TERMS}))
+    return PolishLoss(PolishLossConfig(**{name: float(name == term) for name in TERMS}))
 
 
 def test_a_shift_moves_the_whole_image_and_reflects_its_edges():
@@ -36,15 +36,15 @@ def test_a_shift_does_not_depend_on_the_batch():
 
 def test_draws_are_shifted_as_their_image_is():
     x = torch.rand(4, 3, 32, 32) * 2 - 1
-    score = only("pixels")
-    assert score(torch.cat([x, x]), x, x, torch.arange(4))[0] < 1e-3
-    assert score(torch.cat([x.roll(1, 0), x.roll(2, 0)]), x, x, torch.arange(4))[0] > 0.1
+    loss = only("pixels")
+    assert loss(x, torch.cat([x, x]), x, torch.arange(4))[0] < 1e-3
+    assert loss(x, torch.cat([x.roll(1, 0), x.roll(2, 0)]), x, torch.arange(4))[0] > 0.1
 
 
 def test_the_image_without_texture_is_measured_by_its_squared_error():
     x = torch.rand(4, 3, 32, 32) * 2 - 1
     draws, mean = torch.cat([x, x]), x + 0.5
-    (without, _), (loss, terms) = (EnergyScore(EnergyConfig(mean=weight))(draws, mean, x) for weight in (0.0, 8.0))
+    (without, _), (loss, terms) = (PolishLoss(PolishLossConfig(mean=weight))(mean, draws, x) for weight in (0.0, 8.0))
     assert torch.isclose(terms["mean"], torch.tensor(0.25)) and torch.isclose(loss - without, torch.tensor(2.0))
 
 
@@ -60,42 +60,42 @@ def test_draws_of_the_images_distribution_have_the_best_score(term):
         return (grain(number).abs() > 0.28) * grain(number).sign() * 1.4
 
     x = grain(16)
-    score = only(term)
-    found = [float(score(draws, x, x)[0]) for draws in (grain(32), dots(32), torch.zeros(32, 3, 64, 64))]
+    loss = only(term)
+    found = [float(loss(x, draws, x)[0]) for draws in (grain(32), dots(32), torch.zeros(32, 3, 64, 64))]
     assert found[0] < 0.97 * min(found[1:])
 
 
 @pytest.mark.parametrize("term", ["pixels", "features", "style"])
 def test_the_score_is_smallest_for_draws_like_the_images(term):
     torch.manual_seed(0)
-    score = only(term)
+    loss = only(term)
     x, a, b = (0.3 * torch.randn(64, 3, 32, 32) for _ in range(3))
-    found = {scale: float(score(scale * torch.cat([a, b]), x, x)[0]) for scale in (0.0, 0.5, 1.0, 1.5)}
+    found = {scale: float(loss(x, scale * torch.cat([a, b]), x)[0]) for scale in (0.0, 0.5, 1.0, 1.5)}
     assert min(found, key=found.get) == 1.0, "the mean is not the best, nor are too quiet or too loud draws"
-    assert found[1.0] < score.worst
+    assert found[1.0] < loss.worst
 
 
 def test_style_sees_that_images_differ_as_wholes():
     """Images are grainy or smooth as wholes. Draws with both in one image have the right mean of grain, but not its spread."""
     torch.manual_seed(0)
-    score = only("style")
+    loss = only("style")
 
     def grain(mixed: bool) -> torch.Tensor:
         amount = torch.rand(64, 1, 8, 8) if mixed else torch.rand(64, 1, 1, 1).expand(-1, -1, 8, 8)
         return 0.5 * amount.repeat_interleave(4, 2).repeat_interleave(4, 3) * torch.randn(64, 3, 32, 32)
 
     images = grain(mixed=False)
-    likely, mixed = (float(score(torch.cat([grain(kind), grain(kind)]), images, images)[0]) for kind in (False, True))
+    likely, mixed = (float(loss(images, torch.cat([grain(kind), grain(kind)]), images)[0]) for kind in (False, True))
     assert likely < mixed
 
 
 def test_equal_draws_have_a_finite_gradient():
     x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
-    EnergyScore(EnergyConfig())(torch.cat([y, y]), y, x)[0].backward()
+    PolishLoss(PolishLossConfig())(y, torch.cat([y, y]), x)[0].backward()
     assert y.grad.isfinite().all() and y.grad.any()
 
 
 def test_wrong_weights_are_refused():
     for weights in ({"pixels": -1.0}, {"mean": -1.0}, {"pixels": 0.0, "features": 0.0, "style": 0.0}):
         with pytest.raises(ValueError, match="pixels, features, style and mean"):
-            EnergyConfig(**weights)
+            PolishLossConfig(**weights)
