@@ -18,8 +18,8 @@ from torch import nn
 # Stages of the network, coarse to fine: pixels that share one value, and channels as a multiple of the config's width.
 STAGES = ((8, 4), (4, 4), (2, 2), (1, 1))
 LAYERS = 2
-# The furthest that texture moves a pixel, whose values are in [-1, 1], along the axes of lightness and of colour.
-LIGHTNESS, COLOUR = 0.7, 0.1
+# Texture beyond this, of pixels in [-1, 1], grows with the logarithm of what the network returns. 99 % of it is within.
+LARGE = 0.2
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Texture(nn.Module):
     of their own, so that a draw may have coarse structure as well as grain. There is no stage coarser than the grid: there, and
     for the image as a whole, codes decide.
 
-    Attributes:
-        axes: The axes of colour along which texture moves a pixel, as vectors whose length is the limit, [C, C].
+    Texture of RGB images is lightness: one number for the three channels of a pixel. Most of what a decoder misses is that.
+    Colour was tried: features hardly see a wrong one, and draws had cyan specks or a lattice of violet and green.
     """
 
     def __init__(self, config: TextureConfig, inputs: int, channels: int, cell: int):
@@ -61,11 +61,9 @@ class Texture(nn.Module):
         self.stages = nn.ModuleList(
             _Stage(before, channels + config.noise, width) for before, width in pairwise([inputs, *widths])
         )
-        self.last = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        self.last = nn.Conv2d(widths[-1], 1 if channels == 3 else channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
-        # The axes are saved with the weights, because weights work only with the axes that they were trained with.
-        self.register_buffer("axes", colour_axes(channels))
 
     def forward(self, y_BCHW: torch.Tensor, h_BDhw: torch.Tensor, seed_B: torch.Tensor) -> torch.Tensor:
         """Returns the images with texture, [B, C, H, W].
@@ -82,9 +80,8 @@ class Texture(nn.Module):
             size = max(1, height // pixels), max(1, width // pixels)
             noise = uniform(seed_B ^ pixels, (self.config.noise, *size))
             h = stage(h, torch.cat([_resized(mean, size), noise], 1))
-        limit_C = self.axes.norm(dim=1)
-        along_BCHW = torch.tanh(self.last(F.silu(h)) / limit_C[:, None, None])
-        return y_BCHW + torch.einsum("bkhw,kc->bchw", along_BCHW, self.axes)
+        # A function with a bound, such as tanh, has no gradient far beyond it, and patches that got there never came back.
+        return y_BCHW + LARGE * torch.asinh(self.last(F.silu(h)) / LARGE)
 
 
 class _Stage(nn.Module):
@@ -103,18 +100,6 @@ class _Stage(nn.Module):
         for layer in self.layers:
             h = h + layer(F.silu(h))
         return h
-
-
-def colour_axes(channels: int) -> torch.Tensor:
-    """Returns orthogonal axes with the limits as lengths, [C, C]: lightness and two of colour for RGB, otherwise the channels.
-
-    Colour has narrow limits, because what a decoder misses is mostly lightness, and features hardly see a wrong colour: without
-    such limits some draws have violet or cyan specks. A grey pixel may move as far as each channel of a coloured one.
-    """
-    if channels != 3:
-        return torch.eye(channels) * LIGHTNESS / 3**0.5
-    axes = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]), dim=1)
-    return axes * torch.tensor([LIGHTNESS, COLOUR, COLOUR])[:, None]
 
 
 def _resized(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
