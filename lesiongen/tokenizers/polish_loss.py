@@ -15,6 +15,10 @@ The score does not say which part of a draw is the decoder's image and which is 
 violet or dark, and texture, which is lightness alone, repairs it in part. So the squared error of the decoder's image without
 texture counts too: it is smallest for the mean of the images with these codes.
 
+The score hardly sees what is rare: a fault that a draw has with the probability p costs p², because the other draw lacks it. So
+texture that is larger than any in photographs is penalised by itself. Bounds of texture in its place, such as tanh, have
+no gradient far beyond them, and patches that got there never came back.
+
 In training, draws and image are shifted together by a few pixels, for each image another way. The network sees every second
 pixel, or fewer, so a decoder that was always compared at the same places learns a lattice of dots.
 """
@@ -30,6 +34,7 @@ from lesiongen.tokenizers.texture import hashed
 SHIFT = 4  # the largest shift, in pixels, in each of the four directions
 # A sound decoder scores less in each term: pixels of -1 and of 1 have the distance 2, and features have root mean squares of 1.
 LARGEST = 4.0
+EXCESS = 0.4  # texture that is larger, in pixels of [-1, 1], is hardly found in photographs
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,17 @@ class PolishLossConfig:
     pixels: float = 12.0  # the colour of each pixel: features hardly see a wrong one
     features: float = 1.0  # each feature of EfficientNet-Lite1, at each place of each compared layer
     style: float = 2.8  # mean and standard deviation of each of these features over an image
-    mean: float = 60.0  # squared error of the image without texture; not a term of the score
+    mean: float = 60.0  # squared error of the image without texture; like the next, not a term of the score
+    excess: float = 100.0  # square of what texture exceeds 0.4 by
 
     def __post_init__(self):
         score = (self.pixels, self.features, self.style)
-        if min(*score, self.mean) < 0 or not any(score):
-            raise ValueError("pixels, features, style and mean must be at least 0, and one of the first three above 0")
+        if min(*score, self.mean, self.excess) < 0 or not any(score):
+            raise ValueError("pixels, features, style, mean and excess must be at least 0, and one of the first three above 0")
 
 
 class PolishLoss(nn.Module):
-    """The weighted sum of the scores of pixels, features and style, and of the squared error of the image without texture.
+    """The weighted sum of the scores of pixels, features and style, and of two penalties.
 
     Make it before the engine builds the model: under ZeRO 3, weights that are made meanwhile are divided among the ranks.
     """
@@ -80,6 +86,9 @@ class PolishLoss(nn.Module):
         terms = {}
         if self.config.mean:
             terms["mean"] = (mean_BCHW.float() - x_BCHW).square().mean()
+        if self.config.excess:
+            texture_MCHW = draws_MCHW.float() - mean_BCHW.detach().float().repeat(2, 1, 1, 1)
+            terms["excess"] = (texture_MCHW.abs() - EXCESS).relu().square().mean()
         if shift_B is not None:
             draws_MCHW, x_BCHW = _shifted(draws_MCHW, shift_B.repeat(2)), _shifted(x_BCHW, shift_B)
         if self.config.pixels:

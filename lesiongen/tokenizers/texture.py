@@ -18,8 +18,6 @@ from torch import nn
 # Stages of the network, coarse to fine: pixels that share one value, and channels as a multiple of the config's width.
 STAGES = ((8, 4), (4, 4), (2, 2), (1, 1))
 LAYERS = 2
-# Texture beyond this, of pixels in [-1, 1], grows with the logarithm of what the network returns. 99 % of it is within.
-LARGE = 0.2
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,7 @@ class Texture(nn.Module):
             size = max(1, height // pixels), max(1, width // pixels)
             noise = uniform(seed_B ^ pixels, (self.config.noise, *size))
             h = stage(h, torch.cat([_resized(mean, size), noise], 1))
-        # A function with a bound, such as tanh, has no gradient far beyond it, and patches that got there never came back.
-        return y_BCHW + LARGE * torch.asinh(self.last(F.silu(h)) / LARGE)
+        return y_BCHW + self.last(F.silu(h))
 
 
 class _Stage(nn.Module):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from lesiongen.tokenizers.polish_loss import SHIFT, PolishLoss, PolishLossConfig, _shifted
 
-TERMS = ("pixels", "features", "style", "mean")
+TERMS = ("pixels", "features", "style", "mean", "excess")
 
 
 def only(term: str) -> PolishLoss:
@@ -46,6 +46,20 @@ def test_the_image_without_texture_is_measured_by_its_squared_error():
     draws, mean = torch.cat([x, x]), x + 0.5
     (without, _), (loss, terms) = (PolishLoss(PolishLossConfig(mean=weight))(mean, draws, x) for weight in (0.0, 8.0))
     assert torch.isclose(terms["mean"], torch.tensor(0.25)) and torch.isclose(loss - without, torch.tensor(2.0))
+
+
+def test_rare_wild_texture_is_led_back():
+    """The score of one wild draw of many has next to no gradient, because the other draw is not wild; the penalty has one."""
+    torch.manual_seed(0)
+    x = 0.1 * torch.randn(4, 3, 32, 32)
+    pulls = {}
+    for excess in (0.0, 100.0):
+        draws = 0.1 * torch.randn(8, 3, 32, 32)
+        draws[0, :, 10, 10] = 1.0
+        draws.requires_grad_()
+        PolishLoss(PolishLossConfig(features=0, style=0, excess=excess))(0 * x, draws, x)[0].backward()
+        pulls[excess] = float(draws.grad[0, 0, 10, 10])
+    assert pulls[100.0] > 10 * abs(pulls[0.0])
 
 
 @pytest.mark.parametrize("term", ["pixels", "features", "style"])
@@ -96,6 +110,6 @@ def test_equal_draws_have_a_finite_gradient():
 
 
 def test_wrong_weights_are_refused():
-    for weights in ({"pixels": -1.0}, {"mean": -1.0}, {"pixels": 0.0, "features": 0.0, "style": 0.0}):
-        with pytest.raises(ValueError, match="pixels, features, style and mean"):
+    for weights in ({"pixels": -1.0}, {"mean": -1.0}, {"excess": -1.0}, {"pixels": 0.0, "features": 0.0, "style": 0.0}):
+        with pytest.raises(ValueError, match="pixels, features, style, mean and excess"):
             PolishLossConfig(**weights)
