@@ -34,7 +34,7 @@ from lesiongen.tokenizers.texture import hashed
 SHIFT = 4  # the largest shift, in pixels, in each of the four directions
 # A sound decoder scores less in each term: pixels of -1 and of 1 have the distance 2, and features have root mean squares of 1.
 LARGEST = 4.0
-EXCESS = 0.4  # texture that is larger, in pixels of [-1, 1], is hardly found in photographs
+LARGE_TEXTURE = 0.4  # texture that is larger, in pixels of [-1, 1], is hardly found in photographs
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class PolishLoss(nn.Module):
         if self.config.mean:
             terms["mean"] = (mean_BCHW.float() - x_BCHW).square().mean()
         if self.config.excess:
-            texture_MCHW = draws_MCHW.float() - mean_BCHW.detach().float().repeat(2, 1, 1, 1)
-            terms["excess"] = (texture_MCHW.abs() - EXCESS).relu().square().mean()
+            texture_MCHW = draws_MCHW.float() - mean_BCHW.float().repeat(2, 1, 1, 1)
+            terms["excess"] = (texture_MCHW.abs() - LARGE_TEXTURE).relu().square().mean()
         if shift_B is not None:
             draws_MCHW, x_BCHW = _shifted(draws_MCHW, shift_B.repeat(2)), _shifted(x_BCHW, shift_B)
         if self.config.pixels:

@@ -39,8 +39,8 @@ class Texture(nn.Module):
     of their own, so that a draw may have coarse structure as well as grain. There is no stage coarser than the grid: there, and
     for the image as a whole, codes decide.
 
-    Texture of RGB images is lightness: one number for the three channels of a pixel. Most of what a decoder misses is that.
-    Colour was tried: features hardly see a wrong one, and draws had cyan specks or a lattice of violet and green.
+    Texture of RGB images is lightness: one number for the three channels of a pixel. A decoder misses mostly lightness. Colour
+    was tried: features hardly see a wrong colour, and draws had cyan specks or a lattice of violet and green.
     """
 
     def __init__(self, config: TextureConfig, inputs: int, channels: int, cell: int):

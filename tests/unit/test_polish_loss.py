@@ -62,6 +62,21 @@ def test_rare_wild_texture_is_led_back():
     assert pulls[100.0] > 10 * abs(pulls[0.0])
 
 
+def test_excess_teaches_the_texture_alone():
+    """The gradient of large texture does not reach the decoder's image, to which the texture is added."""
+    mean = torch.zeros(2, 3, 32, 32, requires_grad=True)
+    texture = torch.full((4, 3, 32, 32), 0.9, requires_grad=True)
+    losses = [
+        PolishLoss(PolishLossConfig(features=0, style=0, mean=0, excess=excess))(
+            mean, mean.repeat(2, 1, 1, 1) + texture, mean.detach()
+        )[0]
+        for excess in (0.0, 100.0)
+    ]
+    (losses[1] - losses[0]).backward()
+    assert torch.isclose(losses[1] - losses[0], torch.tensor(25.0))
+    assert texture.grad.min() > 0 and mean.grad.abs().max() < 1e-6 * texture.grad.max()
+
+
 @pytest.mark.parametrize("term", ["pixels", "features", "style"])
 def test_draws_of_the_images_distribution_have_the_best_score(term):
     """Grain is better than a few bold dots of the same mean and variance, and than none."""
