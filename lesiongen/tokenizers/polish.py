@@ -65,7 +65,7 @@ class Objective(nn.Module):
     def held_out_loss(self, x_BCHW: torch.Tensor, levels: dict[str, Quantized]) -> torch.Tensor:
         """Returns the loss of encoded images in [-1, 1]. A hash of their codes decides the noise, so that it never changes."""
         number_B = seeds_of([q.codes for q in levels.values()])
-        return self.loss(*self._mean_and_draws({name: q.x for name, q in levels.items()}, number_B), x_BCHW)[0]
+        return self.loss(*self._mean_and_draws({name: q.x for name, q in levels.items()}, number_B), x_BCHW, number_B)[0]
 
     def _mean_and_draws(self, vectors: dict[str, torch.Tensor], number_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes images. Returns them without texture, [B, C, H, W], and two draws of each, [2 B, C, H, W].

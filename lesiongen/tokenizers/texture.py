@@ -38,9 +38,6 @@ class Texture(nn.Module):
     Stages at an eighth, a quarter, a half and all of the resolution each see the stage before, the decoder's image and noise
     of their own, so that a draw may have coarse structure as well as grain. There is no stage coarser than the grid: there, and
     for the image as a whole, codes decide.
-
-    Texture of RGB images is lightness: one number for the three channels of a pixel. A decoder misses mostly lightness. Colour
-    was tried: features hardly see a wrong colour, and draws had cyan specks or a lattice of violet and green.
     """
 
     def __init__(self, config: TextureConfig, inputs: int, channels: int, cell: int):
@@ -59,7 +56,7 @@ class Texture(nn.Module):
         self.stages = nn.ModuleList(
             _Stage(before, channels + config.noise, width) for before, width in pairwise([inputs, *widths])
         )
-        self.last = nn.Conv2d(widths[-1], 1 if channels == 3 else channels, 3, padding=1)
+        self.last = nn.Conv2d(widths[-1], channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 

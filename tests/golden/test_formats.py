@@ -36,7 +36,7 @@ PRIORS = {
 }
 IDENTITIES = {
     "demo.yaml": "ae6ce52d618e667f",
-    "ham10000-cpu.yaml": "860a562e93e34fe0",
+    "ham10000-cpu.yaml": "30c3bb969f8d5ea3",
     "ham10000-cpu-128.yaml": "a9df279aa8dd6540",
     "ham10000-cpu-vqvae2.yaml": "6b7acc50fda136cb",
     "seeds/report-000.yaml": "5dfe3a770d63ee6b",

@@ -1,12 +1,24 @@
-"""The loss of polishing: the energy score is smallest for draws like the images; draws and image are shifted together."""
+"""The loss of polishing: the energy score is smallest for draws like the images; one part of draws and image is compared."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lesiongen.tokenizers.polish_loss import SHIFT, PolishLoss, PolishLossConfig, _shifted
+from lesiongen.tokenizers.polish_loss import (
+    ZOOM,
+    PolishLoss,
+    PolishLossConfig,
+    _score_of_each,
+    _score_with_mixtures,
+    enlarged_part,
+)
 
 TERMS = ("pixels", "features", "style", "mean", "excess")
+
+
+def numbers(x: torch.Tensor) -> torch.Tensor:
+    """Returns a number for each image of a batch."""
+    return torch.arange(len(x))
 
 
 def only(term: str) -> PolishLoss:
@@ -14,37 +26,50 @@ def only(term: str) -> PolishLoss:
     return PolishLoss(PolishLossConfig(**{name: float(name == term) for name in TERMS}))
 
 
-def test_a_shift_moves_the_whole_image_and_reflects_its_edges():
-    x = torch.rand(64, 3, 16, 24)
-    shifted = _shifted(x, torch.arange(64))
-    padded = F.pad(x, [SHIFT] * 4, mode="reflect")
-    found = set()
-    for number in range(64):
-        crops = {
-            (dy, dx): padded[number, :, dy : dy + 16, dx : dx + 24]
-            for dy in range(2 * SHIFT + 1)
-            for dx in range(2 * SHIFT + 1)
-        }
-        found |= {offset for offset, crop in crops.items() if torch.equal(crop, shifted[number])}
-    assert len(found) > 30 and {dy for dy, _ in found} == {dx for _, dx in found} == set(range(2 * SHIFT + 1))
+def test_an_enlarged_part_lies_within_the_image_and_is_enlarged_by_up_to_two():
+    """Of an image whose pixels are their own places, the enlarged part shows where each of its pixels was."""
+    down, right = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
+    part = enlarged_part(torch.stack([down, right]).repeat(256, 1, 1, 1), torch.arange(256))
+    steps = {"down": part[:, 0].diff(dim=1)[:, 4:-4], "right": part[:, 1].diff(dim=2)[:, :, 4:-4]}
+    for step in steps.values():
+        assert (step.amax((1, 2)) - step.amin((1, 2))).max() < 1e-4, "it is not enlarged evenly"
+        zoom = 1 / step.mean((1, 2))
+        assert zoom.min() > 0.999 and zoom.max() < ZOOM + 1e-3 and zoom.std() > 0.2
+    assert torch.allclose(steps["down"].mean((1, 2)), steps["right"].mean((1, 2)), atol=1e-4), "it is stretched"
+    assert part.min() >= 0 and part[:, 0].max() <= 47 and part[:, 1].max() <= 63
+    left, enlarged = part[:, 1, 0, 0], 1 / steps["right"].mean((1, 2)) > 1.7
+    assert left[enlarged].min() < 3 and left[enlarged].max() > 22, "parts do not reach both edges"
 
 
-def test_a_shift_does_not_depend_on_the_batch():
-    x, numbers = torch.rand(4, 1, 16, 16), torch.tensor([7, 2**40, 0, 5])
-    assert torch.equal(_shifted(x, numbers)[1:2], _shifted(x[1:2], numbers[1:2]))
+def test_an_enlarged_part_does_not_depend_on_the_batch():
+    x, seeds = torch.rand(4, 1, 16, 16), torch.tensor([7, 2**40, 0, 5])
+    assert torch.allclose(enlarged_part(x, seeds)[1:2], enlarged_part(x[1:2], seeds[1:2]), atol=1e-6)
 
 
-def test_draws_are_shifted_as_their_image_is():
+def test_the_same_part_of_draws_and_image_is_compared():
     x = torch.rand(4, 3, 32, 32) * 2 - 1
-    loss = only("pixels")
-    assert loss(x, torch.cat([x, x]), x, torch.arange(4))[0] < 1e-3
-    assert loss(x, torch.cat([x.roll(1, 0), x.roll(2, 0)]), x, torch.arange(4))[0] > 0.1
+    loss = only("features")
+    assert loss(x, torch.cat([x, x]), x, numbers(x))[0] < 1e-3
+    assert loss(x, torch.cat([x.roll(1, 0), x.roll(2, 0)]), x, numbers(x))[0] > 0.1
+
+
+def test_a_checkerboard_is_seen():
+    """The network sees every second pixel of an image, so it hardly sees a checkerboard, but it does in an enlarged part."""
+    torch.manual_seed(0)
+    x = F.interpolate(0.3 * torch.randn(16, 3, 8, 8), (64, 64), mode="bicubic") + 0.05 * torch.randn(16, 1, 64, 64)
+    places = torch.arange(64)
+    checkerboard = 0.1 * ((places[:, None] + places) % 2 * 2 - 1)
+    grain = 0.1 * torch.randn(16, 1, 64, 64)
+    loss = only("features")
+    seen = {name: loss(x, (x + t).repeat(2, 1, 1, 1), x, numbers(x))[0] for name, t in (("c", checkerboard), ("g", grain))}
+    assert seen["c"] > 0.4 * seen["g"]
 
 
 def test_the_image_without_texture_is_measured_by_its_squared_error():
     x = torch.rand(4, 3, 32, 32) * 2 - 1
     draws, mean = torch.cat([x, x]), x + 0.5
-    (without, _), (loss, terms) = (PolishLoss(PolishLossConfig(mean=weight))(mean, draws, x) for weight in (0.0, 8.0))
+    losses = [PolishLoss(PolishLossConfig(mean=weight)) for weight in (0.0, 8.0)]
+    (without, _), (loss, terms) = (loss(mean, draws, x, numbers(x)) for loss in losses)
     assert torch.isclose(terms["mean"], torch.tensor(0.25)) and torch.isclose(loss - without, torch.tensor(2.0))
 
 
@@ -57,7 +82,7 @@ def test_rare_wild_texture_is_led_back():
         draws = 0.1 * torch.randn(8, 3, 32, 32)
         draws[0, :, 10, 10] = 1.0
         draws.requires_grad_()
-        PolishLoss(PolishLossConfig(features=0, style=0, excess=excess))(0 * x, draws, x)[0].backward()
+        PolishLoss(PolishLossConfig(features=0, style=0, excess=excess))(0 * x, draws, x, numbers(x))[0].backward()
         pulls[excess] = float(draws.grad[0, 0, 10, 10])
     assert pulls[100.0] > 10 * abs(pulls[0.0])
 
@@ -68,13 +93,26 @@ def test_excess_teaches_the_texture_alone():
     texture = torch.full((4, 3, 32, 32), 0.9, requires_grad=True)
     losses = [
         PolishLoss(PolishLossConfig(features=0, style=0, mean=0, excess=excess))(
-            mean, mean.repeat(2, 1, 1, 1) + texture, mean.detach()
+            mean, mean.repeat(2, 1, 1, 1) + texture, mean.detach(), numbers(mean)
         )[0]
         for excess in (0.0, 100.0)
     ]
     (losses[1] - losses[0]).backward()
     assert torch.isclose(losses[1] - losses[0], torch.tensor(25.0))
     assert texture.grad.min() > 0 and mean.grad.abs().max() < 1e-6 * texture.grad.max()
+
+
+def test_mixtures_see_which_features_go_together():
+    """Each feature of both draws is distributed as the image's; in one the features go together as in the image."""
+    torch.manual_seed(0)
+
+    def features(number: int, together: bool) -> torch.Tensor:
+        common, own = torch.randn(number, 1, 16, 16), torch.randn(number, 8, 16, 16)
+        return 0.8**0.5 * common + 0.2**0.5 * own if together else own
+
+    x, likely, wrong = features(256, True), features(512, True), features(512, False)
+    assert abs(_score_of_each(wrong, x) - _score_of_each(likely, x)) < 0.002
+    assert _score_with_mixtures(wrong, x) > _score_with_mixtures(likely, x) + 0.005
 
 
 @pytest.mark.parametrize("term", ["pixels", "features", "style"])
@@ -90,7 +128,7 @@ def test_draws_of_the_images_distribution_have_the_best_score(term):
 
     x = grain(16)
     loss = only(term)
-    found = [float(loss(x, draws, x)[0]) for draws in (grain(32), dots(32), torch.zeros(32, 3, 64, 64))]
+    found = [float(loss(x, draws, x, numbers(x))[0]) for draws in (grain(32), dots(32), torch.zeros(32, 3, 64, 64))]
     assert found[0] < 0.97 * min(found[1:])
 
 
@@ -99,7 +137,7 @@ def test_the_score_is_smallest_for_draws_like_the_images(term):
     torch.manual_seed(0)
     loss = only(term)
     x, a, b = (0.3 * torch.randn(64, 3, 32, 32) for _ in range(3))
-    found = {scale: float(loss(x, scale * torch.cat([a, b]), x)[0]) for scale in (0.0, 0.5, 1.0, 1.5)}
+    found = {scale: float(loss(x, scale * torch.cat([a, b]), x, numbers(x))[0]) for scale in (0.0, 0.5, 1.0, 1.5)}
     assert min(found, key=found.get) == 1.0, "the mean is not the best, nor are too quiet or too loud draws"
     assert found[1.0] < loss.worst
 
@@ -114,13 +152,14 @@ def test_style_sees_that_images_differ_as_wholes():
         return 0.5 * amount.repeat_interleave(4, 2).repeat_interleave(4, 3) * torch.randn(64, 3, 32, 32)
 
     images = grain(mixed=False)
-    likely, mixed = (float(loss(images, torch.cat([grain(kind), grain(kind)]), images)[0]) for kind in (False, True))
+    draws = [torch.cat([grain(mixed), grain(mixed)]) for mixed in (False, True)]
+    likely, mixed = (float(loss(images, both, images, numbers(images))[0]) for both in draws)
     assert likely < mixed
 
 
 def test_equal_draws_have_a_finite_gradient():
     x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
-    PolishLoss(PolishLossConfig())(y, torch.cat([y, y]), x)[0].backward()
+    PolishLoss(PolishLossConfig())(y, torch.cat([y, y]), x, numbers(x))[0].backward()
     assert y.grad.isfinite().all() and y.grad.any()
 
 

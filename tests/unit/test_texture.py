@@ -1,4 +1,4 @@
-"""Texture: noise that is a hash, the same for any batch; texture that is lightness."""
+"""Texture: noise that is a hash, the same for any batch."""
 
 import pytest
 import torch
@@ -66,18 +66,6 @@ def test_draws_of_one_image_differ():
     a, b = net.decode(vectors, torch.tensor([1, 2, 3, 4])).chunk(2)
     assert a.shape == b.shape == net.decode(vectors).shape and not torch.allclose(a, b, atol=1e-3)
     assert torch.allclose(net.decode(vectors, torch.tensor([3, 4])), b, atol=1e-6)
-
-
-def test_texture_of_rgb_images_is_lightness():
-    torch.manual_seed(0)
-    for channels, alike in ((3, True), (2, False)):
-        net = make(VQVAEConfig(**SIZES), channels, batch=1)
-        net.add_texture(TextureConfig(width=8))
-        nn.init.normal_(net.texture.last.weight, std=0.1)
-        vectors = {"codes": torch.randn(2, 8, 8, 8)}
-        added = net.decode(vectors, torch.tensor([1, 2])) - net.decode(vectors)
-        assert added.std() > 1e-2
-        assert torch.allclose(added[:, 0], added[:, 1], atol=1e-6) == alike
 
 
 @pytest.mark.parametrize(("stride", "stages"), [(4, [4, 2, 1]), (8, [8, 4, 2, 1]), (16, [8, 4, 2, 1])])
