@@ -1,53 +1,71 @@
 """Features of draws and images, which the loss of polishing compares.
 
-Two kinds: cosine coefficients of 3 × 3 pixels, as in JPEG, and the features of EfficientNet-Lite1. That network sees every
-second pixel, or fewer. A decoder that was compared by it alone, on whole images, learned what is invisible there: a lattice of
-violet and green, or a checkerboard. So the network sees a part of each image, another one each time, which is enlarged by up to
-two, and the coefficients see each pixel.
+Two kinds: cosine coefficients of 3 × 3 pixels, as in JPEG, and the features of EfficientNet-Lite1. The first layer of that
+network has stride 2, so it hardly responds to patterns of single pixels. Decoders that were trained on features of whole images
+alone drew such patterns: lattices of violet and green, and checkerboards. So the network gets a part of each image, enlarged by
+up to two, and the coefficients see each pixel. In training, the part changes with the position in the stream; in evaluation a
+hash of the codes decides it.
 
-Shapes: B images, M = 2 B draws of them, C channels, H × W pixels.
+Shapes: B images, M = 2 B draws of them, C channels, H × W pixels, D features at h × w places.
 """
-
-from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lesiongen.tokenizers.perceptual import Perceptual
 from lesiongen.tokenizers.texture import hashed
 
 ZOOM = 2.0  # the largest enlargement
-FAINT = 0.01  # coefficients of this size and smaller are rounding, in pixels of [-1, 1]
+# Added to the size of each coefficient, in pixels of [-1, 1]. Rounding to 8 bits, which is 0.0023, is not scaled up to 1.
+FAINT = 0.01
 # Lightness, red - green and yellow - blue, as orthonormal combinations of red, green and blue.
 COLOUR_AXES = ((3**-0.5, 3**-0.5, 3**-0.5), (2**-0.5, -(2**-0.5), 0.0), (6**-0.5, 6**-0.5, -2 * 6**-0.5))
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # features of draws [M, D, h, w], and of their images [B, D, h, w]
 
 
-def features_of_both(network: Perceptual, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor, number_B: torch.Tensor) -> list[Pair]:
-    """Computes features of the same places of draws and images.
+class PolishFeatures(nn.Module):
+    """Computes the features of draws and images, and mixtures of features."""
 
-    Args:
-        network: The network.
-        draws_MCHW: Two draws for each image, in about [-1, 1]: the first of all images, then the second.
-        x_BCHW: The images in [-1, 1].
-        number_B: An integer for each image, whose hash decides the part of it and of its draws that the network sees.
+    def __init__(self, setting: str):
+        """Loads the network and draws the mixtures, which are always the same.
 
-    Returns:
-        A pair for the coefficients, and one for each layer of the network, fp32. Features have about the root mean square 1 in
-        each image: each coefficient by itself, all features of a layer together.
-    """
-    details = _details(draws_MCHW.float(), x_BCHW)
-    network.to(x_BCHW.device)
-    with torch.no_grad():
-        of_images = network.features(enlarged_part(x_BCHW, number_B))
-    of_draws = network.features(enlarged_part(draws_MCHW, number_B.repeat(2)))
-    return [details, *map(_scaled, of_draws, of_images)]
+        Args:
+            setting: The keys of the config that ask for the network, for the error message.
 
+        Raises:
+            UserError: The network's weights are not installed.
+        """
+        super().__init__()
+        self.network = Perceptual(setting)
+        image = torch.zeros(2, 3, 32, 32)
+        with torch.no_grad():
+            found = self(image, image[:1], torch.zeros(1, dtype=torch.int64))
+        for size in {of_image.shape[1] for _, of_image in found} | {_details(image[:, :1], image[:1, :1])[0].shape[1]}:
+            gaussian = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
+            self.register_buffer(f"mixtures_{size}", torch.linalg.qr(gaussian)[0], persistent=False)
 
-def mixed(h_BDhw: torch.Tensor) -> torch.Tensor:
-    """Returns as many mixtures of features as there are features: always the same random rotation of those of each place."""
-    return torch.einsum("bchw,dc->bdhw", h_BDhw, _rotation(h_BDhw.shape[1]).to(h_BDhw.device)).float()
+    def forward(self, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor, number_B: torch.Tensor) -> list[Pair]:
+        """Computes the coefficients of draws and images, and the network's features of the same enlarged part of both.
+
+        Args:
+            draws_MCHW: Two draws for each image, in about [-1, 1]: the first of all images, then the second.
+            x_BCHW: The images in [-1, 1].
+            number_B: An integer for each image, whose hash decides the part.
+
+        Returns:
+            A pair for the coefficients, and one for each layer of the network, fp32. Features of an image have about the root
+            mean square 1: each coefficient by itself, all features of a layer together.
+        """
+        with torch.no_grad():
+            of_images = self.network.features(enlarged_part(x_BCHW, number_B))
+        of_draws = self.network.features(enlarged_part(draws_MCHW, number_B.repeat(2)))
+        return [_details(draws_MCHW.float(), x_BCHW), *map(_scaled, of_draws, of_images)]
+
+    def mixed(self, h_BDhw: torch.Tensor) -> torch.Tensor:
+        """Returns D mixtures of the features of each place: their products with a fixed random orthogonal matrix."""
+        return torch.einsum("bchw,dc->bdhw", h_BDhw, self.get_buffer(f"mixtures_{h_BDhw.shape[1]}")).float()
 
 
 def style(h_BDhw: torch.Tensor) -> torch.Tensor:
@@ -59,6 +77,8 @@ def style(h_BDhw: torch.Tensor) -> torch.Tensor:
 
 def enlarged_part(x_BCHW: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
     """Cuts a part out of each image and enlarges it to the image's size, bilinearly, by up to ZOOM.
+
+    It is computed as products of matrices, because on a GPU the gradient of grid_sample differs from run to run.
 
     Args:
         x_BCHW: The images.
@@ -78,34 +98,29 @@ def enlarged_part(x_BCHW: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
         return weights[0] @ x_BCHW.float() @ weights[1].transpose(2, 3)
 
 
-def _details(draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns cosine coefficients of the 3 × 3 pixels around each, along each axis of colour, as features of draws and images.
+def _details(draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor) -> Pair:
+    """Returns cosine coefficients of the 3 × 3 pixels around each, along each axis of colour.
 
     Each coefficient is scaled so that it has about the root mean square 1 in each image; draws as their image. So the finest
-    details of colour, which are faint in photographs, count as much as others.
+    details of colour, which are faint in photographs, count nearly as much as others.
     """
-    channels = x_BCHW.shape[1]
-    place = torch.arange(3, device=x_BCHW.device)
+    device = x_BCHW.device
+    place = torch.arange(3, device=device)
     wave_FN = torch.cos(torch.pi * place[:, None] * (place + 0.5) / 3)
     wave_FN = wave_FN / wave_FN.norm(dim=1, keepdim=True)
-    axes_DC = torch.tensor(COLOUR_AXES, device=x_BCHW.device) if channels == 3 else torch.eye(channels, device=x_BCHW.device)
-    with torch.autocast(x_BCHW.device.type, enabled=False):
+    axes_DC = torch.tensor(COLOUR_AXES if x_BCHW.shape[1] == 3 else ((1.0,),), device=device)
+    with torch.autocast(device.type, enabled=False):
         filters = torch.einsum("dc,fy,gx->dfgcyx", axes_DC, wave_FN, wave_FN).flatten(0, 2)
         of_draws, of_images = (F.conv2d(x, filters) for x in (draws_MCHW, x_BCHW))
     size_BD11 = of_images.square().mean((2, 3), keepdim=True).sqrt() + FAINT
     return of_draws / size_BD11.repeat(2, 1, 1, 1), of_images / size_BD11
 
 
-def _scaled(of_draws: torch.Tensor, of_images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _scaled(of_draws: torch.Tensor, of_images: torch.Tensor) -> Pair:
     """Scales the features of one layer, so that those of each image have about the root mean square 1; draws as their image.
 
-    A length of 1 at each place, as in a perceptual distance, would hide how far from any image a draw is.
+    Features that were scaled to the length 1 at each place, as in a perceptual distance, would lose their size, so that a draw
+    with far too large features would not be penalised.
     """
     size_B = of_images.square().mean(1).sqrt().mean((1, 2)) + 1e-8
     return of_draws / size_B.repeat(2)[:, None, None, None], of_images / size_B[:, None, None, None]
-
-
-@cache
-def _rotation(size: int) -> torch.Tensor:
-    """Returns a random rotation, always the same one, fp32 [size, size]."""
-    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(size)))[0]

@@ -10,8 +10,8 @@ standard deviation of each feature over an image (the statistics of Huang and Be
 teach local texture. The last teaches what differs between whole images: a photograph is grainy or smooth all over. Features
 are compared one by one: for long vectors the score hardly sees more than mean and total variance (Pinson and Tastu 2013,
 Discrimination ability of the energy score), and a few bold strokes have the variance of fine grain all over. Which features go
-together, such as dark and brown, is seen in mixtures of them, compared one by one too: two distributions are equal if they are
-equal along all directions (Cramér and Wold 1936; sliced distances, Bonneel et al. 2015).
+together, such as dark and brown, is seen in mixtures of them, compared one by one too. All mixtures would decide the
+distribution (Cramér and Wold 1936; sliced distances, Bonneel et al. 2015); the loss has as many as there are features.
 
 The score does not say which part of a draw is the decoder's image and which is texture. A decoder that is free in this becomes
 violet or dark, and texture repairs it in part. So the squared error of the decoder's image without texture counts too: it is
@@ -27,10 +27,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lesiongen.tokenizers.perceptual import Perceptual
-from lesiongen.tokenizers.polish_features import features_of_both, mixed, style
+from lesiongen.tokenizers.polish_features import PolishFeatures, style
 
-# A sound decoder scores less in each term: pixels of -1 and of 1 have the distance 2, and features have root mean squares of 1.
+# A sound decoder scores less in each term: pixels of -1 and of 1 have the distance 2, and features of images have about the
+# root mean square 1. Those of draws may have more where the image is black.
 LARGEST = 4.0
 LARGE_TEXTURE = 0.4  # texture that is larger, in pixels of [-1, 1], is hardly found in photographs
 
@@ -41,7 +41,7 @@ class PolishLossConfig:
 
     pixels: float = 12.0  # the colour of each pixel: features hardly see a wrong one
     features: float = 1.0  # each cosine coefficient, each feature of EfficientNet-Lite1, and as many mixtures, at each place
-    style: float = 2.8  # mean and standard deviation of each of these features over an image
+    style: float = 2.8  # mean and standard deviation over an image, of each coefficient and each feature
     mean: float = 60.0  # squared error of the image without texture; like the next, not a term of the score
     excess: float = 100.0  # square of what texture exceeds 0.4 by
 
@@ -63,7 +63,7 @@ class PolishLoss(nn.Module):
         self.config = config
         # In a tuple, so that the network is not a submodule: an engine would shard its weights and checkpoints would hold them.
         needed = config.features or config.style
-        self.networks = (Perceptual("each of polish.loss.features and polish.loss.style"),) if needed else ()
+        self.features = (PolishFeatures("each of polish.loss.features and polish.loss.style"),) if needed else ()
 
     @property
     def worst(self) -> float:
@@ -89,11 +89,11 @@ class PolishLoss(nn.Module):
             terms["excess"] = (texture_MCHW.abs() - LARGE_TEXTURE).relu().square().mean()
         if self.config.pixels:
             terms["pixels"] = _score(draws_MCHW.float(), x_BCHW) / x_BCHW.shape[1] ** 0.5
-        for network in self.networks:
-            pairs = features_of_both(network, draws_MCHW, x_BCHW, number_B)
+        for features in self.features:
+            pairs = features.to(x_BCHW.device)(draws_MCHW, x_BCHW, number_B)
             if self.config.features:
-                both = [*pairs, *((mixed(of_draws), mixed(of_images)) for of_draws, of_images in pairs)]
-                terms["features"] = torch.stack([_score_of_each(*pair) for pair in both]).mean()
+                mixtures = [(features.mixed(of_draws), features.mixed(of_images)) for of_draws, of_images in pairs]
+                terms["features"] = torch.stack([_score_of_each(*pair) for pair in pairs + mixtures]).mean()
             if self.config.style:
                 terms["style"] = torch.stack([_score_of_each(*map(style, pair)) for pair in pairs]).mean()
         loss = torch.stack([getattr(self.config, name) * score for name, score in terms.items()]).sum()
