@@ -47,7 +47,7 @@ class Objective(nn.Module):
         """Computes the loss of one micro-batch.
 
         Args:
-            batch: "image" uint8 [B, C, H, W] and "position" [B], which decides the noise.
+            batch: "image" uint8 [B, C, H, W] and "position" [B], which decides the noise and the part that is compared.
 
         Returns:
             "loss", a scalar; "metrics" {name: detached scalar}; "statistics" None.
@@ -63,7 +63,10 @@ class Objective(nn.Module):
         return {"loss": loss, "metrics": terms, "statistics": None}
 
     def held_out_loss(self, x_BCHW: torch.Tensor, levels: dict[str, Quantized]) -> torch.Tensor:
-        """Returns the loss of encoded images in [-1, 1]. A hash of their codes decides the noise, so that it never changes."""
+        """Returns the loss of encoded images in [-1, 1].
+
+        A hash of an image's codes decides the noise and the part that is compared, so that neither ever changes.
+        """
         number_B = seeds_of([q.codes for q in levels.values()])
         return self.loss(*self._mean_and_draws({name: q.x for name, q in levels.items()}, number_B), x_BCHW, number_B)[0]
 

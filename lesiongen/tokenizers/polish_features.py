@@ -17,7 +17,7 @@ from lesiongen.tokenizers.perceptual import Perceptual
 from lesiongen.tokenizers.texture import hashed
 
 ZOOM = 2.0  # the largest enlargement
-# Added to the size of each coefficient, in pixels of [-1, 1]. Rounding to 8 bits, which is 0.0023, is not scaled up to 1.
+# Added to the size of each coefficient, in pixels of [-1, 1], so that rounding to 8 bits (0.0023) is not scaled up to 1.
 FAINT = 0.01
 # Lightness, red - green and yellow - blue, as orthonormal combinations of red, green and blue.
 COLOUR_AXES = ((3**-0.5, 3**-0.5, 3**-0.5), (2**-0.5, -(2**-0.5), 0.0), (6**-0.5, 6**-0.5, -2 * 6**-0.5))
@@ -29,7 +29,7 @@ class PolishFeatures(nn.Module):
     """Computes the features of draws and images, and mixtures of features."""
 
     def __init__(self, setting: str):
-        """Loads the network and draws the mixtures, which are always the same.
+        """Loads the network, and makes the filters of the coefficients and the mixtures, which are always the same.
 
         Args:
             setting: The keys of the config that ask for the network, for the error message.
@@ -39,12 +39,13 @@ class PolishFeatures(nn.Module):
         """
         super().__init__()
         self.network = Perceptual(setting)
-        image = torch.zeros(2, 3, 32, 32)
-        with torch.no_grad():
-            found = self(image, image[:1], torch.zeros(1, dtype=torch.int64))
-        for size in {of_image.shape[1] for _, of_image in found} | {_details(image[:, :1], image[:1, :1])[0].shape[1]}:
-            gaussian = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
-            self.register_buffer(f"mixtures_{size}", torch.linalg.qr(gaussian)[0], persistent=False)
+        for channels in (1, 3):
+            self.register_buffer(f"filters_{channels}", _cosine_filters(channels), persistent=False)
+            image = torch.zeros(1, channels, 32, 32)
+            with torch.no_grad():
+                found = self(image.repeat(2, 1, 1, 1), image, torch.zeros(1, dtype=torch.int64))
+            for size in {of_image.shape[1] for _, of_image in found}:
+                self.register_buffer(f"mixtures_{size}", _random_orthogonal(size), persistent=False)
 
     def forward(self, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor, number_B: torch.Tensor) -> list[Pair]:
         """Computes the coefficients of draws and images, and the network's features of the same enlarged part of both.
@@ -61,7 +62,8 @@ class PolishFeatures(nn.Module):
         with torch.no_grad():
             of_images = self.network.features(enlarged_part(x_BCHW, number_B))
         of_draws = self.network.features(enlarged_part(draws_MCHW, number_B.repeat(2)))
-        return [_details(draws_MCHW.float(), x_BCHW), *map(_scaled, of_draws, of_images)]
+        filters = self.get_buffer(f"filters_{x_BCHW.shape[1]}")
+        return [_coefficients(filters, draws_MCHW.float(), x_BCHW), *map(_scaled, of_draws, of_images)]
 
     def mixed(self, h_BDhw: torch.Tensor) -> torch.Tensor:
         """Returns D mixtures of the features of each place: their products with a fixed random orthogonal matrix."""
@@ -98,19 +100,28 @@ def enlarged_part(x_BCHW: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
         return weights[0] @ x_BCHW.float() @ weights[1].transpose(2, 3)
 
 
-def _details(draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor) -> Pair:
-    """Returns cosine coefficients of the 3 × 3 pixels around each, along each axis of colour.
+def _cosine_filters(channels: int) -> torch.Tensor:
+    """Returns the filters of the cosine coefficients of 3 × 3 pixels for each axis of colour, [9 channels, channels, 3, 3]."""
+    place = torch.arange(3)
+    wave_FN = torch.cos(torch.pi * place[:, None] * (place + 0.5) / 3)
+    wave_FN = wave_FN / wave_FN.norm(dim=1, keepdim=True)
+    axes_DC = torch.tensor(COLOUR_AXES if channels == 3 else ((1.0,),))
+    return torch.einsum("dc,fy,gx->dfgcyx", axes_DC, wave_FN, wave_FN).flatten(0, 2)
+
+
+def _random_orthogonal(size: int) -> torch.Tensor:
+    """Returns a random orthogonal matrix, always the same one, fp32 [size, size]."""
+    gaussian = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
+    return torch.linalg.qr(gaussian)[0]
+
+
+def _coefficients(filters: torch.Tensor, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor) -> Pair:
+    """Returns the cosine coefficients at each place.
 
     Each coefficient is scaled so that it has about the root mean square 1 in each image; draws as their image. So the finest
     details of colour, which are faint in photographs, count nearly as much as others.
     """
-    device = x_BCHW.device
-    place = torch.arange(3, device=device)
-    wave_FN = torch.cos(torch.pi * place[:, None] * (place + 0.5) / 3)
-    wave_FN = wave_FN / wave_FN.norm(dim=1, keepdim=True)
-    axes_DC = torch.tensor(COLOUR_AXES if x_BCHW.shape[1] == 3 else ((1.0,),), device=device)
-    with torch.autocast(device.type, enabled=False):
-        filters = torch.einsum("dc,fy,gx->dfgcyx", axes_DC, wave_FN, wave_FN).flatten(0, 2)
+    with torch.autocast(x_BCHW.device.type, enabled=False):
         of_draws, of_images = (F.conv2d(x, filters) for x in (draws_MCHW, x_BCHW))
     size_BD11 = of_images.square().mean((2, 3), keepdim=True).sqrt() + FAINT
     return of_draws / size_BD11.repeat(2, 1, 1, 1), of_images / size_BD11
