@@ -155,7 +155,7 @@ def _tokenizer(config: Experiment) -> Training:
 
 def _polish(config: Experiment) -> Training:
     model, side, channels = config.tokenizer.model, config.data.size, config.data.channels
-    loss = PolishLoss(config.polish.loss)
+    loss = PolishLoss(config.polish.loss, channels)
 
     def build_with(model: tokenizers.TokenizerModel) -> Callable[[], nn.Module]:
         def build() -> nn.Module:

@@ -102,6 +102,8 @@ class PolishConfig:
 
     texture: TextureConfig = field(default_factory=TextureConfig)  # the network that draws what the codes do not decide
     loss: PolishLossConfig = field(default_factory=PolishLossConfig)  # weights of the loss's terms
+    # Views of the training images that the decoder learns. A crop below 1 enlarges them, and enlarged images are blurred.
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop=1.0))
     stream: StreamConfig = field(default_factory=StreamConfig)  # how often each image, class and set is drawn
     train: PolishTraining = field(default_factory=PolishTraining)  # length, batch, optimizer, evaluations, checkpoints
 

@@ -35,7 +35,6 @@ from lesiongen.tokenizers.polish_loss import PolishLoss
 def stage(config: Experiment) -> Stage:
     """Returns the stage that trains the decoder of a trained tokenizer once more."""
     identity = {"polish": to_plain(config.polish, volatile=False), "seed": config.seed}
-    identity |= {"augment": to_plain(config.encode.augment, volatile=False)}
     how = training("polish.train", config.polish.train)
     return Stage("polish", ("shards", "tokenizer"), identity, run, check=_check, describe=_describe, **how)
 
@@ -83,10 +82,9 @@ class PolishTask:
             torch.manual_seed(config.seed)
             self.tokenizer.add_texture(polish.texture)
         self.tokenizer.to(device)
-        self.loss = PolishLoss(polish.loss)
+        self.loss = PolishLoss(polish.loss, shards.channels)
         self.worst = self.loss.worst
-        # The views are those that the encode stage makes, because samples look like them.
-        how = config.encode.augment, polish.stream, polish.train.batch, config.seed
+        how = polish.augment, polish.stream, polish.train.batch, config.seed
         self.images = TrainingImages(shards, config.data, *how, device)
         self.held_out = ImageShards(shards, "val")
         self.size = len(self.images.split)
@@ -103,8 +101,8 @@ class PolishTask:
                 )
 
     def build(self) -> nn.Module:
-        """Builds the objective around a copy of the trained tokenizer."""
-        return Objective(copy.deepcopy(self.tokenizer), self.loss)
+        """Builds the objective around copies of the trained tokenizer and of the loss, whose averages change in training."""
+        return Objective(copy.deepcopy(self.tokenizer), copy.deepcopy(self.loss))
 
     def prepare(self, module: nn.Module) -> None:
         """Does nothing: the decoder starts from the trained weights, the texture from none."""
@@ -118,7 +116,9 @@ class PolishTask:
         return self.images.finish(batch)
 
     def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Does nothing and returns no metrics: the codebooks are frozen."""
+        """Updates the moving averages of the loss. Returns no metrics: the codebooks are frozen."""
+        if statistics is not None:
+            module.loss.bias.update(statistics)
         return {}
 
     def evaluate(self, engine: Engine) -> tuple[dict[str, float], dict[str, bytes]]:

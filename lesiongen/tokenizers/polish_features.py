@@ -26,26 +26,31 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # features of draws [M, D, h, w], and 
 
 
 class PolishFeatures(nn.Module):
-    """Computes the features of draws and images, and mixtures of features."""
+    """Computes the features of draws and images, and mixtures of features.
 
-    def __init__(self, setting: str):
+    Attributes:
+        sizes: The number of features of each pair that forward() returns.
+    """
+
+    def __init__(self, setting: str, channels: int = 3):
         """Loads the network, and makes the filters of the coefficients and the mixtures, which are always the same.
 
         Args:
             setting: The keys of the config that ask for the network, for the error message.
+            channels: Colour channels of the images, 1 or 3.
 
         Raises:
             UserError: The network's weights are not installed.
         """
         super().__init__()
         self.network = Perceptual(setting)
-        for channels in (1, 3):
-            self.register_buffer(f"filters_{channels}", _cosine_filters(channels), persistent=False)
-            image = torch.zeros(1, channels, 32, 32)
-            with torch.no_grad():
-                found = self(image.repeat(2, 1, 1, 1), image, torch.zeros(1, dtype=torch.int64))
-            for size in {of_image.shape[1] for _, of_image in found}:
-                self.register_buffer(f"mixtures_{size}", _random_orthogonal(size), persistent=False)
+        self.register_buffer("filters", _cosine_filters(channels), persistent=False)
+        image = torch.zeros(1, channels, 32, 32)
+        with torch.no_grad():
+            found = self(image.repeat(2, 1, 1, 1), image, torch.zeros(1, dtype=torch.int64))
+        self.sizes = [of_image.shape[1] for _, of_image in found]
+        for size in set(self.sizes):
+            self.register_buffer(f"mixtures_{size}", _random_orthogonal(size), persistent=False)
 
     def forward(self, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor, number_B: torch.Tensor) -> list[Pair]:
         """Computes the coefficients of draws and images, and the network's features of the same enlarged part of both.
@@ -62,8 +67,7 @@ class PolishFeatures(nn.Module):
         with torch.no_grad():
             of_images = self.network.features(enlarged_part(x_BCHW, number_B))
         of_draws = self.network.features(enlarged_part(draws_MCHW, number_B.repeat(2)))
-        filters = self.get_buffer(f"filters_{x_BCHW.shape[1]}")
-        return [_coefficients(filters, draws_MCHW.float(), x_BCHW), *map(_scaled, of_draws, of_images)]
+        return [_coefficients(self.filters, draws_MCHW.float(), x_BCHW), *map(_scaled, of_draws, of_images)]
 
     def mixed(self, h_BDhw: torch.Tensor) -> torch.Tensor:
         """Returns D mixtures of the features of each place: their products with a fixed random orthogonal matrix."""

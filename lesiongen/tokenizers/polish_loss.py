@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lesiongen.tokenizers.polish_bias import Bias
 from lesiongen.tokenizers.polish_features import PolishFeatures, style
 
 # A sound decoder scores less in each term: pixels of -1 and of 1 have the distance 2, and features of images have about the
@@ -43,27 +44,41 @@ class PolishLossConfig:
     features: float = 1.0  # each cosine coefficient, each feature of EfficientNet-Lite1, and as many mixtures, at each place
     style: float = 2.8  # mean and standard deviation over an image, of each coefficient and each feature
     mean: float = 60.0  # squared error of the image without texture; like the next, not a term of the score
+    bias: float = 1.0  # squared mean error of style over many images (polish_bias.py)
     excess: float = 100.0  # square of what texture exceeds 0.4 by
 
     def __post_init__(self):
         score = (self.pixels, self.features, self.style)
-        if min(*score, self.mean, self.excess) < 0 or not any(score):
-            raise ValueError("pixels, features, style, mean and excess must be at least 0, and one of the first three above 0")
+        if min(*score, self.mean, self.bias, self.excess) < 0 or not any(score):
+            raise ValueError("each weight must be at least 0, and one of pixels, features and style above 0")
 
 
 class PolishLoss(nn.Module):
-    """The weighted sum of the scores of pixels, features and style, and of two penalties.
+    """The weighted sum of the scores of pixels, features and style, of the bias and of two penalties.
 
     Make it before the engine builds the model: under ZeRO 3, weights that are made meanwhile are divided among the ranks.
+
+    Attributes:
+        bias: The moving averages of the bias; None if its weight is 0.
     """
 
-    def __init__(self, config: PolishLossConfig):
-        """Loads the network of the features. Raises UserError if its weights are not installed."""
+    def __init__(self, config: PolishLossConfig, channels: int = 3):
+        """Loads the network of the features.
+
+        Args:
+            config: The weights.
+            channels: Colour channels of the images, 1 or 3.
+
+        Raises:
+            UserError: The network's weights are not installed.
+        """
         super().__init__()
         self.config = config
         # In a tuple, so that the network is not a submodule: an engine would shard its weights and checkpoints would hold them.
-        needed = config.features or config.style
-        self.features = (PolishFeatures("each of polish.loss.features and polish.loss.style"),) if needed else ()
+        settings = "each of polish.loss.features, polish.loss.style and polish.loss.bias"
+        needed = config.features or config.style or config.bias
+        self.features = (PolishFeatures(settings, channels),) if needed else ()
+        self.bias = Bias([2 * size for size in self.features[0].sizes]) if config.bias else None
 
     @property
     def worst(self) -> float:
@@ -72,8 +87,8 @@ class PolishLoss(nn.Module):
 
     def forward(
         self, mean_BCHW: torch.Tensor, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor, number_B: torch.Tensor
-    ) -> tuple[torch.Tensor, dict]:
-        """Returns the mean loss of a batch, and its terms {name: detached scalar}.
+    ) -> tuple[torch.Tensor, dict, torch.Tensor | None]:
+        """Returns the mean loss of a batch, its terms {name: detached scalar}, and the batch's sums for Bias.update().
 
         Args:
             mean_BCHW: The decoder's images without texture.
@@ -81,7 +96,7 @@ class PolishLoss(nn.Module):
             x_BCHW: The images in [-1, 1].
             number_B: An integer for each image, whose hash decides the part of it and of its draws whose features are compared.
         """
-        terms = {}
+        terms, sums = {}, None
         if self.config.mean:
             terms["mean"] = (mean_BCHW.float() - x_BCHW).square().mean()
         if self.config.excess:
@@ -94,10 +109,13 @@ class PolishLoss(nn.Module):
             if self.config.features:
                 mixtures = [(features.mixed(of_draws), features.mixed(of_images)) for of_draws, of_images in pairs]
                 terms["features"] = torch.stack([_score_of_each(*pair) for pair in pairs + mixtures]).mean()
+            styles = [(style(of_draws), style(of_images)) for of_draws, of_images in pairs]
             if self.config.style:
-                terms["style"] = torch.stack([_score_of_each(*map(style, pair)) for pair in pairs]).mean()
+                terms["style"] = torch.stack([_score_of_each(*pair) for pair in styles]).mean()
+            if self.bias is not None:
+                terms["bias"], sums = self.bias(styles)
         loss = torch.stack([getattr(self.config, name) * score for name, score in terms.items()]).sum()
-        return loss, {name: score.detach() for name, score in terms.items()}
+        return loss, {name: score.detach() for name, score in terms.items()}, sums
 
 
 def _score_of_each(draws: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

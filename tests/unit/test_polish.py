@@ -1,8 +1,10 @@
-"""The objective of polishing: every kind of tokenizer, grey images, bf16; only decoder and texture learn."""
+"""Polishing: each kind of tokenizer, grey images, bf16; only decoder and texture learn, from images that are not blurred."""
 
 import pytest
 import torch
 
+from lesiongen.data.augment import augment
+from lesiongen.experiment import PolishConfig
 from lesiongen.tokenizers import make
 from lesiongen.tokenizers.polish import Objective
 from lesiongen.tokenizers.polish_loss import PolishLoss, PolishLossConfig
@@ -28,7 +30,7 @@ def test_only_decoder_and_texture_learn(kind, channels, precision):
     tokenizer.initialise(torch.rand(4, channels, 32, 32) * 2 - 1)
     tokenizer.add_texture(TextureConfig(width=8))
     before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
-    module = Objective(tokenizer, PolishLoss(PolishLossConfig()))
+    module = Objective(tokenizer, PolishLoss(PolishLossConfig(), channels))
     names = {name for name, _ in module.named_parameters()}
     assert names and {name.split(".")[1] for name in names} == {"decoder", "texture"}
     optimizer = torch.optim.Adam(module.parameters(), 1e-3)
@@ -46,3 +48,12 @@ def test_only_decoder_and_texture_learn(kind, channels, precision):
     assert {name for name, p in tokenizer.named_parameters() if p.grad is not None} <= {n.removeprefix("net.") for n in names}
     changed = {name for name, value in tokenizer.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and {name.split(".")[0] for name in changed} == {"decoder", "texture"}
+
+
+def test_the_decoder_learns_images_that_are_not_blurred():
+    """The default views have the very pixels of the image: none is interpolated."""
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    pixels = image.flatten(1).sort(1).values
+    views = [augment(image, 32, PolishConfig().augment, torch.Generator().manual_seed(seed)) for seed in range(16)]
+    assert all(torch.equal(view.flatten(1).sort(1).values, pixels) for view in views)
+    assert any(not torch.equal(view, views[0]) for view in views)
