@@ -97,13 +97,19 @@ class PolishTraining(TrainConfig):
 
 
 @dataclass(frozen=True)
+class PolishAugment(AugmentConfig):
+    """AugmentConfig with another default."""
+
+    crop: float = 1.0  # below 1, crops are enlarged to the image's size, which blurs them; 1 = always the centre square
+
+
+@dataclass(frozen=True)
 class PolishConfig:
     """The polish stage: trains the decoder once more by itself, for sharp images with texture. Codes and priors stay valid."""
 
     texture: TextureConfig = field(default_factory=TextureConfig)  # the network that draws what the codes do not decide
     loss: PolishLossConfig = field(default_factory=PolishLossConfig)  # weights of the loss's terms
-    # Views of the training images that the decoder learns. A crop below 1 enlarges them, and enlarged images are blurred.
-    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop=1.0))
+    augment: PolishAugment = field(default_factory=PolishAugment)  # views of the training images that the decoder learns
     stream: StreamConfig = field(default_factory=StreamConfig)  # how often each image, class and set is drawn
     train: PolishTraining = field(default_factory=PolishTraining)  # length, batch, optimizer, evaluations, checkpoints
 

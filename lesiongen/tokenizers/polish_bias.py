@@ -6,8 +6,9 @@ errors that all images share are minimised by themselves, as in generators that 
 al. 2019, Learning implicit generative models by matching perceptual features, arXiv:1904.02762).
 
 The errors of one batch are mostly its own. So their mean is a moving average over batches. The term of a batch is the product
-of the moving average and of the batch's errors; its gradient is that of the squared bias, up to a factor. The sums are added
-over micro-batches and ranks, so neither changes the training.
+of the moving average and of the batch's errors: on average over batches it is the squared bias, though that of one batch may be
+negative. The moving average is held fixed, so the gradient leads all draws against the bias. The sums are added over
+micro-batches and ranks, so neither changes the training.
 
 Shapes: B images, K statistics of all kinds.
 """
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 
 HALF_LIFE = 400  # of the moving averages, in images
-# Added to the variance of a statistic: this share of the mean variance of its kind. Some features hardly differ between images.
-LEAST = 0.1
+# Added to the variance of a statistic, because some hardly differ between images: a share of the mean variance of its kind, and
+# a constant, for features whose root mean square in an image is about 1.
+LEAST_SHARE, LEAST = 0.1, 1e-4
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # statistics of draws [2 B, …], and of their images [B, …]
 
@@ -37,7 +39,9 @@ class Bias(nn.Module):
         self.register_buffer("share", torch.zeros(()))  # of the averages that is of images, not of the zeros at the start
 
     def forward(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the term, a scalar that is about the squared bias, and the batch's sums, the input of update().
+        """Returns the term, a scalar, and the batch's sums, the input of update().
+
+        The term is the mean over statistics of e² / (v + e²), about, where e is the bias and v the variance. So it is bounded.
 
         Args:
             pairs: Statistics of each kind: of draws, the first of all images, then the second; and of the images.
@@ -50,7 +54,7 @@ class Bias(nn.Module):
         product_K = self._direction() * error_BK.mean(0)
         term = torch.stack([part.mean() for part in product_K.split(self.sizes)]).mean()
         moments = torch.stack([error_BK.detach(), x_BK, x_BK.square()]).sum(1)
-        return term, torch.cat([moments.flatten(), moments.new_tensor([len(x_BK)])])
+        return term, torch.cat([moments.flatten(), moments.new_full((1,), len(x_BK))])
 
     @torch.no_grad()
     def update(self, sums: torch.Tensor) -> None:
@@ -61,8 +65,8 @@ class Bias(nn.Module):
         self.share.lerp_(torch.ones_like(self.share), new)
 
     def _direction(self) -> torch.Tensor:
-        """Returns the mean error of each statistic, divided by its variance among images, [K]; 0 before the first update."""
+        """Returns e / (v + e²) of each statistic, [K]; 0 before the first update."""
         error_K, mean_K, square_K = self.averages / self.share.clamp(min=1e-8)
         variances = (square_K - mean_K.square()).clamp(min=0).split(self.sizes)
-        variance_K = torch.cat([variance + LEAST * variance.mean() for variance in variances])
-        return error_K / (variance_K + 1e-8)
+        variance_K = torch.cat([variance + LEAST_SHARE * variance.mean() + LEAST for variance in variances])
+        return error_K / (variance_K + error_K.square())

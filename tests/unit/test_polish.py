@@ -39,12 +39,14 @@ def test_only_decoder_and_texture_learn(kind, channels, precision):
     losses = []
     for _ in range(5):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            loss = module(batch)["loss"]
-        losses.append(float(loss.detach()))
+            out = module(batch)
+        loss = out["loss"]
+        losses.append(float(loss.detach() - out["metrics"]["bias"]))  # there is no bias in the first step
+        module.loss.bias.update(out["statistics"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] and out["metrics"]["bias"] > 0
     assert {name for name, p in tokenizer.named_parameters() if p.grad is not None} <= {n.removeprefix("net.") for n in names}
     changed = {name for name, value in tokenizer.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and {name.split(".")[0] for name in changed} == {"decoder", "texture"}
@@ -57,3 +59,11 @@ def test_the_decoder_learns_images_that_are_not_blurred():
     views = [augment(image, 32, PolishConfig().augment, torch.Generator().manual_seed(seed)) for seed in range(16)]
     assert all(torch.equal(view.flatten(1).sort(1).values, pixels) for view in views)
     assert any(not torch.equal(view, views[0]) for view in views)
+
+
+def test_the_held_out_loss_has_no_bias():
+    """The moving averages are of training images, and of weights that are not averaged."""
+    loss = PolishLoss(PolishLossConfig()).eval()
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    _, terms, sums = loss(x, x.repeat(2, 1, 1, 1), x, torch.arange(2))
+    assert "bias" not in terms and "style" in terms and sums is None

@@ -29,10 +29,10 @@ def mean_term(bias: Bias, shared: float, batches: int = 400) -> float:
 
 
 def test_only_errors_that_images_share_are_seen():
-    """The term is the squared bias relative to the variance among images, here 1 and 400, whose floor adds a tenth."""
+    """With the variance v among images, here 1 and 400, and a floor of a tenth of it, the term is e² / (1.1 v + e²)."""
     torch.manual_seed(0)
     assert abs(mean_term(Bias([6, 10]), 0.0)) < 0.01
-    assert mean_term(Bias([6, 10]), 0.5) == pytest.approx(0.25 / 1.1, rel=0.1)
+    assert mean_term(Bias([6, 10]), 0.5) == pytest.approx(0.25 / (1.1 + 0.25), rel=0.1)
 
 
 def test_there_is_no_term_before_the_first_update():
@@ -79,3 +79,15 @@ def test_old_errors_are_forgotten():
     for _ in range(HALF_LIFE // IMAGES):
         bias.update(bias([(torch.cat([x, x]), x) for _, x in batch(0.0)])[1])
     assert torch.isclose(bias.averages[0].norm(), before / 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("images", [1, 8])
+def test_the_term_is_bounded_where_images_are_alike(images):
+    """Also in the first batches, whose images are all that the averages have seen."""
+    torch.manual_seed(0)
+    bias, x = Bias([6]), torch.ones(images, 6)
+    for _ in range(20):
+        term, sums = bias([(x.repeat(2, 1) + 0.3 + 0.01 * torch.randn(2 * images, 6), x)])
+        bias.update(sums)
+        assert 0 <= term < 1.1
+    assert term > 0.9
