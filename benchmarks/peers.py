@@ -105,7 +105,8 @@ class Peer:
     def batches(self) -> Iterator[dict]:
         """Yields the training batches that follow those already seen."""
         coarsest = self.config.priors[self.config.levels[0]]
-        order = self.seen, BATCH, BATCH, self.config.encode.augment, self.config.seed, 1, coarsest.stream
+        # The views of polish, not those of encode: enlarged crops are blurred, and the peer would learn to blur.
+        order = self.seen, BATCH, BATCH, self.config.polish.augment, self.config.seed, 1, coarsest.stream
         return ImageShards(self.shards, "train").train(*order)
 
     def train(self, minutes: float) -> None:
