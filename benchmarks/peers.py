@@ -38,7 +38,7 @@ from lesiongen.data.stream import ImageShards
 from lesiongen.evaluation import parts
 from lesiongen.evaluation.fidelity import fidelity
 from lesiongen.evaluation.subject import Subject
-from lesiongen.experiment import Experiment
+from lesiongen.experiment import Experiment, PolishAugment
 from lesiongen.stages.base import load_decoder, packed, packed_locations, require
 
 BATCH = 32
@@ -105,8 +105,8 @@ class Peer:
     def batches(self) -> Iterator[dict]:
         """Yields the training batches that follow those already seen."""
         coarsest = self.config.priors[self.config.levels[0]]
-        # The views of polish, not those of encode: enlarged crops are blurred, and the peer would learn to blur.
-        order = self.seen, BATCH, BATCH, self.config.polish.augment, self.config.seed, 1, coarsest.stream
+        # Not the views of encode: enlarged crops are blurred, and the peer would learn to blur.
+        order = self.seen, BATCH, BATCH, PolishAugment(), self.config.seed, 1, coarsest.stream
         return ImageShards(self.shards, "train").train(*order)
 
     def train(self, minutes: float) -> None:
