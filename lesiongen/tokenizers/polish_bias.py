@@ -1,9 +1,9 @@
 """The bias of draws: by how much their statistics differ, on average over many images, from those of the images.
 
-A texture network cannot draw every detail right. Then the energy score of each image is smallest for draws between right ones
-and the blurred mean: it hardly costs anything to be a little too smooth in every image, and much to draw a wrong detail. So
-errors that all images share are minimised by themselves, as in generators that match the mean features of images (Santos et
-al. 2019, Learning implicit generative models by matching perceptual features, arXiv:1904.02762).
+The energy score compares the draws of one image with this image. A small error that the draws of all images share costs little
+there, beside the differences among images with the same codes. But sets of draws and of images stay apart by it. So shared
+errors are minimised by themselves, as in generators that match the mean features of images (Santos et al. 2019, Learning
+implicit generative models by matching perceptual features, arXiv:1904.02762).
 
 The errors of one batch are mostly its own. So their mean is a moving average over batches. The term of a batch is the product
 of the moving average and of the batch's errors: on average over batches it is the squared bias, though that of one batch may be
