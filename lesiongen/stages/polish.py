@@ -73,7 +73,7 @@ class PolishTask:
         """
         polish = config.polish
         self.config, self.folder, self.name, self.device = config, folder, f"{config.name}: polished tokenizer", device
-        # Both are made here and not in build(): under ZeRO 3, weights that are made there are divided among the ranks.
+        # Tokenizer and loss are made here and not in build(): under ZeRO 3, weights that are made there are divided.
         self.tokenizer, self.about = load_tokenizer(require(config, "tokenizer"), device)
         self._refuse_other_images(shards)
         # The export holds what the tokenizer's training had set; recomputing activations is a setting of each training.
@@ -81,8 +81,8 @@ class PolishTask:
         with torch.random.fork_rng([]):  # the first weights are the same on every rank
             torch.manual_seed(config.seed)
             self.tokenizer.add_texture(polish.texture)
+            self.loss = PolishLoss(polish.loss, shards.channels)
         self.tokenizer.to(device)
-        self.loss = PolishLoss(polish.loss, shards.channels)
         self.worst = self.loss.worst
         how = polish.augment, polish.stream, polish.train.batch, config.seed
         self.images = TrainingImages(shards, config.data, *how, device)

@@ -9,6 +9,9 @@ hash of the codes decides it.
 Shapes: B images, M = 2 B draws of them, C channels, H × W pixels, D features at h × w places.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,14 +25,26 @@ FAINT = 0.01
 # Lightness, red - green and yellow - blue, as orthonormal combinations of red, green and blue.
 COLOUR_AXES = ((3**-0.5, 3**-0.5, 3**-0.5), (2**-0.5, -(2**-0.5), 0.0), (6**-0.5, 6**-0.5, -2 * 6**-0.5))
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # features of draws [M, D, h, w], and of their images [B, D, h, w]
+
+class Compared(NamedTuple):
+    """One kind of features.
+
+    Attributes:
+        draws: Those of the draws, [M, D, h, w].
+        images: Those of the images, [B, D, h, w].
+        means: Those of the images without texture, [B, D, h, w]; None if they are not asked for.
+    """
+
+    draws: torch.Tensor
+    images: torch.Tensor
+    means: torch.Tensor | None
 
 
 class PolishFeatures(nn.Module):
     """Computes the features of draws and images, and mixtures of features.
 
     Attributes:
-        sizes: The number of features of each pair that forward() returns.
+        sizes: The number of features of each kind that forward() returns.
     """
 
     def __init__(self, setting: str, channels: int = 3):
@@ -48,26 +63,33 @@ class PolishFeatures(nn.Module):
         image = torch.zeros(1, channels, 32, 32)
         with torch.no_grad():
             found = self(image.repeat(2, 1, 1, 1), image, torch.zeros(1, dtype=torch.int64))
-        self.sizes = [of_image.shape[1] for _, of_image in found]
+        self.sizes = [kind.images.shape[1] for kind in found]
         for size in set(self.sizes):
             self.register_buffer(f"mixtures_{size}", _random_orthogonal(size), persistent=False)
 
-    def forward(self, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor, number_B: torch.Tensor) -> list[Pair]:
+    def forward(
+        self, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor, number_B: torch.Tensor, mean_BCHW: torch.Tensor | None = None
+    ) -> list[Compared]:
         """Computes the coefficients of draws and images, and the network's features of the same enlarged part of both.
 
         Args:
             draws_MCHW: Two draws for each image, in about [-1, 1]: the first of all images, then the second.
             x_BCHW: The images in [-1, 1].
             number_B: An integer for each image, whose hash decides the part.
+            mean_BCHW: The images without texture, if their features are asked for too. They get no gradient.
 
         Returns:
-            A pair for the coefficients, and one for each layer of the network, fp32. Features of an image have about the root
-            mean square 1: each coefficient by itself, all features of a layer together.
+            The coefficients, and the features of each layer of the network, fp32. Features of an image have about the root mean
+            square 1: each coefficient by itself, all features of a layer together.
         """
         with torch.no_grad():
-            of_images = self.network.features(enlarged_part(x_BCHW, number_B))
+            fixed = x_BCHW if mean_BCHW is None else torch.cat([x_BCHW, mean_BCHW.float()])
+            of_fixed = self.network.features(enlarged_part(fixed, number_B.repeat(len(fixed) // len(x_BCHW))))
         of_draws = self.network.features(enlarged_part(draws_MCHW, number_B.repeat(2)))
-        return [_coefficients(self.filters, draws_MCHW.float(), x_BCHW), *map(_scaled, of_draws, of_images)]
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            coefficients = [F.conv2d(images, self.filters) for images in (draws_MCHW.float(), fixed)]
+        kinds = [(*coefficients, _size_of_each), *((*layer, _size_of_all) for layer in zip(of_draws, of_fixed, strict=True))]
+        return [_scaled(*kind, len(x_BCHW)) for kind in kinds]
 
     def mixed(self, h_BDhw: torch.Tensor) -> torch.Tensor:
         """Returns D mixtures of the features of each place: their products with a fixed random orthogonal matrix."""
@@ -119,23 +141,34 @@ def _random_orthogonal(size: int) -> torch.Tensor:
     return torch.linalg.qr(gaussian)[0]
 
 
-def _coefficients(filters: torch.Tensor, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor) -> Pair:
-    """Returns the cosine coefficients at each place.
+def _size_of_each(h_BDhw: torch.Tensor) -> torch.Tensor:
+    """Returns the root mean square of each coefficient over an image, [B, D, 1, 1].
 
-    Each coefficient is scaled so that it has about the root mean square 1 in each image; draws as their image. So the finest
-    details of colour, which are faint in photographs, count nearly as much as others.
+    Scaled by it, the finest details of colour, which are faint in photographs, count nearly as much as others.
     """
-    with torch.autocast(x_BCHW.device.type, enabled=False):
-        of_draws, of_images = (F.conv2d(x, filters) for x in (draws_MCHW, x_BCHW))
-    size_BD11 = of_images.square().mean((2, 3), keepdim=True).sqrt() + FAINT
-    return of_draws / size_BD11.repeat(2, 1, 1, 1), of_images / size_BD11
+    return h_BDhw.square().mean((2, 3), keepdim=True).sqrt() + FAINT
 
 
-def _scaled(of_draws: torch.Tensor, of_images: torch.Tensor) -> Pair:
-    """Scales the features of one layer, so that those of each image have about the root mean square 1; draws as their image.
+def _size_of_all(h_BDhw: torch.Tensor) -> torch.Tensor:
+    """Returns the root mean square of the features of a place, averaged over the places of an image, [B, 1, 1, 1].
 
     Features that were scaled to the length 1 at each place, as in a perceptual distance, would lose their size, so that a draw
     with far too large features would not be penalised.
     """
-    size_B = of_images.square().mean(1).sqrt().mean((1, 2)) + 1e-8
-    return of_draws / size_B.repeat(2)[:, None, None, None], of_images / size_B[:, None, None, None]
+    return h_BDhw.square().mean(1, keepdim=True).sqrt().mean((2, 3), keepdim=True) + 1e-8
+
+
+def _scaled(
+    of_draws: torch.Tensor, of_fixed: torch.Tensor, size_of: Callable[[torch.Tensor], torch.Tensor], images: int
+) -> Compared:
+    """Divides one kind of features by their size in the image; those of draws and of the mean image by that of their image.
+
+    Args:
+        of_draws: Features of the draws.
+        of_fixed: Features of the images, and of the images without texture if they are asked for.
+        size_of: Computes the size.
+        images: The number of images.
+    """
+    of_images, of_means = of_fixed[:images], of_fixed[images:]
+    size = size_of(of_images)
+    return Compared(of_draws / size.repeat(2, 1, 1, 1), of_images / size, of_means / size if len(of_means) else None)

@@ -1,4 +1,4 @@
-"""The loss of polishing: the energy score, which is smallest when a decoder's draws are distributed as the images are.
+"""The loss of polishing, above all the energy score, which is smallest when draws are distributed as the images are.
 
 For an image x and two draws a and b from the same codes, the score is (|a - x| + |b - x|) / 2 - |a - b| / 2. Its expectation
 is smallest if draws and images with these codes have one distribution (Gneiting and Raftery 2007, Strictly proper scoring
@@ -20,6 +20,8 @@ smallest for the mean of the images with these codes.
 The score hardly sees what is rare: a fault that a draw has with the probability p costs p², because the other draw lacks it. So
 texture that is larger than any in photographs is penalised by itself. Bounds of texture in its place, such as tanh, have
 no gradient far beyond them, and patches that got there never came back.
+
+The score sees what it compares alone. What else tells draws from images is learned by a critic (polish_critic.py).
 """
 
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ import torch
 from torch import nn
 
 from lesiongen.tokenizers.polish_bias import Bias
+from lesiongen.tokenizers.polish_critic import Critic
 from lesiongen.tokenizers.polish_features import PolishFeatures, style
 
 # A sound decoder scores less in each term: pixels of -1 and of 1 have the distance 2, and features of images have about the
@@ -45,21 +48,25 @@ class PolishLossConfig:
     style: float = 2.8  # mean and standard deviation over an image, of each coefficient and each feature
     mean: float = 60.0  # squared error of the image without texture; like the next, not a term of the score
     bias: float = 1.0  # squared mean error of style over many images (polish_bias.py); in training, not in the held-out loss
+    adversarial: float = 0.1  # how far a critic that learns meanwhile tells draws from images (polish_critic.py); in training
     excess: float = 100.0  # square of what texture exceeds 0.4 by
 
     def __post_init__(self):
         score = (self.pixels, self.features, self.style)
-        if min(*score, self.mean, self.bias, self.excess) < 0 or not any(score):
+        if min(*score, self.mean, self.bias, self.adversarial, self.excess) < 0 or not any(score):
             raise ValueError("each weight must be at least 0, and one of pixels, features and style above 0")
 
 
 class PolishLoss(nn.Module):
-    """The weighted sum of the scores of pixels, features and style, of the bias and of two penalties.
+    """The weighted sum of the scores of pixels, features and style, the bias, two penalties, and the critic's judgement.
+
+    The critic's own loss is added with the weight 1. Neither it nor the bias is part of the loss in evaluation.
 
     Make it before the engine builds the model: under ZeRO 3, weights that are made meanwhile are divided among the ranks.
 
     Attributes:
         bias: The moving averages of the bias; None if its weight is 0.
+        critic: The critic, which trains with the decoder; None if its weight is 0.
     """
 
     def __init__(self, config: PolishLossConfig, channels: int = 3):
@@ -75,10 +82,11 @@ class PolishLoss(nn.Module):
         super().__init__()
         self.config = config
         # In a tuple, so that the network is not a submodule: an engine would shard its weights and checkpoints would hold them.
-        settings = "each of polish.loss.features, polish.loss.style and polish.loss.bias"
-        needed = config.features or config.style or config.bias
+        settings = "each of polish.loss.features, polish.loss.style, polish.loss.bias and polish.loss.adversarial"
+        needed = config.features or config.style or config.bias or config.adversarial
         self.features = (PolishFeatures(settings, channels),) if needed else ()
         self.bias = Bias([2 * size for size in self.features[0].sizes]) if config.bias else None
+        self.critic = Critic(self.features[0].sizes) if config.adversarial else None
 
     @property
     def worst(self) -> float:
@@ -105,7 +113,11 @@ class PolishLoss(nn.Module):
         if self.config.pixels:
             terms["pixels"] = _score(draws_MCHW.float(), x_BCHW) / x_BCHW.shape[1] ** 0.5
         for features in self.features:
-            pairs = features.to(x_BCHW.device)(draws_MCHW, x_BCHW, number_B)
+            judged = self.training and self.critic is not None
+            compared = features.to(x_BCHW.device)(draws_MCHW, x_BCHW, number_B, mean_BCHW if judged else None)
+            pairs = [(kind.draws, kind.images) for kind in compared]
+            if judged:
+                terms["critic"], terms["adversarial"] = self.critic(compared)
             if self.config.features:
                 mixtures = [(features.mixed(of_draws), features.mixed(of_images)) for of_draws, of_images in pairs]
                 terms["features"] = torch.stack([_score_of_each(*pair) for pair in pairs + mixtures]).mean()
@@ -116,7 +128,8 @@ class PolishLoss(nn.Module):
                 terms["style"] = torch.stack([_score_of_each(*pair) for pair in styles]).mean()
             if biased:
                 terms["bias"], sums = self.bias(styles)
-        loss = torch.stack([getattr(self.config, name) * score for name, score in terms.items()]).sum()
+        weights = {"critic": 1.0, **vars(self.config)}
+        loss = torch.stack([weights[name] * score for name, score in terms.items()]).sum()
         return loss, {name: score.detach() for name, score in terms.items()}, sums
 
 

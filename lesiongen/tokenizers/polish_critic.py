@@ -1,0 +1,93 @@
+"""The critic of polishing: a network that learns to tell draws from images, while draws learn to be taken for images.
+
+The energy score compares what someone has chosen: single features, and fixed mixtures of them. What it does not compare stays
+wrong, such as thin cracks on skin. The critic learns what still tells draws and images apart, as the discriminator of a
+generative adversarial network does (Goodfellow et al. 2014, arXiv:1406.2661; hinge losses of Lim and Ye 2017,
+arXiv:1705.02894).
+
+It judges the features that the score compares, not pixels: behind a frozen network it learns within a few hundred steps (Sauer
+et al. 2021, Projected GANs converge faster, arXiv:2111.01007). It judges places in each layer, and is given the same features
+of the image without texture too. So it judges whether the texture fits this image, not whether there are many such images.
+
+One engine trains both sides. The critic learns from draws that are held fixed. Other draws of the same images learn from a
+critic that is held fixed. So the gradient of the sum of the two terms is that of each side by itself, one optimizer step moves
+both, and a step is accepted, skipped, saved and resumed for both.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lesiongen.tokenizers.polish_features import Compared
+
+WIDTH = 64  # channels of the hidden layers
+SLOPE = 0.2  # of the leaky ReLU below 0
+
+
+class Critic(nn.Module):
+    """A small convolutional network for each kind of features."""
+
+    def __init__(self, sizes: list[int]):
+        """Builds it.
+
+        Args:
+            sizes: The number of features of each kind.
+        """
+        super().__init__()
+        # The first kind, the coefficients, has a place for each pixel: half as many of them per side are as good and a quarter
+        # of the work.
+        self.judges = nn.ModuleList(_Judge(size, stride=1 if number else 2) for number, size in enumerate(sizes))
+
+    def forward(self, compared: list[Compared]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the critic's loss and the draws' loss, scalars. All kinds of features count alike.
+
+        The first leads the critic to judge images above 1 and first draws below -1. The second leads second draws to be judged
+        high; its gradient does not reach the critic.
+
+        Args:
+            compared: Features of two draws of each image, of the images, and of the images without texture.
+        """
+        learning, fooling = [], []
+        for judge, (of_draws, of_images, of_means) in zip(self.judges, compared, strict=True):
+            first, second = of_draws.chunk(2)
+            seen = torch.cat([of_images, first.detach()])
+            image, draw = judge(seen, of_means.repeat(2, 1, 1, 1), learns=True).chunk(2)
+            learning.append((F.relu(1 - image).mean() + F.relu(1 + draw).mean()) / 2)
+            fooling.append(-judge(second, of_means, learns=False).mean())
+        return torch.stack(learning).mean(), torch.stack(fooling).mean()
+
+
+class _Judge(nn.Module):
+    """Judges each place of one kind of features."""
+
+    def __init__(self, size: int, stride: int):
+        super().__init__()
+        self.of_features = _Filters(2 * size, WIDTH, 1)
+        self.of_places = _Filters(WIDTH, WIDTH, 3, stride)
+        self.last = _Filters(WIDTH, 1, 1)
+
+    def forward(self, h_BDhw: torch.Tensor, mean_BDhw: torch.Tensor, learns: bool) -> torch.Tensor:
+        """Returns the judgements, fp32 [B, 1, h / stride, w / stride]. learns: whether the weights get a gradient."""
+        h = F.leaky_relu(self.of_features(torch.cat([h_BDhw, mean_BDhw], 1), learns), SLOPE)
+        h = F.leaky_relu(self.of_places(h, learns), SLOPE)
+        return self.last(h, learns).float()
+
+
+class _Filters(nn.Module):
+    """A convolution whose filters have the norm 1, so that judgements cannot become steep without limit.
+
+    It reads its weights in its own forward(), because under ZeRO 3 they are whole there alone.
+    """
+
+    def __init__(self, inputs: int, outputs: int, side: int, stride: int = 1):
+        super().__init__()
+        self.stride = stride
+        # Filters start with about the norm 1, so that the optimizer's steps turn them as far as those of other layers.
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, side, side) / (inputs * side**2) ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor, learns: bool) -> torch.Tensor:
+        """Returns the convolution, [B, D, h / stride, w / stride]. learns: whether the weights get a gradient."""
+        weight, bias = (value if learns else value.detach() for value in (self.weight, self.bias))
+        unit = F.normalize(weight.flatten(1), dim=1).view_as(weight)
+        return F.conv2d(x, unit, bias, self.stride, padding=weight.shape[-1] // 2)
