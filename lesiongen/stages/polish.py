@@ -101,7 +101,7 @@ class PolishTask:
                 )
 
     def build(self) -> nn.Module:
-        """Builds the objective around copies of the trained tokenizer and of the loss, whose bias changes in training."""
+        """Builds the objective around copies of the trained tokenizer and of the loss, whose critic trains too."""
         return Objective(copy.deepcopy(self.tokenizer), copy.deepcopy(self.loss))
 
     def prepare(self, module: nn.Module) -> None:
@@ -116,9 +116,7 @@ class PolishTask:
         return self.images.finish(batch)
 
     def after_step(self, module: nn.Module, statistics: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Updates the moving averages of the bias. Returns no metrics: the codebooks are frozen."""
-        if statistics is not None:
-            module.loss.bias.update(statistics)
+        """Returns no metrics: the codebooks are frozen."""
         return {}
 
     def evaluate(self, engine: Engine) -> tuple[dict[str, float], dict[str, bytes]]:

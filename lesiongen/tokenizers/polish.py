@@ -50,17 +50,17 @@ class Objective(nn.Module):
             batch: "image" uint8 [B, C, H, W] and "position" [B], which decides the noise and the part that is compared.
 
         Returns:
-            "loss", a scalar; "metrics" {name: detached scalar}; "statistics": the loss's sums for Bias.update(), or None.
+            "loss", a scalar; "metrics" {name: detached scalar}; "statistics": None.
         """
         x = to_float(batch["image"])
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the codes are those of the encode stage
             vectors = {name: q.x for name, q in self.tokenizer.quantized(x).items()}
         position_B = batch["position"].to(x.device)
         mean, draws = self._mean_and_draws(vectors, position_B)
-        loss, terms, sums = self.loss(mean, draws, x, position_B)
+        loss, terms = self.loss(mean, draws, x, position_B)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for SSIM's variances
             terms |= training_metrics(draws[: len(x)], x)
-        return {"loss": loss, "metrics": terms, "statistics": sums}
+        return {"loss": loss, "metrics": terms, "statistics": None}
 
     def held_out_loss(self, x_BCHW: torch.Tensor, levels: dict[str, Quantized]) -> torch.Tensor:
         """Returns the loss of encoded images in [-1, 1].

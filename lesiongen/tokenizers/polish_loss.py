@@ -29,13 +29,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lesiongen.tokenizers.polish_bias import Bias
 from lesiongen.tokenizers.polish_critic import Critic
 from lesiongen.tokenizers.polish_features import PolishFeatures, style
 
 # A sound decoder scores less in each term: pixels of -1 and of 1 have the distance 2, and features of images have about the
 # root mean square 1. Those of draws may have more where the image is black.
 LARGEST = 4.0
+CRITIC = 1.0  # weight of the critic's own loss; its gradient reaches nothing else, and Adam divides by its size
 LARGE_TEXTURE = 0.4  # texture that is larger, in pixels of [-1, 1], is hardly found in photographs
 
 
@@ -47,25 +47,23 @@ class PolishLossConfig:
     features: float = 1.0  # each cosine coefficient, each feature of EfficientNet-Lite1, and as many mixtures, at each place
     style: float = 2.8  # mean and standard deviation over an image, of each coefficient and each feature
     mean: float = 60.0  # squared error of the image without texture; like the next, not a term of the score
-    bias: float = 1.0  # squared mean error of style over many images (polish_bias.py); in training, not in the held-out loss
     adversarial: float = 0.1  # how far a critic that learns meanwhile tells draws from images (polish_critic.py); in training
     excess: float = 100.0  # square of what texture exceeds 0.4 by
 
     def __post_init__(self):
         score = (self.pixels, self.features, self.style)
-        if min(*score, self.mean, self.bias, self.adversarial, self.excess) < 0 or not any(score):
+        if min(*score, self.mean, self.adversarial, self.excess) < 0 or not any(score):
             raise ValueError("each weight must be at least 0, and one of pixels, features and style above 0")
 
 
 class PolishLoss(nn.Module):
-    """The weighted sum of the scores of pixels, features and style, the bias, two penalties, and the critic's judgement.
+    """The weighted sum of the scores of pixels, features and style, two penalties, and the critic's judgement.
 
-    The critic's own loss is added with the weight 1. Neither it nor the bias is part of the loss in evaluation.
+    The critic's own loss is added. Neither is part of the loss in evaluation.
 
     Make it before the engine builds the model: under ZeRO 3, weights that are made meanwhile are divided among the ranks.
 
     Attributes:
-        bias: The moving averages of the bias; None if its weight is 0.
         critic: The critic, which trains with the decoder; None if its weight is 0.
     """
 
@@ -82,21 +80,20 @@ class PolishLoss(nn.Module):
         super().__init__()
         self.config = config
         # In a tuple, so that the network is not a submodule: an engine would shard its weights and checkpoints would hold them.
-        settings = "each of polish.loss.features, polish.loss.style, polish.loss.bias and polish.loss.adversarial"
-        needed = config.features or config.style or config.bias or config.adversarial
+        settings = "each of polish.loss.features, polish.loss.style and polish.loss.adversarial"
+        needed = config.features or config.style or config.adversarial
         self.features = (PolishFeatures(settings, channels),) if needed else ()
-        self.bias = Bias([2 * size for size in self.features[0].sizes]) if config.bias else None
         self.critic = Critic(self.features[0].sizes) if config.adversarial else None
 
     @property
     def worst(self) -> float:
         """A value that the loss of no sound decoder exceeds."""
-        return LARGEST * sum(vars(self.config).values())
+        return LARGEST * (sum(vars(self.config).values()) + CRITIC)
 
     def forward(
         self, mean_BCHW: torch.Tensor, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor, number_B: torch.Tensor
-    ) -> tuple[torch.Tensor, dict, torch.Tensor | None]:
-        """Returns the mean loss of a batch, its terms {name: detached scalar}, and the batch's sums for Bias.update().
+    ) -> tuple[torch.Tensor, dict]:
+        """Returns the mean loss of a batch, and its terms {name: detached scalar}.
 
         Args:
             mean_BCHW: The decoder's images without texture.
@@ -104,7 +101,7 @@ class PolishLoss(nn.Module):
             x_BCHW: The images in [-1, 1].
             number_B: An integer for each image, whose hash decides the part of it and of its draws whose features are compared.
         """
-        terms, sums = {}, None
+        terms = {}
         if self.config.mean:
             terms["mean"] = (mean_BCHW.float() - x_BCHW).square().mean()
         if self.config.excess:
@@ -121,16 +118,11 @@ class PolishLoss(nn.Module):
             if self.config.features:
                 mixtures = [(features.mixed(of_draws), features.mixed(of_images)) for of_draws, of_images in pairs]
                 terms["features"] = torch.stack([_score_of_each(*pair) for pair in pairs + mixtures]).mean()
-            biased = self.training and self.bias is not None  # the moving averages are those of the training images
-            if self.config.style or biased:
-                styles = [(style(of_draws), style(of_images)) for of_draws, of_images in pairs]
             if self.config.style:
-                terms["style"] = torch.stack([_score_of_each(*pair) for pair in styles]).mean()
-            if biased:
-                terms["bias"], sums = self.bias(styles)
-        weights = {"critic": 1.0, **vars(self.config)}
+                terms["style"] = torch.stack([_score_of_each(*map(style, pair)) for pair in pairs]).mean()
+        weights = {"critic": CRITIC, **vars(self.config)}
         loss = torch.stack([weights[name] * score for name, score in terms.items()]).sum()
-        return loss, {name: score.detach() for name, score in terms.items()}, sums
+        return loss, {name: score.detach() for name, score in terms.items()}
 
 
 def _score_of_each(draws: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

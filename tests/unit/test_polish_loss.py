@@ -9,7 +9,7 @@ from lesiongen.tokenizers import polish_features
 from lesiongen.tokenizers.polish_features import ZOOM, PolishFeatures, enlarged_part
 from lesiongen.tokenizers.polish_loss import PolishLoss, PolishLossConfig, _score_of_each
 
-TERMS = ("pixels", "features", "style", "mean", "bias", "adversarial", "excess")
+TERMS = ("pixels", "features", "style", "mean", "adversarial", "excess")
 
 
 def numbers(x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_planning_leaves_nothing_behind():
 def test_the_image_without_texture_is_measured_by_its_squared_error():
     x = torch.rand(4, 3, 32, 32) * 2 - 1
     draws, mean = torch.cat([x, x]), x + 0.5
-    without, (loss, terms, _) = (
+    without, (loss, terms) = (
         PolishLoss(PolishLossConfig(mean=weight, adversarial=0))(mean, draws, x, numbers(x)) for weight in (0.0, 8.0)
     )
     assert torch.isclose(terms["mean"], torch.tensor(0.25)) and torch.isclose(loss - without[0], torch.tensor(2.0))
@@ -121,7 +121,7 @@ def test_rare_wild_texture_is_led_back():
         draws = 0.1 * torch.randn(8, 3, 32, 32)
         draws[0, :, 10, 10] = 1.0
         draws.requires_grad_()
-        PolishLoss(PolishLossConfig(features=0, style=0, bias=0, adversarial=0, excess=excess))(0 * x, draws, x, numbers(x))[
+        PolishLoss(PolishLossConfig(features=0, style=0, adversarial=0, excess=excess))(0 * x, draws, x, numbers(x))[
             0
         ].backward()
         pulls[excess] = float(draws.grad[0, 0, 10, 10])
@@ -133,7 +133,7 @@ def test_excess_teaches_the_texture_alone():
     mean = torch.zeros(2, 3, 32, 32, requires_grad=True)
     texture = torch.full((4, 3, 32, 32), 0.9, requires_grad=True)
     losses = [
-        PolishLoss(PolishLossConfig(features=0, style=0, mean=0, bias=0, adversarial=0, excess=excess))(
+        PolishLoss(PolishLossConfig(features=0, style=0, mean=0, adversarial=0, excess=excess))(
             mean, mean.repeat(2, 1, 1, 1) + texture, mean.detach(), numbers(mean)
         )[0]
         for excess in (0.0, 100.0)
@@ -209,7 +209,6 @@ def test_wrong_weights_are_refused():
     for weights in (
         {"pixels": -1.0},
         {"mean": -1.0},
-        {"bias": -1.0},
         {"adversarial": -1.0},
         {"excess": -1.0},
         {"pixels": 0.0, "features": 0.0, "style": 0.0},
