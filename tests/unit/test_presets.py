@@ -57,9 +57,9 @@ def test_gpus_of_a_cluster_file_are_seen_however_they_are_requested():
 @pytest.mark.parametrize("bf16", [True, False])
 def test_on_a_cpu_trainings_are_short_and_in_the_precision_that_it_computes_fast(photographs, monkeypatch, bf16):
     monkeypatch.setattr(presets.hardware, "cpu_has_bf16", lambda: bf16)
-    few = experiment.load(photographs(400), ["preset=cpu"])
-    assert few.tokenizer.train.samples == few.polish.train.samples == 100 * 320
-    assert few.prior("codes").train.samples == 200 * 320
+    few = experiment.load(photographs(100), ["preset=cpu"])
+    assert few.tokenizer.train.samples == few.polish.train.samples == 100 * 80
+    assert few.prior("codes").train.samples == 200 * 80
     assert {train.engine.precision for _, train in few.trainings.values()} == {"bf16" if bf16 else "fp32"}
     recipe = experiment.load("configs/ham10000-cpu.yaml", ["data.images=x"])
     many = experiment.make(presets.settings("cpu", 50_000) | {"name": "x", "data": {"images": "x"}})
