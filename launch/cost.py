@@ -65,11 +65,13 @@ class Training:
 
     @cached_property
     def parts(self) -> dict[str, int]:
-        """Trainable parameters of each child of the net that has any; and the elements of its buffers."""
+        """Trainable parameters of each child of the net and of the loss that has any; and the elements of the net's buffers."""
         with torch.device("meta"):
-            net = self.build().net
-        parts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
-        return {name: number for name, number in parts.items() if number} | {"buffers": sum(b.numel() for b in net.buffers())}
+            module = self.build()
+        children = [part for whole in module.children() for part in whole.named_children()]
+        parts = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in children}
+        buffers = sum(b.numel() for b in module.net.buffers())
+        return {name: number for name, number in parts.items() if number} | {"buffers": buffers}
 
     @cached_property
     def parameters(self) -> tuple[int, ...]:
@@ -82,7 +84,9 @@ class Training:
         """Floating-point operations of training on one sample."""
         with FakeTensorMode(allow_non_fake_inputs=True):  # not the meta device, which has no autocast
             module, batch = self.build().eval(), self.batch_of(1)
-            return training_flops(lambda: module(batch)["loss"])
+            found = training_flops(lambda: module(batch)["loss"])
+        module.zero_grad()  # models that are built later may share the loss, and so the weights of its critic
+        return found
 
     def activations(self, micro_batch: int, training: bool = True, checkpoint: bool | None = None) -> int:
         """Returns the peak bytes of the activations of one micro-batch.

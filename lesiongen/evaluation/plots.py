@@ -56,7 +56,8 @@ def _panels(stages: dict[str, list[dict]]) -> list[Panel]:
     panels: list[Panel] = [
         ("tokenizer", "PSNR in dB", ("train/psnr", "val/psnr")),
         ("tokenizer", "mean squared error, images in [-1, 1]", ("train/reconstruction", "val/mse")),
-        ("polish", "polishing: loss", ("train/loss", "val/loss")),
+        ("polish", "polishing: loss without the critic", ("train/compared", "val/loss")),
+        ("polish", "polishing: loss of the critic", ("train/critic", "val/critic")),  # there is none on the validation split
         ("polish", "polishing: PSNR in dB", ("train/psnr", "val/psnr")),
     ]
     keys = sorted({key for row in stages.get("tokenizer", []) for key in row})

@@ -2,7 +2,7 @@
 
 Codes that are easy to predict and images that are sharp ask different things of a tokenizer, so the decoder is trained a second
 time by itself (SeQ-GAN, Gu et al. 2022, arXiv:2212.03185), together with a network that draws what the codes do not decide
-(texture.py). Codes, and priors of them, stay valid.
+(texture.py) and a critic of what it draws (polish_critic.py). Codes, and priors of them, stay valid.
 """
 
 import torch
@@ -20,7 +20,8 @@ class Objective(nn.Module):
     """A decoder, its texture network and their loss. The training engine wraps it and calls forward().
 
     Attributes:
-        net: Holds decoder and texture, the only parts that train, under their names in the tokenizer.
+        net: Holds decoder and texture, the trained parts that are exported, under their names in the tokenizer.
+        loss: The loss. Its critic trains too.
     """
 
     def __init__(self, tokenizer: Tokenizer, loss: PolishLoss):
@@ -68,7 +69,8 @@ class Objective(nn.Module):
         A hash of an image's codes decides the noise and the part that is compared, so that neither ever changes.
         """
         number_B = seeds_of([q.codes for q in levels.values()])
-        return self.loss(*self._mean_and_draws({name: q.x for name, q in levels.items()}, number_B), x_BCHW, number_B)[0]
+        mean, draws = self._mean_and_draws({name: q.x for name, q in levels.items()}, number_B)
+        return self.loss(mean, draws, x_BCHW, number_B, judged=False)[0]
 
     def _mean_and_draws(self, vectors: dict[str, torch.Tensor], number_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes images. Returns them without texture, [B, C, H, W], and two draws of each, [2 B, C, H, W].

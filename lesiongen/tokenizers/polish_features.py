@@ -1,6 +1,6 @@
 """Features of draws and images, which the loss of polishing compares.
 
-Two kinds: cosine coefficients of 3 × 3 pixels, as in JPEG, and the features of EfficientNet-Lite1. The first layer of that
+They are cosine coefficients of 3 × 3 pixels, as in JPEG, and the features of EfficientNet-Lite1. The first layer of that
 network has stride 2, so it hardly responds to patterns of single pixels. Decoders that were trained on features of whole images
 alone drew such patterns: lattices of violet and green, and checkerboards. So the network gets a part of each image, enlarged by
 up to two, and the coefficients see each pixel. In training, the part changes with the position in the stream; in evaluation a
@@ -27,7 +27,7 @@ COLOUR_AXES = ((3**-0.5, 3**-0.5, 3**-0.5), (2**-0.5, -(2**-0.5), 0.0), (6**-0.5
 
 
 class Compared(NamedTuple):
-    """One kind of features.
+    """One kind of features: the coefficients, or the features of one layer of the network.
 
     Attributes:
         draws: Those of the draws, [M, D, h, w].

@@ -35,7 +35,7 @@ from lesiongen.tokenizers.polish_features import PolishFeatures, style
 # A sound decoder scores less in each term: pixels of -1 and of 1 have the distance 2, and features of images have about the
 # root mean square 1. Those of draws may have more where the image is black.
 LARGEST = 4.0
-CRITIC = 1.0  # weight of the critic's own loss; its gradient reaches nothing else, and Adam divides by its size
+CRITIC = 1.0  # weight of the critic's own loss; with Adam the size of a gradient that reaches nothing else hardly matters
 LARGE_TEXTURE = 0.4  # texture that is larger, in pixels of [-1, 1], is hardly found in photographs
 
 
@@ -47,7 +47,7 @@ class PolishLossConfig:
     features: float = 1.0  # each cosine coefficient, each feature of EfficientNet-Lite1, and as many mixtures, at each place
     style: float = 2.8  # mean and standard deviation over an image, of each coefficient and each feature
     mean: float = 60.0  # squared error of the image without texture; like the next, not a term of the score
-    adversarial: float = 0.1  # how far a critic that learns meanwhile tells draws from images (polish_critic.py); in training
+    adversarial: float = 0.1  # minus the critic's mean judgement of draws (polish_critic.py), in training alone; 0 = no critic
     excess: float = 100.0  # square of what texture exceeds 0.4 by
 
     def __post_init__(self):
@@ -57,9 +57,9 @@ class PolishLossConfig:
 
 
 class PolishLoss(nn.Module):
-    """The weighted sum of the scores of pixels, features and style, two penalties, and the critic's judgement.
+    """The weighted sum of the scores of pixels, features and style, and of two penalties.
 
-    The critic's own loss is added. Neither is part of the loss in evaluation.
+    In training, the critic's judgement of draws and the critic's own loss are added. The held-out loss has neither.
 
     Make it before the engine builds the model: under ZeRO 3, weights that are made meanwhile are divided among the ranks.
 
@@ -87,21 +87,28 @@ class PolishLoss(nn.Module):
 
     @property
     def worst(self) -> float:
-        """A value that the loss of no sound decoder exceeds."""
-        return LARGEST * (sum(vars(self.config).values()) + CRITIC)
+        """A value that the held-out loss of no sound decoder exceeds."""
+        return LARGEST * (sum(vars(self.config).values()) - self.config.adversarial)
 
     def forward(
-        self, mean_BCHW: torch.Tensor, draws_MCHW: torch.Tensor, x_BCHW: torch.Tensor, number_B: torch.Tensor
+        self,
+        mean_BCHW: torch.Tensor,
+        draws_MCHW: torch.Tensor,
+        x_BCHW: torch.Tensor,
+        number_B: torch.Tensor,
+        judged: bool = True,
     ) -> tuple[torch.Tensor, dict]:
-        """Returns the mean loss of a batch, and its terms {name: detached scalar}.
+        """Returns the mean loss of a batch, and its terms {name: detached scalar}; "compared" is the loss without the critic.
 
         Args:
             mean_BCHW: The decoder's images without texture.
             draws_MCHW: Two draws for each image, M = 2 B, in about [-1, 1]: the first of all images, then the second.
             x_BCHW: The images in [-1, 1].
             number_B: An integer for each image, whose hash decides the part of it and of its draws whose features are compared.
+            judged: Whether the critic takes part, as in training; not in the held-out loss, because it changes meanwhile.
         """
         terms = {}
+        judged = judged and self.critic is not None
         if self.config.mean:
             terms["mean"] = (mean_BCHW.float() - x_BCHW).square().mean()
         if self.config.excess:
@@ -110,19 +117,19 @@ class PolishLoss(nn.Module):
         if self.config.pixels:
             terms["pixels"] = _score(draws_MCHW.float(), x_BCHW) / x_BCHW.shape[1] ** 0.5
         for features in self.features:
-            judged = self.training and self.critic is not None
             compared = features.to(x_BCHW.device)(draws_MCHW, x_BCHW, number_B, mean_BCHW if judged else None)
             pairs = [(kind.draws, kind.images) for kind in compared]
-            if judged:
-                terms["critic"], terms["adversarial"] = self.critic(compared)
             if self.config.features:
                 mixtures = [(features.mixed(of_draws), features.mixed(of_images)) for of_draws, of_images in pairs]
                 terms["features"] = torch.stack([_score_of_each(*pair) for pair in pairs + mixtures]).mean()
             if self.config.style:
                 terms["style"] = torch.stack([_score_of_each(*map(style, pair)) for pair in pairs]).mean()
-        weights = {"critic": CRITIC, **vars(self.config)}
-        loss = torch.stack([weights[name] * score for name, score in terms.items()]).sum()
-        return loss, {name: score.detach() for name, score in terms.items()}
+        weights = vars(self.config)
+        loss = terms["compared"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        if judged:
+            terms["critic"], terms["adversarial"] = self.critic(compared)
+            loss = loss + CRITIC * terms["critic"] + weights["adversarial"] * terms["adversarial"]
+        return loss, {name: term.detach() for name, term in terms.items()}
 
 
 def _score_of_each(draws: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

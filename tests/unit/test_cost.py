@@ -111,6 +111,22 @@ def test_memory_of_a_tokenizers_step():
     assert 0.8 < predicted / measured(module, batch) < 1.02
 
 
+def test_the_critic_of_polish_counts():
+    """It trains, and takes operations and memory. Models of one plan share it, so each count is made twice."""
+    with_critic, without = (
+        {training.name: training for training in cost.trainings(load_experiment("configs/ham10000-cpu.yaml", overrides))}
+        for overrides in (["data.images=x"], ["data.images=x", "polish.loss.adversarial=0"])
+    )
+    for training in with_critic.values():
+        assert sum(training.parameters) == sum(number for name, number in training.parts.items() if name != "buffers")
+    polish = with_critic["polish"]
+    assert polish.parts.keys() == {"decoder", "texture", "critic", "buffers"} and "critic" not in without["polish"].parts
+    assert polish.flops > 1.2 * without["polish"].flops and polish.activations(2) > without["polish"].activations(2)
+    found = polish.flops, polish.activations(2)
+    del polish.__dict__["flops"]
+    assert (polish.flops, polish.activations(2)) == found
+
+
 def test_a_storage_counts_once_and_until_it_is_freed():
     def step():
         layer = torch.nn.Linear(100, 100, bias=False)
