@@ -17,7 +17,7 @@ LOOKS = (
     (TRAIN, "training, no dropout", ".:"),
 )
 
-Panel = tuple[str, str, tuple[str, ...]]  # stage, title, metrics: training first, held-out second
+Panel = tuple[str, str, tuple[str, ...]]  # stage, title, metrics: training first, held-out second if there is one
 
 
 def curves(stages: dict[str, list[dict]]) -> bytes | None:
@@ -29,7 +29,7 @@ def curves(stages: dict[str, list[dict]]) -> bytes | None:
     Returns:
         PNG bytes; None if the rows hold none of the metrics.
     """
-    panels = [p for p in _panels(stages) if any(p[2][0] in row or p[2][1] in row for row in stages.get(p[0], []))]
+    panels = [p for p in _panels(stages) if any(metric in row for row in stages.get(p[0], []) for metric in p[2][:2])]
     if not panels:
         return None
     columns = min(3, len(panels))
@@ -37,7 +37,8 @@ def curves(stages: dict[str, list[dict]]) -> bytes | None:
     figure, axes = new_figure(11 if columns == 3 else 5.2 * columns, (2.7 if columns > 1 else 3.6) * rows, rows, columns)
     for axis, (stage, title, metrics) in zip(axes, panels, strict=False):
         lines = [(metric, *look, 1.4) for metric, look in zip(metrics, LOOKS, strict=False)]
-        classes = sorted({key for row in stages[stage] for key in row if key.startswith(f"{metrics[1]}/")})
+        of_classes = tuple(f"{held_out}/" for held_out in metrics[1:2])
+        classes = sorted({key for row in stages[stage] for key in row if key.startswith(of_classes)})
         lines += [(key, f"C{i % 10}", key.rpartition("/")[2], ".-", 0.6) for i, key in enumerate(classes)]
         for key, colour, label, style, width in lines:
             points = [(row["samples"], row[key]) for row in stages[stage] if key in row]
@@ -57,7 +58,7 @@ def _panels(stages: dict[str, list[dict]]) -> list[Panel]:
         ("tokenizer", "PSNR in dB", ("train/psnr", "val/psnr")),
         ("tokenizer", "mean squared error, images in [-1, 1]", ("train/reconstruction", "val/mse")),
         ("polish", "polishing: loss without the critic", ("train/compared", "val/loss")),
-        ("polish", "polishing: loss of the critic", ("train/critic", "val/critic")),  # there is none on the validation split
+        ("polish", "polishing: loss of the critic", ("train/critic",)),
         ("polish", "polishing: PSNR in dB", ("train/psnr", "val/psnr")),
     ]
     keys = sorted({key for row in stages.get("tokenizer", []) for key in row})

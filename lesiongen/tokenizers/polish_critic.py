@@ -6,8 +6,8 @@ generative adversarial network does (Goodfellow et al. 2014, arXiv:1406.2661; hi
 arXiv:1705.02894).
 
 It judges the features that the score compares, not pixels: behind a frozen network it learns faster (Sauer et al. 2021,
-Projected GANs converge faster, arXiv:2111.01007). It judges places in each layer, and is given the same features
-of the image without texture too. So it judges whether the texture fits this image, not whether there are many such images.
+Projected GANs converge faster, arXiv:2111.01007). It judges each place of each layer, and is given the same features of the
+image without texture too. So it judges whether the texture fits this image, not whether there are many such images.
 
 One engine trains both sides. The critic learns from draws that are held fixed. Other draws of the same images learn from a
 critic that is held fixed. So the gradient of the sum of the two terms is that of each side by itself, one optimizer step moves
@@ -35,8 +35,8 @@ class Critic(nn.Module):
             sizes: The number of features of each kind.
         """
         super().__init__()
-        # The first kind are the coefficients, one place for each pixel. Every second one per side makes a quarter of the work.
-        # The others keep all places: on maps of one pixel, convolutions of stride 2 in bf16 have returned NaN on CPUs.
+        # The first kind are the coefficients, which have a place for each pixel. With stride 2 they are a quarter of the work.
+        # The other judges have stride 1: on maps of one pixel, convolutions of stride 2 in bf16 have returned NaN on CPUs.
         self.judges = nn.ModuleList(_Judge(size, stride=1 if number else 2) for number, size in enumerate(sizes))
 
     def forward(self, compared: list[Compared]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -88,8 +88,8 @@ class PolishFeatures(nn.Module):
         of_draws = self.network.features(enlarged_part(draws_MCHW, number_B.repeat(2)))
         with torch.autocast(x_BCHW.device.type, enabled=False):
             coefficients = [F.conv2d(images, self.filters) for images in (draws_MCHW.float(), fixed)]
-        kinds = [(*coefficients, _size_of_each), *((*layer, _size_of_all) for layer in zip(of_draws, of_fixed, strict=True))]
-        return [_scaled(*kind, len(x_BCHW)) for kind in kinds]
+        layers = [_scaled(*layer, _size_of_all, len(x_BCHW)) for layer in zip(of_draws, of_fixed, strict=True)]
+        return [_scaled(*coefficients, _size_of_each, len(x_BCHW)), *layers]
 
     def mixed(self, h_BDhw: torch.Tensor) -> torch.Tensor:
         """Returns D mixtures of the features of each place: their products with a fixed random orthogonal matrix."""

@@ -21,7 +21,7 @@ The score hardly sees what is rare: a fault that a draw has with the probability
 texture that is larger than any in photographs is penalised by itself. Bounds of texture in its place, such as tanh, have
 no gradient far beyond them, and patches that got there never came back.
 
-The score sees what it compares alone. What else tells draws from images is learned by a critic (polish_critic.py).
+The score sees only what it compares. A critic learns what else tells draws from images (polish_critic.py).
 """
 
 from dataclasses import dataclass
