@@ -159,19 +159,21 @@ def _tokenizer(config: Experiment) -> Training:
 
 def _polish(config: Experiment) -> Training:
     model, side, channels = config.tokenizer.model, config.data.size, config.data.channels
-    loss = PolishLoss(config.polish.loss, channels)
+    classes = len(config.data.classes) or ASSUMED_VALUES["label"]
+    loss = PolishLoss(config.polish.loss, classes, channels)
 
     def build_with(model: tokenizers.TokenizerModel) -> Callable[[], nn.Module]:
         def build() -> nn.Module:
             net = tokenizers.make(model, channels, 1)
-            net.add_texture(config.polish.texture)
+            net.add_polish(config.polish.texture, [""] * classes)
             return polish_objective.Objective(net, loss)
 
         return build
 
     def batch_of(number: int) -> dict:
         image = torch.zeros(number, channels, side, side, dtype=torch.uint8)
-        return {"image": image, "position": torch.zeros(number, dtype=torch.int64)}
+        zeros = torch.zeros(number, dtype=torch.int64)
+        return {"image": image, "label": zeros, "position": zeros}
 
     return Training(
         name="polish",

@@ -121,10 +121,11 @@ class Generator:
         drawn = draw_facts(sampling, list(code_sampler.facts.values()))
         batches = [range(first, min(first + sampling.batch, n)) for first in range(0, n, sampling.batch)]
         parts = [code_sampler.sample([drawn[i] for i in batch], batch) for batch in batches]
-        pictures = torch.cat([decode(self._net, part.codes, len(part.indices)) for part in parts])
+        labels = [[drawn[i]["label"] for i in batch] for batch in batches]
+        decoded = [decode(self._net, part.codes, names, n) for part, names in zip(parts, labels, strict=True)]
         codes = {level: np.concatenate([part.codes[level] for part in parts]) for level in self._priors}
         bits = {level: np.concatenate([part.bits[level] for part in parts]) for level in self._priors}
-        return Samples(pictures, drawn, codes, bits)
+        return Samples(torch.cat(decoded), drawn, codes, bits)
 
     def prepare(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Resizes and crops image files or PIL images as the training images were. Returns uint8 [N, C, size, size].
@@ -154,9 +155,21 @@ class Generator:
         parts = [self._net.encode(to_float(part.to(self.device))) for part in prepared.split(self.config.encode.batch)]
         return {level: torch.cat([part[level] for part in parts]).cpu().numpy() for level in self.config.levels}
 
-    def decode(self, codes: dict[str, np.ndarray]) -> torch.Tensor:
-        """Decodes codes of each level, [N, h, w], to images, uint8 [N, C, size, size]."""
-        return decode(self._net, codes, self.config.encode.batch)
+    def decode(self, codes: dict[str, np.ndarray], labels: Sequence[str] | None = None) -> torch.Tensor:
+        """Decodes codes of each level, [N, h, w], to images, uint8 [N, C, size, size].
+
+        Args:
+            codes: The codes, as encode() returns them or samples have them.
+            labels: The label of each image, "" for none, which a polished decoder uses; None if no label is known.
+
+        Raises:
+            UserError: The decoder was trained with other labels.
+        """
+        labels = [""] * len(next(iter(codes.values()))) if labels is None else list(labels)
+        known = self.about.get("classes", labels)
+        if unknown := [label for label in labels if label and label not in known]:
+            raise UserError(f"'{unknown[0]}' is not a label that the decoder knows; choose among {', '.join(known)}.")
+        return decode(self._net, codes, labels, self.config.encode.batch)
 
     def log_likelihood(self, codes: dict[str, np.ndarray], facts: Sequence[dict[str, str]] | None = None) -> np.ndarray:
         """Returns the natural logarithm of the probability of codes under the priors, the sum over all levels, float64 [N].

@@ -31,12 +31,14 @@ class ResidentImages:
     def __init__(self, data: ImageShards, device: torch.device):
         """Decodes the images. Raises BadSample if one cannot be decoded."""
         reader, decoded = data.reader(), []
-        self.data, self.keys = data, []
+        self.data, self.keys, self.labels = data, [], []
         with progress_bar(len(data), "decode", shown=dist.rank() == 0) as progress:
             for shard, count in enumerate(data.counts):
                 for ordinal in range(count):
                     raw = reader.read(shard, ordinal)
-                    decoded.append(data.image(raw)[0])
+                    image, facts = data.image(raw)
+                    decoded.append(image)
+                    self.labels.append(data.label(facts))
                     self.keys.append(raw["__key__"])
                 progress.update(count)
         self.sizes = [tuple(image.shape[1:]) for image in decoded]
@@ -51,7 +53,7 @@ class ResidentImages:
         The order and the views are those of ImageShards.train(), with the same arguments.
 
         Yields:
-            Dicts with index, slot and position [B], view [B, V], and the lists key and bad.
+            Dicts with index, label, slot and position [B], view [B, V], and the lists key and bad.
         """
         order = self.data.order(self.data.reader(), batch, seed, stream)
         for places in training_batches(position, batch, micro_batch, dist.rank(), dist.world_size()):
@@ -61,6 +63,7 @@ class ResidentImages:
             ]
             yield {
                 "index": torch.tensor(members),
+                "label": torch.tensor([self.labels[i] for i in members]),
                 "view": torch.tensor(rows),
                 "position": torch.tensor([p for p, _ in places]),
                 "slot": torch.tensor([slot for _, slot in places]),

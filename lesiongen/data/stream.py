@@ -76,6 +76,10 @@ class ImageShards:
         except (images.BadImage, ValueError, KeyError) as error:
             raise BadSample(f"{raw.get('__key__')}: {error}") from None
 
+    def label(self, facts: dict) -> int:
+        """Returns the label of an image; -1 for an unlabelled one."""
+        return self.label_index.get(facts.get("dx", ""), -1)
+
     def train(
         self,
         position: int,
@@ -192,8 +196,7 @@ class Decoder:
             view = augment(image, self.data.size, self.config, rng)
         else:
             view = centre(image, self.data.size)
-        label = self.data.label_index.get(facts.get("dx", ""), -1)
-        return {**sample, "key": raw["__key__"], "image": view, "label": label, "facts": facts}
+        return {**sample, "key": raw["__key__"], "image": view, "label": self.data.label(facts), "facts": facts}
 
 
 def collate(samples: list[dict]) -> dict:

@@ -15,7 +15,7 @@ from lesiongen.data.packed import Packed
 from lesiongen.data.resident import load_if_small
 from lesiongen.data.stream import ImageShards
 
-NAMES = ("image", "slot", "position", "key", "bad")  # what a training reads of a batch
+NAMES = ("image", "label", "slot", "position", "key", "bad")  # what a training reads of a batch
 
 
 class TrainingImages:
@@ -55,8 +55,8 @@ class TrainingImages:
             micro_batch: Images in each micro-batch.
 
         Yields:
-            Dicts with image uint8 [B, C, H, W], slot and position [B], and the lists key and bad. If the augmentation is left
-            to the device, also view; and for resident images index in place of image. See finish().
+            Dicts with image uint8 [B, C, H, W], label, slot and position [B], and the lists key and bad. If the augmentation is
+            left to the device, also view; and for resident images index in place of image. See finish().
         """
         if self.resident:
             return self.resident.train(position, self.batch, micro_batch, self.augment, self.seed, self.order)

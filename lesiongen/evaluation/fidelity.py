@@ -1,7 +1,9 @@
 """Whether samples show their class, judged by a classifier of real images, and how varied they are within a class.
 
 The classifier is also applied to reconstructions of held-out images. The tokenizer decodes samples too, so the reconstructions
-show how much of a loss is due to the tokenizer, and how often the tokenizer changes the label of an image.
+show how much of a loss is due to the tokenizer, and how often the tokenizer changes the label of an image. A polished decoder
+is told the label, so that its reconstructions keep it more often than their codes would. So changes of labels are counted in
+reconstructions whose decoder is not told.
 
 Shapes: N images, K classes, D features.
 """
@@ -47,7 +49,7 @@ def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int
 
     Args:
         judged: The judgement of "real" held-out images, "reconstructions" of them in the same order, and "samples"; also of
-            the reconstructions "before_polish", if the decoder was polished.
+            the reconstructions "before_polish" and of those "untold" the label, if the decoder was polished.
         classes: Class names in the order of their labels.
         trained_on: Labels that training images have.
 
@@ -56,8 +58,8 @@ def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int
         reconstruction gets another label. If the decoder was polished, also "flips_before_polish" and "flips_by_polish", the
         difference. If nothing can be measured, "reason" says why, and the others are None.
     """
-    before = judged.get("before_polish")
-    judged = {source: j for source, j in judged.items() if source != "before_polish"}
+    before, untold = judged.get("before_polish"), judged.get("untold", judged["reconstructions"])
+    judged = {source: judged[source] for source in ("real", "reconstructions", "samples")}
     common = sorted(set(trained_on).intersection(*(set(j.labels.tolist()) for j in judged.values())))
     reason = None
     if len(trained_on) < 2:
@@ -72,7 +74,7 @@ def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (samples.labels, samples.predicted), 1)
     real = judged["real"]
-    flipped = real.predicted != judged["reconstructions"].predicted
+    flipped = real.predicted != untold.predicted
     flips = {"flips": mean(flipped, real.groups)}
     if before is not None:
         flipped_before = real.predicted != before.predicted

@@ -31,7 +31,7 @@ def evaluate_tokenizer(
     net: Tokenizer,
     data: ImageShards,
     batch_size: int,
-    loss: Callable[[torch.Tensor, dict[str, Quantized]], torch.Tensor] | None = None,
+    loss: Callable[[torch.Tensor, dict[str, Quantized], torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[dict[str, float], dict[str, bytes]]:
     """Measures a tokenizer on a split. Collective.
 
@@ -39,8 +39,8 @@ def evaluate_tokenizer(
         net: The tokenizer, in evaluation mode.
         data: The split.
         batch_size: Images that are reconstructed at once.
-        loss: A loss whose mean over the images is to be measured, too. Arguments: images [B, C, H, W] in [-1, 1], and what the
-            tokenizer makes of them, {level: Quantized}.
+        loss: A loss whose mean over the images is to be measured, too. Arguments: images [B, C, H, W] in [-1, 1], what the
+            tokenizer makes of them, {level: Quantized}, and their label numbers for the decoder [B].
 
     Returns:
         The metrics: loss (if asked for), psnr (dB), ssim, mse (for pixels in [-1, 1]), nmse (mse over the variance of the
@@ -49,20 +49,22 @@ def evaluate_tokenizer(
         The pictures, name → PNG. A rank without images returns no pictures.
     """
     device = next(net.parameters()).device
+    numbers = net.label_numbers([*data.classes, ""])  # label -1 is the last
     totals = _Totals(len(net.names), len(data.classes), net.entries)
     shown: tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]] | None = None
     for batch in data.held_out(batch_size):
         x = to_float(batch["image"].to(device))
-        y, levels = net(x)
+        label_B = numbers[batch["label"]].to(device)
+        y, levels = net(x, label_B=label_B)
         psnr_B = totals.add_images(x, y)
         if loss is not None:
-            totals.loss[0] += float(loss(x, levels)) * len(x)
+            totals.loss[0] += float(loss(x, levels, label_B)) * len(x)
             totals.loss[1] += len(x)
         watchdog.beat()
         totals.add_codes(batch["label"], [levels[name] for name in net.names])
         if totals.perturbed[1] < PERTURBED_IMAGES:
             wrong = {name: perturbed(q.codes, net.entries, batch["ordinal"]) for name, q in levels.items()}
-            totals.add_perturbed(psnr_B - psnr(to_unit(net.decode_codes(wrong)), to_unit(x)))
+            totals.add_perturbed(psnr_B - psnr(to_unit(net.decode_codes(wrong, label_B)), to_unit(x)))
         if shown is None:
             codes = {name: q.codes[:SHOWN].cpu() for name, q in levels.items()}
             shown = batch["image"][:SHOWN], to_uint8(y[:SHOWN]).cpu(), codes

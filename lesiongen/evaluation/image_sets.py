@@ -76,6 +76,7 @@ class RealImages(ImageSet):
         name: Names of the splits, for progress bars.
         splits: The splits.
         rows: Index of the split, shard and ordinal of each image, int32 [N, 3].
+        classes: The labels' names.
     """
 
     def __init__(self, shards: Packed, names: Sequence[str]):
@@ -83,6 +84,7 @@ class RealImages(ImageSet):
         self.splits = [ImageShards(shards, name) for name in names]
         self.readers = [split.reader() for split in self.splits]
         self.name, self.size, self.channels = " + ".join(names), shards.size, shards.channels
+        self.classes = shards.classes
         counts = [(k, shard, count) for k, split in enumerate(self.splits) for shard, count in enumerate(split.counts)]
         blocks = [np.array([(k, shard, ordinal) for ordinal in range(count)], np.int32) for k, shard, count in counts]
         self.rows = np.concatenate(blocks) if blocks else np.empty((0, 3), np.int32)
@@ -103,6 +105,11 @@ class RealImages(ImageSet):
                 labels[first + int(row["ordinal"])] = label_of.get(row["dx"], -1)
                 self.groups[first + int(row["ordinal"])] = name_number(row["group"])
         self.labels = torch.from_numpy(labels)
+
+    def label_names(self, indices: np.ndarray) -> list[str]:
+        """Returns the names of some images' labels; "" for unlabelled images."""
+        names = [*self.classes, ""]  # label -1 is the last
+        return [names[label] for label in self.labels[torch.from_numpy(indices)].tolist()]
 
     def raw(self, i: int) -> tuple[int, dict]:
         """Reads the members of image i from its shard. Returns the index of its split, and the members."""

@@ -105,8 +105,9 @@ def _fine_tuned(subject: Subject, test_NCHW: np.ndarray, classes: int) -> Fit:
 
 def copies_of(subject: Subject, views: TrainingViews, candidates: Candidates) -> Copies:
     """Compares the first attempts at all samples, before any gate, with every training view. Collective."""
-    codes = candidates.first_attempts().codes
-    return measure(views, decode_batches(subject.net, codes), codes, subject.seed, subject.topology)
+    first = candidates.first_attempts()
+    decoded = decode_batches(subject.net, first.codes, candidates.labels(first.indices.tolist()))
+    return measure(views, decoded, first.codes, subject.seed, subject.topology)
 
 
 def audit_parts(subject: Subject, code_sampler: CodeSampler) -> dict:
@@ -130,7 +131,7 @@ def gate_part(subject: Subject, candidates: Candidates) -> dict | None:
     features = next(iter(subject.features.values()))
     kept = [int(subject.samples.rows[i]["index"]) for i in subject.selection.samples]
     codes = candidates.read(dict.fromkeys(kept, 0)).codes
-    before = backbone.over(decode_batches(subject.net, codes))
+    before = backbone.over(decode_batches(subject.net, codes, candidates.labels(kept)))
     groups = subject.samples.groups[subject.selection.samples], subject.held_out.groups[subject.selection.held_out]
     for name, of_samples in (("before", before), ("after", features["samples"])):
         figures = compare(of_samples, features["held_out"], *groups, subject.seed)

@@ -1,6 +1,6 @@
 """Decodes codes to images: those of samples, of training views, and of real images, which are then reconstructions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,26 +12,30 @@ from lesiongen.tokenizers.tokenizer import Tokenizer
 
 
 @torch.no_grad()
-def decode_batches(net: Tokenizer, codes: dict[str, np.ndarray], batch: int = BATCH) -> Iterator[torch.Tensor]:
+def decode_batches(
+    net: Tokenizer, codes: dict[str, np.ndarray], labels: Sequence[str], batch: int = BATCH
+) -> Iterator[torch.Tensor]:
     """Decodes codes to images, batch by batch.
 
     Args:
         net: The tokenizer.
         codes: Codes of each level, [N, h, w].
+        labels: The label of each image, which a polished decoder is told; "" for none.
         batch: Images that are decoded at once.
 
     Yields:
         uint8 [B, C, H, W], on the CPU.
     """
-    device = next(net.parameters()).device
-    for first in range(0, len(next(iter(codes.values()))), batch):
+    device, label_N = next(net.parameters()).device, net.label_numbers(labels)
+    for first in range(0, len(labels), batch):
         part = {name: torch.from_numpy(array[first : first + batch].astype(np.int64)) for name, array in codes.items()}
-        yield to_uint8(net.decode_codes({name: levels.to(device) for name, levels in part.items()})).cpu()
+        label_B = label_N[first : first + batch]
+        yield to_uint8(net.decode_codes({name: levels.to(device) for name, levels in part.items()}, label_B)).cpu()
 
 
-def decode(net: Tokenizer, codes: dict[str, np.ndarray], batch: int = BATCH) -> torch.Tensor:
+def decode(net: Tokenizer, codes: dict[str, np.ndarray], labels: Sequence[str], batch: int = BATCH) -> torch.Tensor:
     """Decodes codes to images, uint8 [N, C, H, W], on the CPU. Arguments as for decode_batches()."""
-    return torch.cat(list(decode_batches(net, codes, batch)))
+    return torch.cat(list(decode_batches(net, codes, labels, batch)))
 
 
 class Reconstructions:
@@ -61,7 +65,20 @@ class Reconstructions:
                 found.setdefault(name, np.empty((len(rows), *values.shape[1:]), np.int64))[members] = values
         return found
 
-    def batches(self, images: RealImages, indices: np.ndarray) -> Iterator[torch.Tensor]:
-        """Yields the reconstructions of some images batch by batch, uint8 [B, C, size, size]."""
+    def batches(self, images: RealImages, indices: np.ndarray, told: bool = True) -> Iterator[torch.Tensor]:
+        """Yields the reconstructions of some images batch by batch, uint8 [B, C, size, size].
+
+        Args:
+            images: The set that the images are of.
+            indices: Their indices.
+            told: Whether a polished decoder is told their labels, as it is when it decodes samples.
+        """
         for first in range(0, len(indices), BATCH):
-            yield decode(self.net, self.codes(images, indices[first : first + BATCH]))
+            part = indices[first : first + BATCH]
+            yield decode(self.net, self.codes(images, part), images.label_names(part) if told else [""] * len(part))
+
+
+def stored_labels(store: CodeStore, columns: dict[str, np.ndarray]) -> list[str]:
+    """Returns the labels of rows of a code store, "" for none, from the rows' columns."""
+    names = [*store.manifest["vocabularies"]["label"], ""]  # number -1 is the last
+    return [names[number] for number in columns["label"].tolist()]

@@ -80,8 +80,8 @@ class PolishTask:
         self.tokenizer.config = replace(self.tokenizer.config, checkpoint=config.tokenizer.model.checkpoint)
         with torch.random.fork_rng([]):  # the first weights are the same on every rank
             torch.manual_seed(config.seed)
-            self.tokenizer.add_texture(polish.texture)
-            self.loss = PolishLoss(polish.loss, shards.channels)
+            self.tokenizer.add_polish(polish.texture, shards.classes)
+            self.loss = PolishLoss(polish.loss, len(shards.classes), shards.channels)
         self.tokenizer.to(device)
         self.worst = self.loss.worst
         how = polish.augment, polish.stream, polish.train.batch, config.seed
@@ -134,15 +134,16 @@ class PolishTask:
         """Writes a whole tokenizer, bound to the one whose codes it decodes, and a model card. Collective.
 
         Args:
-            weights: The weights of decoder and texture.
+            weights: The weights of decoder, texture and label vectors.
             metrics: The held-out metrics of these weights.
         """
-        trained = ("decoder.", "texture.")
+        trained = ("decoder.", "texture.", "labels.")
         frozen = {name: value for name, value in self.tokenizer.state_dict().items() if not name.startswith(trained)}
         made_for = digest_of(self.config, "tokenizer")
         data = merge_counts(self.about["data"], self.shards.about)
         texture = to_plain(self.config.polish.texture)
-        facts = self.about | {"polished": made_for, "texture": texture, "held_out": metrics, "data": data}
+        polished = {"polished": made_for, "texture": texture, "classes": list(self.shards.classes)}
+        facts = self.about | polished | {"held_out": metrics, "data": data}
         about = {"decodes codes of tokenizer": made_for, "image size": f"{facts['size']} px"}
         readme = card("tokenizer", self.name, about, facts["data"], metrics)
         write_export(self.folder / "export", weights, facts, readme, frozen)

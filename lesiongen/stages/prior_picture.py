@@ -116,7 +116,7 @@ class PriorPicture:
             decoder = decoder_stage(self.config)
             decoder = decoder if digest_of(self.config, decoder) is not None else "tokenizer"
             net, _ = load_tokenizer(artefact(self.config, decoder), self.device)
-            pictures, name = decode(net, codes), "completions" if completed else "samples"
+            pictures, name = decode(net, codes, labels), "completions" if completed else "samples"
         else:
             name = "code-map"
             entries = self.store.levels[self.levels.index(self.level)]["K"]

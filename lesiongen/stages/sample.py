@@ -208,7 +208,8 @@ class _Sampling:
 
     def _decode(self, codes: Codes) -> torch.Tensor:
         """Decodes a batch of samples, uint8 [B, C, H, W]."""
-        return decode(self.net, codes.codes, len(codes.indices))
+        labels = [self.facts[i]["label"] for i in codes.indices.tolist()]
+        return decode(self.net, codes.codes, labels, len(labels))
 
     def _write_images(self, batch: Codes, attempt: int, reasons: dict[int, str]) -> None:
         """Writes the images of a batch that are not there yet; those that have a reason among the rejected ones."""

@@ -117,6 +117,7 @@ class _Search:
         self.priors = load_priors(config, self.device)
         train, val = RealImages(shards, ["train"]), RealImages(shards, ["val"])
         self.labels, chosen = equal_classes(train, val, number, config.seed)
+        self.names = [shards.classes[label] for label in self.labels]
         self.real = Reconstructions(store, self.net).codes(train, chosen[0])
         columns = store.all("train", 0, sorted({fact for _, about in self.priors.values() for fact in about["facts"]}))
         self.facts = {fact: column[chosen[0]] for fact, column in columns.items()}
@@ -155,7 +156,7 @@ class _Search:
                 break
         else:
             codes = self._codes(level, settings)
-            features = torch.from_numpy(self.backbone.over(decode_batches(self.net, codes))).double()
+            features = torch.from_numpy(self.backbone.over(decode_batches(self.net, codes, self.names))).double()
             scores = {name: float(values.mean()) for name, values in neighbour_scores(features, self.features).items()}
             trial = Setting(**asked, kid=kid(features, self.features), **scores)
             self.out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +198,7 @@ class _Search:
         atomic_write(self.out / "sampling.yaml", yaml.safe_dump({"sample": {"levels": levels}}, sort_keys=False).encode())
         codes = self._codes(self.config.levels[0], self.found[self.config.levels[0]])
         shown = np.concatenate([np.flatnonzero(self.labels == label)[:SHOWN] for label in np.unique(self.labels)])
-        decoded = decode(self.net, {level: grid[shown] for level, grid in codes.items()})
+        decoded = decode(self.net, {level: grid[shown] for level, grid in codes.items()}, [self.names[i] for i in shown])
         atomic_write(self.out / "samples.png", images.encode_png(images.tile_images(decoded, SHOWN)))
 
 

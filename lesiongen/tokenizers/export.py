@@ -94,7 +94,7 @@ def load_tokenizer(path: Path, device: torch.device) -> tuple[Tokenizer, dict]:
     description = read_yaml(path / "export" / "config.yaml")
     net = make(convert(TokenizerModel, description["model"], "model"), description["channels"], batch=1)
     if texture := description.get("texture"):
-        net.add_texture(convert(TextureConfig, texture, "texture"))
+        net.add_polish(convert(TextureConfig, texture, "texture"), description.get("classes", []))
     try:
         net.load_state_dict(dict(weight_files.read(path / "export")))
     except RuntimeError as error:

@@ -15,12 +15,15 @@ from lesiongen.tokenizers.quantizer import Quantized
 from lesiongen.tokenizers.texture import hashed, seeds_of
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
+UNTOLD = 10  # of so many images, the decoder is not told the label of one
+UNTOLD_SEED = 0x1ABE1
+
 
 class Objective(nn.Module):
-    """A decoder, its texture network and their loss. The training engine wraps it and calls forward().
+    """A decoder, its texture network, its label vectors and their loss. The training engine wraps it and calls forward().
 
     Attributes:
-        net: Holds decoder and texture, the trained parts that are exported, under their names in the tokenizer.
+        net: Holds decoder, texture and label vectors, the trained parts that are exported, under their names in the tokenizer.
         loss: The loss. Its critic trains too.
     """
 
@@ -28,14 +31,14 @@ class Objective(nn.Module):
         """Joins them.
 
         Args:
-            tokenizer: The trained tokenizer with a texture network, on the device that trains. The weights of its decoder and
-                of its texture are changed.
+            tokenizer: The trained tokenizer with a texture network and label vectors, on the device that trains. The weights
+                of these and of its decoder are changed.
             loss: The loss.
         """
         super().__init__()
         # In a tuple, so that the engine sees the trained parameters alone: it would shard frozen ones and save them.
         self.frozen = (tokenizer.eval().requires_grad_(False),)
-        parts = {"decoder": tokenizer.decoder, "texture": tokenizer.texture}
+        parts = {name: getattr(tokenizer, name) for name in ("decoder", "texture", "labels")}
         self.net = nn.ModuleDict({name: part.train().requires_grad_(True) for name, part in parts.items()})
         self.loss = loss
 
@@ -48,7 +51,8 @@ class Objective(nn.Module):
         """Computes the loss of one micro-batch.
 
         Args:
-            batch: "image" uint8 [B, C, H, W] and "position" [B], which decides the noise and the part that is compared.
+            batch: "image" uint8 [B, C, H, W], "label" [B], -1 for unlabelled images, and "position" [B], which decides the
+                noise, the part that is compared, and whether the decoder is told the label.
 
         Returns:
             "loss", a scalar; "metrics" {name: detached scalar}; "statistics": None.
@@ -57,25 +61,29 @@ class Objective(nn.Module):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the codes are those of the encode stage
             vectors = {name: q.x for name, q in self.tokenizer.quantized(x).items()}
         position_B = batch["position"].to(x.device)
-        mean, draws = self._mean_and_draws(vectors, position_B)
-        loss, terms = self.loss(mean, draws, x, position_B)
+        told_B = hashed(position_B ^ UNTOLD_SEED) % UNTOLD > 0
+        label_B = torch.where(told_B, batch["label"].to(x.device), -1)
+        mean, draws = self._mean_and_draws(vectors, position_B, label_B)
+        loss, terms = self.loss(mean, draws, x, position_B, label_B)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for SSIM's variances
             terms |= training_metrics(draws[: len(x)], x)
         return {"loss": loss, "metrics": terms, "statistics": None}
 
-    def held_out_loss(self, x_BCHW: torch.Tensor, levels: dict[str, Quantized]) -> torch.Tensor:
-        """Returns the loss of encoded images in [-1, 1].
+    def held_out_loss(self, x_BCHW: torch.Tensor, levels: dict[str, Quantized], label_B: torch.Tensor) -> torch.Tensor:
+        """Returns the loss of encoded images in [-1, 1] with labels [B], -1 for unlabelled ones.
 
         A hash of an image's codes decides the noise and the part that is compared, so that neither ever changes.
         """
         number_B = seeds_of([q.codes for q in levels.values()])
-        mean, draws = self._mean_and_draws({name: q.x for name, q in levels.items()}, number_B)
-        return self.loss(mean, draws, x_BCHW, number_B, judged=False)[0]
+        mean, draws = self._mean_and_draws({name: q.x for name, q in levels.items()}, number_B, label_B)
+        return self.loss(mean, draws, x_BCHW, number_B)[0]
 
-    def _mean_and_draws(self, vectors: dict[str, torch.Tensor], number_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mean_and_draws(
+        self, vectors: dict[str, torch.Tensor], number_B: torch.Tensor, label_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes images. Returns them without texture, [B, C, H, W], and two draws of each, [2 B, C, H, W].
 
         The seeds of the draws are hashes of a number that the caller gives each image.
         """
         seeds = [hashed(2 * number_B + draw) for draw in (0, 1)]
-        return self.tokenizer.decode_both(vectors, torch.cat(seeds))
+        return self.tokenizer.decode_both(vectors, torch.cat(seeds), label_B)

@@ -7,7 +7,9 @@ arXiv:1705.02894).
 
 It judges the features that the score compares, not pixels: behind a frozen network it learns faster (Sauer et al. 2021,
 Projected GANs converge faster, arXiv:2111.01007). It judges each place of each layer, and is given the same features of the
-image without texture too. So it judges whether the texture fits this image, not whether there are many such images.
+image without texture too. So it judges whether the texture fits this image, not whether there are many such images. It also
+judges whether it fits the label: the judgement is the sum of two products of the same hidden features, with a filter that all
+images share and with that of the image's label (Miyato and Koyama 2018, cGANs with projection discriminator, arXiv:1802.05637).
 
 One engine trains both sides. The critic learns from draws that are held fixed. Other draws of the same images learn from a
 critic that is held fixed. So the gradient of the sum of the two terms is that of each side by itself, one optimizer step moves
@@ -28,18 +30,19 @@ SLOPE = 0.2  # of the leaky ReLU below 0
 class Critic(nn.Module):
     """A small convolutional network for each kind of features."""
 
-    def __init__(self, sizes: list[int]):
+    def __init__(self, sizes: list[int], classes: int):
         """Builds it.
 
         Args:
             sizes: The number of features of each kind.
+            classes: The number of labels.
         """
         super().__init__()
         # The first kind are the coefficients, which have a place for each pixel. With stride 2 they are a quarter of the work.
         # The other judges have stride 1: on maps of one pixel, convolutions of stride 2 in bf16 have returned NaN on CPUs.
-        self.judges = nn.ModuleList(_Judge(size, stride=1 if number else 2) for number, size in enumerate(sizes))
+        self.judges = nn.ModuleList(_Judge(size, classes, stride=1 if number else 2) for number, size in enumerate(sizes))
 
-    def forward(self, compared: list[Compared]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, compared: list[Compared], label_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the critic's loss and the draws' loss, scalars. All kinds of features count alike.
 
         The first leads the critic to judge images above 1 and first draws below -1. The second leads second draws to be judged
@@ -47,31 +50,35 @@ class Critic(nn.Module):
 
         Args:
             compared: Features of two draws of each image, of the images, and of the images without texture.
+            label_B: The label that the decoder was told of each image; -1 for none.
         """
         learning, fooling = [], []
         for judge, (of_draws, of_images, of_means) in zip(self.judges, compared, strict=True):
             first, second = of_draws.chunk(2)
             seen = torch.cat([of_images, first.detach()])
-            image, draw = judge(seen, of_means.repeat(2, 1, 1, 1), learns=True).chunk(2)
+            image, draw = judge(seen, of_means.repeat(2, 1, 1, 1), label_B.repeat(2), learns=True).chunk(2)
             learning.append((F.relu(1 - image).mean() + F.relu(1 + draw).mean()) / 2)
-            fooling.append(-judge(second, of_means, learns=False).mean())
+            fooling.append(-judge(second, of_means, label_B, learns=False).mean())
         return torch.stack(learning).mean(), torch.stack(fooling).mean()
 
 
 class _Judge(nn.Module):
     """Judges each place of one kind of features."""
 
-    def __init__(self, size: int, stride: int):
+    def __init__(self, size: int, classes: int, stride: int):
         super().__init__()
         self.of_features = _Filters(2 * size, WIDTH, 1)
         self.of_places = _Filters(WIDTH, WIDTH, 3, stride)
-        self.last = _Filters(WIDTH, 1, 1)
+        self.last = _Filters(WIDTH, 1 + classes + 1, 1)  # for all images, for each label, for no label
 
-    def forward(self, h_BDhw: torch.Tensor, mean_BDhw: torch.Tensor, learns: bool) -> torch.Tensor:
+    def forward(self, h_BDhw: torch.Tensor, mean_BDhw: torch.Tensor, label_B: torch.Tensor, learns: bool) -> torch.Tensor:
         """Returns the judgements, fp32 [B, 1, h / stride, w / stride]. learns: whether the weights get a gradient."""
         h = F.leaky_relu(self.of_features(torch.cat([h_BDhw, mean_BDhw], 1), learns), SLOPE)
         h = F.leaky_relu(self.of_places(h, learns), SLOPE)
-        return self.last(h, learns).float()
+        judgements = self.last(h, learns).float()
+        own = 1 + label_B % (judgements.shape[1] - 1)
+        both = torch.stack([judgements[:, 0], judgements[torch.arange(len(own), device=own.device), own]], 1)
+        return both.sum(1, keepdim=True) / 2**0.5
 
 
 class _Filters(nn.Module):

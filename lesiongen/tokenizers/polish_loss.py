@@ -67,11 +67,12 @@ class PolishLoss(nn.Module):
         critic: The critic, which trains with the decoder; None if its weight is 0.
     """
 
-    def __init__(self, config: PolishLossConfig, channels: int = 3):
+    def __init__(self, config: PolishLossConfig, classes: int = 0, channels: int = 3):
         """Loads the network of the features.
 
         Args:
             config: The weights.
+            classes: The number of labels.
             channels: Colour channels of the images, 1 or 3.
 
         Raises:
@@ -83,7 +84,7 @@ class PolishLoss(nn.Module):
         settings = "each of polish.loss.features, polish.loss.style and polish.loss.adversarial"
         needed = config.features or config.style or config.adversarial
         self.features = (PolishFeatures(settings, channels),) if needed else ()
-        self.critic = Critic(self.features[0].sizes) if config.adversarial else None
+        self.critic = Critic(self.features[0].sizes, classes) if config.adversarial else None
 
     @property
     def worst(self) -> float:
@@ -96,7 +97,7 @@ class PolishLoss(nn.Module):
         draws_MCHW: torch.Tensor,
         x_BCHW: torch.Tensor,
         number_B: torch.Tensor,
-        judged: bool = True,
+        label_B: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict]:
         """Returns the mean loss of a batch, and its terms {name: detached scalar}; "compared" is the loss without the critic.
 
@@ -105,10 +106,11 @@ class PolishLoss(nn.Module):
             draws_MCHW: Two draws for each image, M = 2 B, in about [-1, 1]: the first of all images, then the second.
             x_BCHW: The images in [-1, 1].
             number_B: An integer for each image, whose hash decides the part of it and of its draws whose features are compared.
-            judged: Whether the critic takes part, as in training; not in the held-out loss, because it changes meanwhile.
+            label_B: The label that the decoder was told of each image, -1 for none; for the critic, in training. With None the
+                critic takes no part, as in the held-out loss, because it changes meanwhile.
         """
         terms = {}
-        judged = judged and self.critic is not None
+        judged = label_B is not None and self.critic is not None
         if self.config.mean:
             terms["mean"] = (mean_BCHW.float() - x_BCHW).square().mean()
         if self.config.excess:
@@ -127,7 +129,7 @@ class PolishLoss(nn.Module):
         weights = vars(self.config)
         loss = terms["compared"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         if judged:
-            terms["critic"], terms["adversarial"] = self.critic(compared)
+            terms["critic"], terms["adversarial"] = self.critic(compared, label_B)
             loss = loss + CRITIC * terms["critic"] + weights["adversarial"] * terms["adversarial"]
         return loss, {name: term.detach() for name, term in terms.items()}
 

@@ -5,11 +5,13 @@ returns, up to rounding.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lesiongen.tokenizers.label_vectors import LabelVectors
 from lesiongen.tokenizers.quantizer import Quantized
 from lesiongen.tokenizers.texture import Texture, TextureConfig, seeds_of
 
@@ -26,6 +28,7 @@ class Tokenizer(nn.Module, ABC):
         quantizers: One quantizer for each name, in the same order.
         decoder: Maps decoder_input() to images. Encoding does not use it, so its weights may change while codes stay valid.
         texture: Adds texture to the decoder's images; None if the decoder was not polished.
+        labels: Tells the decoder the label of each image; None if the decoder was not polished.
     """
 
     names: tuple[str, ...]
@@ -36,12 +39,14 @@ class Tokenizer(nn.Module, ABC):
     def __init__(self):
         super().__init__()
         self.register_module("texture", None)
+        self.register_module("labels", None)
 
-    def add_texture(self, config: TextureConfig) -> None:
-        """Adds a texture network, which changes nothing before it is trained."""
+    def add_polish(self, texture: TextureConfig, classes: Sequence[str]) -> None:
+        """Adds a texture network and label vectors, which change nothing before they are trained."""
         inputs = next(layer for layer in self.decoder.modules() if isinstance(layer, nn.Conv2d)).in_channels
         side = 1024
-        self.texture = Texture(config, inputs, self.channels, side // max(self.config.grids(side).values()))
+        self.labels = LabelVectors(classes, inputs)
+        self.texture = Texture(texture, inputs, self.channels, side // max(self.config.grids(side).values()))
 
     @abstractmethod
     def quantized(
@@ -62,19 +67,26 @@ class Tokenizer(nn.Module, ABC):
     def decoder_input(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Joins {level: quantized vectors [B, D, h, w]} on the finest grid, for the decoder."""
 
-    def decode(self, vectors: dict[str, torch.Tensor], seed_B: torch.Tensor | None = None) -> torch.Tensor:
+    def decode(
+        self, vectors: dict[str, torch.Tensor], seed_B: torch.Tensor | None = None, label_B: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Decodes {level: quantized vectors [B, D, h, w]} to images [B, C, H, W] in about [-1, 1].
 
         Args:
             vectors: The quantized vectors.
             seed_B: Seed of the texture of each image; None leaves the texture out. With n · B seeds, n draws of each image
                 follow one another: the first draw of all images, then the second.
+            label_B: Label number of each image, of those that label_numbers() gives; None if no label is known.
         """
-        return self.decode_both(vectors, seed_B)[1]
+        return self.decode_both(vectors, seed_B, label_B)[1]
 
-    def decode_both(self, vectors: dict[str, torch.Tensor], seed_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode_both(
+        self, vectors: dict[str, torch.Tensor], seed_B: torch.Tensor | None, label_B: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes as decode() does. Returns the decoder's images without texture, [B, C, H, W], and what decode() returns."""
         h = self.decoder_input(vectors)
+        if self.labels is not None:
+            h = h + self.labels(torch.full((len(h),), -1, device=h.device) if label_B is None else label_B.to(h.device))
         y = self._run_part(self.decoder, h)
         if self.texture is None or seed_B is None:
             return y, y
@@ -82,7 +94,11 @@ class Tokenizer(nn.Module, ABC):
         return y, self.texture(y.repeat(draws, 1, 1, 1), h.repeat(draws, 1, 1, 1), seed_B)
 
     def forward(
-        self, x_BCHW: torch.Tensor, slot_B: torch.Tensor | None = None, position_B: torch.Tensor | None = None
+        self,
+        x_BCHW: torch.Tensor,
+        slot_B: torch.Tensor | None = None,
+        position_B: torch.Tensor | None = None,
+        label_B: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, Quantized]]:
         """Reconstructs images.
 
@@ -90,13 +106,14 @@ class Tokenizer(nn.Module, ABC):
             x_BCHW: Images in [-1, 1].
             slot_B: As in quantized().
             position_B: As in quantized().
+            label_B: As in decode().
 
         Returns:
             Reconstructions [B, C, H, W] in about [-1, 1], and {level: Quantized}.
         """
         levels = self.quantized(x_BCHW, slot_B, position_B)
         seed_B = self._seeds({name: q.codes for name, q in levels.items()})
-        return self.decode({name: q.x for name, q in levels.items()}, seed_B), levels
+        return self.decode({name: q.x for name, q in levels.items()}, seed_B, label_B), levels
 
     @property
     def entries(self) -> int:
@@ -107,11 +124,15 @@ class Tokenizer(nn.Module, ABC):
         """Encodes images in [-1, 1] to {level: codes [B, h, w]}."""
         return {name: q.codes for name, q in self.quantized(x_BCHW).items()}
 
-    def decode_codes(self, codes: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Decodes {level: codes [B, h, w]} to images [B, C, H, W] in about [-1, 1]."""
+    def decode_codes(self, codes: dict[str, torch.Tensor], label_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Decodes {level: codes [B, h, w]} to images [B, C, H, W] in about [-1, 1]. label_B: as in decode()."""
         quantizers = dict(zip(self.names, self.quantizers, strict=True))
         vectors = {name: quantizers[name].lookup(codes[name].long()) for name in self.names}
-        return self.decode(vectors, self._seeds(codes))
+        return self.decode(vectors, self._seeds(codes), label_B)
+
+    def label_numbers(self, labels: Sequence[str]) -> torch.Tensor:
+        """Returns the number of each label for the decoder, int64 [N]; -1 for a label that it does not know."""
+        return torch.full((len(labels),), -1) if self.labels is None else self.labels.numbers(labels)
 
     def _seeds(self, codes: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Returns the seed of each image's texture: a hash of its codes. None without a texture network."""

@@ -77,9 +77,11 @@ class VQVAE(Tokenizer):
     def decoder_input(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
         return vectors["codes"]
 
-    def decode(self, vectors: dict[str, torch.Tensor], seed_B: torch.Tensor | None = None) -> torch.Tensor:
-        y = super().decode(vectors, seed_B)
-        return torch.tanh(y) if self.config.output == "tanh" else y
+    def decode_both(
+        self, vectors: dict[str, torch.Tensor], seed_B: torch.Tensor | None, label_B: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        both = super().decode_both(vectors, seed_B, label_B)
+        return tuple(map(torch.tanh, both)) if self.config.output == "tanh" else both
 
     @torch.no_grad()
     def initialise(self, x_BCHW: torch.Tensor) -> None:

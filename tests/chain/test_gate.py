@@ -112,11 +112,11 @@ def test_planted_copies_are_found_by_each_kind_of_distance_and_named(run, net):
     views = gate_cases.views_of(str(run), Topology(), backbone)
     planted = codes_of(run, VIEWS)
     others = codes_of(run, [(0, 0, i) for i in range(12)], "test")
-    turned = dihedral(decode(net, codes_of(run, [(0, 1, 2)])), 3)
+    turned = dihedral(decode(net, codes_of(run, [(0, 1, 2)]), [""]), 3)
     with torch.no_grad():
         of_turned = {level: grid.numpy() for level, grid in net.encode(to_float(turned)).items()}
     codes = {level: np.concatenate([planted[level], of_turned[level], others[level]]) for level in planted}
-    images = torch.cat([decode(net, planted), turned, decode(net, others)])
+    images = torch.cat([decode(net, planted, [""] * 3), turned, decode(net, others, [""] * 12)])
     found = copies.measure(views, images.split(64), codes, seed=0)
 
     shards, ids = Packed([run / "shards"]), true_ids(run, [*VIEWS, (0, 1, 2)])
@@ -124,7 +124,7 @@ def test_planted_copies_are_found_by_each_kind_of_distance_and_named(run, net):
         assert nearest.distance[:3] == pytest.approx(0, abs=1e-3), kind
         assert copies.image_ids(shards, nearest.row[:3]) == ids[:3], kind
     assert (found.samples["pixels"].distance[3], copies.image_ids(shards, found.samples["pixels"].row[3:4])) == (0, ids[3:])
-    assert torch.equal(dihedral(decode(net, codes_of(run, [(0, 1, 2)])), int(found.samples["pixels"].form[3])), turned)
+    assert torch.equal(dihedral(decode(net, codes_of(run, [(0, 1, 2)]), [""]), int(found.samples["pixels"].form[3])), turned)
     metrics = found.metrics()
     assert (metrics["views"], metrics["draws"], metrics["held_out"]) == (len(views), 3, len(views.held_out(0)[0]))
     for kind in views.kinds:
@@ -222,7 +222,7 @@ def test_a_gate_replaces_copies_and_keeps_the_rest(run, plain, gated):
         assert first[member]["draw-codes bottom"] == str(row[0])
         name = rows[member]["file"].removeprefix("images/").replace("/", "-")
         rejected = np.asarray(Image.open(gated / "private" / "rejected" / f"000-{name}"))
-        view = decode(load_tokenizer(run / "tokenizer", torch.device("cpu"))[0], codes_of(run, [row]))
+        view = decode(load_tokenizer(run / "tokenizer", torch.device("cpu"))[0], codes_of(run, [row]), [""])
         assert np.array_equal(rejected, view[0].numpy().transpose(1, 2, 0))
         assert not np.array_equal(rejected, np.asarray(Image.open(gated / rows[member]["file"])))
     for row, old in zip(rows, before, strict=True):  # a sample that passes is the sample without a gate
@@ -239,7 +239,7 @@ def test_a_gate_replaces_copies_and_keeps_the_rest(run, plain, gated):
 def test_codes_of_the_samples_decode_to_their_images(gated, net):
     rows = list(csv.DictReader((gated / "metadata.csv").open()))
     kept = Candidates(gated).accepted([int(row["index"]) for row in rows])
-    for row, image in zip(rows, decode(net, kept.codes), strict=True):
+    for row, image in zip(rows, decode(net, kept.codes, [row["label"] for row in rows]), strict=True):
         shown = np.asarray(Image.open(gated / row["file"])).astype(int)
         assert np.abs(shown - image.numpy().transpose(1, 2, 0)).max() <= 1  # batches of another size round differently
         assert float(row["bits_per_token-top"]) == pytest.approx(kept.bits["top"][int(row["index"])], abs=1e-4)

@@ -5,14 +5,22 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import lesiongen
+from hpc.data.codestore import CodeStore
+from hpc.dist import Topology
 from hpc.errors import UserError
 from launch.__main__ import main
 from lesiongen.data import efficientnet_lite
+from lesiongen.data.packed import Packed
+from lesiongen.evaluation.privacy.candidates import Candidates
+from lesiongen.evaluation.privacy.views import thumbnails, training_views
+from lesiongen.evaluation.reconstructions import decode
 from lesiongen.tokenizers.export import load_tokenizer
 from tests.conftest import DEMO, tiny
 
@@ -59,7 +67,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_only_the_decoder_changes(run):
     before, after = weights(run / "tokenizer"), weights(run / "polish")
     added = after.keys() - before.keys()
-    assert added and all(name.startswith("texture.") for name in added) and not before.keys() - after.keys()
+    assert added and {name.split(".")[0] for name in added} == {"texture", "labels"} and not before.keys() - after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
     assert KEPT and all(record(run / stage) == before for stage, before in KEPT.items())  # no stage was run again
@@ -87,6 +95,34 @@ def test_samples_are_the_same_codes_painted_by_the_new_decoder(run):
     for mine, other in zip(*codes, strict=True):
         a, b = load_file(mine), load_file(other)
         assert all(torch.equal(a[name], b[name]) for name in a if name.startswith("codes."))
+
+
+def test_the_decoder_is_told_the_labels_of_samples_and_of_training_views(run):
+    """What it is told in vain would look the same, so images without labels must differ."""
+    net, about = load_tokenizer(run / "polish", torch.device("cpu"))
+    assert about["classes"] == Packed([run / "shards"]).classes
+    rows = list(csv.DictReader((run / "samples" / "metadata.csv").open()))
+    kept = Candidates(run / "samples").accepted([int(row["index"]) for row in rows]).codes
+    told, untold = (decode(net, kept, labels) for labels in ([row["label"] for row in rows], [""] * len(rows)))
+    files = [torch.from_numpy(np.array(Image.open(run / "samples" / row["file"]))).permute(2, 0, 1) for row in rows]
+    assert (torch.stack(files).int() - told.int()).abs().max() <= 1  # batches of another size round differently
+    assert (untold.int() - told.int()).abs().max() > 1
+    assert torch.equal(lesiongen.load(run).decode(kept, [row["label"] for row in rows]), told)
+
+    store = CodeStore(run / "codes")
+    views = training_views(run, store, net, digest(run / "polish"), None, Topology())
+    codes = {level: grid.astype(np.int64) for level, grid in views.part(0).codes.items()}
+    numbers = store.arrays("train", *views.files[0])["label"].tolist()
+    shown = thumbnails(decode(net, codes, [about["classes"][number] for number in numbers]))
+    assert np.abs(shown.astype(int) - views.part(0).pixels).max() <= 1
+    assert np.abs(thumbnails(decode(net, codes, [""] * len(numbers))).astype(int) - views.part(0).pixels).max() > 1
+
+
+def test_labels_that_the_decoder_does_not_know_are_refused(run):
+    generator = lesiongen.load(run)
+    codes = generator.sample("nv", n=2).codes
+    with pytest.raises(UserError, match="'melon' is not a label that the decoder knows; choose among akiec"):
+        generator.decode(codes, ["nv", "melon"])
 
 
 def test_the_report_says_what_polish_costs(run):

@@ -120,7 +120,9 @@ def test_the_critic_of_polish_counts():
     for training in with_critic.values():
         assert sum(training.parameters) == sum(number for name, number in training.parts.items() if name != "buffers")
     polish = with_critic["polish"]
-    assert polish.parts.keys() == {"decoder", "texture", "critic", "buffers"} and "critic" not in without["polish"].parts
+    assert (
+        polish.parts.keys() == {"decoder", "texture", "labels", "critic", "buffers"} and "critic" not in without["polish"].parts
+    )
     assert polish.flops > 1.2 * without["polish"].flops and polish.activations(2) > without["polish"].activations(2)
     found = polish.flops, polish.activations(2)
     del polish.__dict__["flops"]

@@ -1,4 +1,4 @@
-"""Polishing: each kind of tokenizer, grey images, bf16; decoder, texture and critic learn, from images that are not blurred."""
+"""Polishing: each kind of tokenizer, grey images, bf16; all its parts learn, from images that are not blurred."""
 
 import pytest
 import torch
@@ -24,20 +24,20 @@ KINDS = {
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_decoder_texture_and_critic_learn(kind, channels, precision):
+def test_all_parts_learn(kind, channels, precision):
     torch.manual_seed(0)
     tokenizer = make(KINDS[kind], channels, batch=4)
     tokenizer.initialise(torch.rand(4, channels, 32, 32) * 2 - 1)
-    tokenizer.add_texture(TextureConfig(width=8))
+    tokenizer.add_polish(TextureConfig(width=8), "abc")
     before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
-    module = Objective(tokenizer, PolishLoss(PolishLossConfig(), channels))
+    module = Objective(tokenizer, PolishLoss(PolishLossConfig(), 3, channels))
     filters = [value for value in module.loss.critic.parameters() if value.dim() == 4]
     critic = [value.detach().clone() for value in filters]
     names = {name for name, _ in module.named_parameters()}
-    assert {".".join(name.split(".")[:2]) for name in names} == {"net.decoder", "net.texture", "loss.critic"}
+    assert {".".join(name.split(".")[:2]) for name in names} == {"net.decoder", "net.texture", "net.labels", "loss.critic"}
     optimizer = torch.optim.Adam(module.parameters(), 1e-3)
     image = torch.randint(0, 256, (4, channels, 32, 32), dtype=torch.uint8)
-    batch = {"image": image, "position": torch.arange(4)}
+    batch = {"image": image, "label": torch.tensor([0, 1, 2, -1]), "position": torch.arange(4)}
     losses = []
     for _ in range(5):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -49,7 +49,7 @@ def test_decoder_texture_and_critic_learn(kind, channels, precision):
     assert losses[-1] < losses[0]
     assert {name for name, p in tokenizer.named_parameters() if p.grad is not None} <= {n.removeprefix("net.") for n in names}
     changed = {name for name, value in tokenizer.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed and {name.split(".")[0] for name in changed} == {"decoder", "texture"}
+    assert changed and {name.split(".")[0] for name in changed} == {"decoder", "texture", "labels"}
     assert not any(torch.equal(*values) for values in zip(filters, critic, strict=True))
 
 
@@ -66,5 +66,5 @@ def test_the_held_out_loss_is_without_the_critic():
     """A critic changes from one evaluation to the next."""
     loss = PolishLoss(PolishLossConfig())
     x = torch.rand(2, 3, 32, 32) * 2 - 1
-    found, terms = loss(x, x.repeat(2, 1, 1, 1), x, torch.arange(2), judged=False)
+    found, terms = loss(x, x.repeat(2, 1, 1, 1), x, torch.arange(2))
     assert "style" in terms and not terms.keys() & {"critic", "adversarial"} and found == terms["compared"]

@@ -8,7 +8,8 @@ import torch
 from lesiongen.tokenizers.polish_critic import Critic
 from lesiongen.tokenizers.polish_features import Compared, PolishFeatures
 
-SIZES = [6, 10]
+SIZES, CLASSES = [6, 10], 2
+NONE = torch.full((8,), -1)  # labels of a batch without labels
 Make = Callable[[torch.Tensor], torch.Tensor]  # makes features of the images, or of draws, from those of the mean images
 
 
@@ -38,10 +39,10 @@ def opposite(mean: torch.Tensor) -> torch.Tensor:
 def train(images: Make, draws: Make, steps: int = 250) -> float:
     """Trains a critic. Returns its mean loss in the last tenth of the steps."""
     torch.manual_seed(0)
-    critic, losses = Critic(SIZES), []
+    critic, losses = Critic(SIZES, CLASSES), []
     optimizer = torch.optim.AdamW(critic.parameters(), 2e-3, betas=(0.9, 0.95))
     for _ in range(steps):
-        loss, _ = critic(compared(images, draws))
+        loss, _ = critic(compared(images, draws), NONE)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -55,6 +56,26 @@ def test_it_tells_draws_from_images(draws):
     assert train(noisy, draws) < 0.5
 
 
+def test_it_judges_whether_the_texture_fits_the_label():
+    """Draws have the texture of the other class. All draws together are distributed as all images are."""
+    torch.manual_seed(0)
+    critic, losses = Critic(SIZES, CLASSES), {True: [], False: []}
+    optimizer = torch.optim.AdamW(critic.parameters(), 2e-3, betas=(0.9, 0.95))
+    label = torch.tensor([0, 1] * 4)
+    strength = torch.tensor([0.1, 0.6])[label][:, None, None, None]
+    for step in range(400):
+        told = step % 2 == 0
+        found = compared(
+            lambda mean: mean + strength * torch.randn_like(mean), lambda mean: mean + strength.flip(0) * torch.randn_like(mean)
+        )
+        loss, _ = critic(found, label if told else NONE)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses[told].append(float(loss.detach()))
+    assert sum(losses[True][-20:]) / 20 < 0.7 and sum(losses[False][-20:]) / 20 > 0.9
+
+
 def test_it_cannot_tell_right_draws_from_images():
     assert train(noisy, noisy) > 0.9
 
@@ -62,10 +83,10 @@ def test_it_cannot_tell_right_draws_from_images():
 def test_draws_learn_to_be_taken_for_images():
     """Both sides learn from one sum, with one optimizer. The draws' noise starts too weak by half."""
     torch.manual_seed(0)
-    critic, scale = Critic(SIZES), torch.nn.Parameter(torch.tensor(0.5))
+    critic, scale = Critic(SIZES, CLASSES), torch.nn.Parameter(torch.tensor(0.5))
     optimizer = torch.optim.AdamW([*critic.parameters(), scale], 2e-3, betas=(0.9, 0.95))
     for _ in range(400):
-        loss, adversarial = critic(compared(noisy, lambda mean: mean + scale * 0.3 * torch.randn_like(mean)))
+        loss, adversarial = critic(compared(noisy, lambda mean: mean + scale * 0.3 * torch.randn_like(mean)), NONE)
         optimizer.zero_grad()
         (loss + 0.1 * adversarial).backward()
         optimizer.step()
@@ -73,9 +94,9 @@ def test_draws_learn_to_be_taken_for_images():
 
 
 def test_each_term_teaches_one_side():
-    critic, found = Critic(SIZES), compared(noisy, in_pairs)
+    critic, found = Critic(SIZES, CLASSES), compared(noisy, in_pairs)
     draws = [kind.draws.requires_grad_() for kind in found]
-    loss, adversarial = critic(found)
+    loss, adversarial = critic(found, NONE)
     weights = list(critic.parameters())
     of_loss = torch.autograd.grad(loss, [*weights, *draws], allow_unused=True, retain_graph=True)
     assert all(gradient is not None for gradient in of_loss[: len(weights)])
@@ -89,12 +110,13 @@ def test_each_term_teaches_one_side():
 
 def test_parts_of_a_batch_add_up():
     """The terms of a batch are the means of those of its halves, so micro-batches and ranks train as one batch does."""
-    critic, found = Critic(SIZES), compared(noisy, in_pairs)
-    whole = critic(found)
+    critic, found = Critic(SIZES, CLASSES), compared(noisy, in_pairs)
+    label = torch.tensor([0, 1, -1, 1] * 2)
+    whole = critic(found, label)
     halves = []
     for half in (slice(0, 4), slice(4, 8)):
         cut = [Compared(torch.cat([d[half] for d in k.draws.chunk(2)]), k.images[half], k.means[half]) for k in found]
-        halves.append(critic(cut))
+        halves.append(critic(cut, label[half]))
     for term, *of_halves in zip(whole, *halves, strict=True):
         assert torch.isclose(term, sum(of_halves) / 2, atol=1e-6)
 

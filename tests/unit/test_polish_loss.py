@@ -17,6 +17,11 @@ def numbers(x: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(x))
 
 
+def unlabelled(x: torch.Tensor) -> torch.Tensor:
+    """Returns the labels of a batch of images without labels."""
+    return torch.full((len(x),), -1)
+
+
 def only(term: str) -> PolishLoss:
     """Returns the loss whose one term of weight 1 is `term`."""
     return PolishLoss(PolishLossConfig(**{name: float(name == term) for name in TERMS}))
@@ -88,8 +93,8 @@ def test_draws_of_a_black_image_cost_less_than_the_limit():
     x = torch.full((2, 3, 64, 64), -1.0)
     draws = (x.repeat(2, 1, 1, 1) + 0.1 * torch.randn(4, 3, 64, 64)).requires_grad_()
     loss = PolishLoss(PolishLossConfig())
-    loss(x, draws, x, numbers(x))[0].backward()
-    assert loss(x, draws, x, numbers(x), judged=False)[0] < loss.worst / 10 and draws.grad.isfinite().all()
+    loss(x, draws, x, numbers(x), unlabelled(x))[0].backward()
+    assert loss(x, draws, x, numbers(x))[0] < loss.worst / 10 and draws.grad.isfinite().all()
 
 
 def test_planning_leaves_nothing_behind():
@@ -98,8 +103,8 @@ def test_planning_leaves_nothing_behind():
     loss = PolishLoss(PolishLossConfig())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(x)
-        assert isinstance(loss(fake, torch.cat([fake, fake]), fake, numbers(fake))[0], FakeTensor)
-    assert loss(x, torch.cat([x, x]), x, numbers(x))[0].detach().isfinite()
+        assert isinstance(loss(fake, torch.cat([fake, fake]), fake, numbers(fake), unlabelled(fake))[0], FakeTensor)
+    assert loss(x, torch.cat([x, x]), x, numbers(x), unlabelled(x))[0].detach().isfinite()
 
 
 def test_the_image_without_texture_is_measured_by_its_squared_error():
@@ -200,7 +205,7 @@ def test_style_sees_that_images_differ_as_wholes():
 
 def test_equal_draws_have_a_finite_gradient():
     x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
-    PolishLoss(PolishLossConfig())(y, torch.cat([y, y]), x, numbers(x))[0].backward()
+    PolishLoss(PolishLossConfig())(y, torch.cat([y, y]), x, numbers(x), unlabelled(x))[0].backward()
     assert y.grad.isfinite().all() and y.grad.any()
 
 

@@ -47,7 +47,7 @@ def test_codes_decide_the_image_in_any_batch(model, channels):
     net.initialise(x)
     net.eval()
     plain = net.decode_codes(net.encode(x))
-    net.add_texture(TextureConfig(width=8))
+    net.add_polish(TextureConfig(width=8), "ab")
     assert torch.equal(net.decode_codes(net.encode(x)), plain)  # an untrained texture adds nothing
     nn.init.normal_(net.texture.last.weight, std=0.1)
     y, levels = net(x)
@@ -60,7 +60,7 @@ def test_codes_decide_the_image_in_any_batch(model, channels):
 def test_draws_of_one_image_differ():
     torch.manual_seed(0)
     net = make(VQVAEConfig(**SIZES), 3, batch=1)
-    net.add_texture(TextureConfig(width=8))
+    net.add_polish(TextureConfig(width=8), "ab")
     nn.init.normal_(net.texture.last.weight, std=0.1)
     vectors = {"codes": torch.randn(2, 8, 8, 8)}
     a, b = net.decode(vectors, torch.tensor([1, 2, 3, 4])).chunk(2)
@@ -71,7 +71,7 @@ def test_draws_of_one_image_differ():
 @pytest.mark.parametrize(("stride", "stages"), [(4, [4, 2, 1]), (8, [8, 4, 2, 1]), (16, [8, 4, 2, 1])])
 def test_no_stage_is_coarser_than_the_grid(stride, stages):
     net = make(VQVAEConfig(stride=stride, **SIZES), 3, batch=1)
-    net.add_texture(TextureConfig(width=8))
+    net.add_polish(TextureConfig(width=8), "ab")
     assert net.texture.pixels == stages
     nn.init.normal_(net.texture.last.weight, std=0.1)
     grid = 32 // stride

@@ -24,7 +24,7 @@ from hpc.data.codestore import CodeStore
 from hpc.dist import Topology
 from lesiongen.evaluation.backbone import Backbone
 from lesiongen.evaluation.feature_cache import Columns, Features, Source, cache_folder, cached_columns
-from lesiongen.evaluation.reconstructions import decode_batches
+from lesiongen.evaluation.reconstructions import decode_batches, stored_labels
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
 SIDE = 32  # of the thumbnails, in pixels
@@ -209,4 +209,5 @@ def _source(store: CodeStore, net: Tokenizer, split: str, draw: int, shard: int)
 def _decoded(store: CodeStore, net: Tokenizer, split: str, draw: int, shard: int) -> Iterator[torch.Tensor]:
     """Decodes the codes of a file. Yields batches, uint8 [B, C, H, W]."""
     arrays = store.arrays(split, draw, shard)
-    yield from decode_batches(net, {level["name"]: arrays[f"codes.{level['name']}"] for level in store.levels})
+    codes = {level["name"]: arrays[f"codes.{level['name']}"] for level in store.levels}
+    yield from decode_batches(net, codes, stored_labels(store, arrays))

@@ -34,7 +34,8 @@ TERMS = {
     "Balanced accuracy": "the mean over the classes of the share of images that are labelled right, so that rare classes count "
     "as much as common ones.",
     "Chance": "the balanced accuracy of guessing.",
-    "Flips": "the share of held-out images whose reconstruction gets another label from the classifier than the image itself.",
+    "Flips": "the share of held-out images whose reconstruction gets another label from the classifier than the image itself. "
+    "A polished decoder is not told the image's label for it.",
     "Spread": "the mean distance of two images of a class in features of the main ruler. The ratio compares with real images.",
     "AUPRC": "area under the precision-recall curve: how well a class is found among all images; 0 to 1, higher is better.",
     "Copy": "a sample that is closer to a training image than 99 % of the held-out images are, relative to unseen images.",
