@@ -26,6 +26,7 @@ class ResidentImages:
         pixels: The images, [N, C, H, W], shard after shard.
         sizes: Height and width of each image.
         keys: The images' keys in their shards.
+        labels: The images' labels; -1 for unlabelled images.
     """
 
     def __init__(self, data: ImageShards, device: torch.device):
