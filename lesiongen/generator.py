@@ -160,15 +160,19 @@ class Generator:
 
         Args:
             codes: The codes, as encode() returns them or samples have them.
-            labels: The label of each image, "" for none, which a polished decoder uses; None if no label is known.
+            labels: The label of each image, "" for none, which a polished decoder uses; None if no label is known. The images
+                of samples are decoded with `[facts["label"] for facts in samples.facts]`.
 
         Raises:
-            UserError: The decoder was trained with other labels.
+            UserError: There is not one label for each image, or the decoder does not know a label.
         """
-        labels = [""] * len(next(iter(codes.values()))) if labels is None else list(labels)
+        number = len(next(iter(codes.values())))
+        labels = [""] * number if labels is None else labels
+        if isinstance(labels, str) or len(labels) != number:
+            raise UserError(f"labels must be a list with a label for each of the {number} images.")
         known = self.about.get("classes", labels)
         if unknown := [label for label in labels if label and label not in known]:
-            raise UserError(f"'{unknown[0]}' is not a label that the decoder knows; choose among {', '.join(known)}.")
+            raise UserError(f"'{unknown[0]}' is not a label that the decoder knows; choose among {', '.join(known) or 'none'}.")
         return decode(self._net, codes, labels, self.config.encode.batch)
 
     def log_likelihood(self, codes: dict[str, np.ndarray], facts: Sequence[dict[str, str]] | None = None) -> np.ndarray:

@@ -49,7 +49,7 @@ def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int
 
     Args:
         judged: The judgement of "real" held-out images, "reconstructions" of them in the same order, and "samples"; also of
-            the reconstructions "before_polish" and of those "untold" the label, if the decoder was polished.
+            the reconstructions "before_polish" and of those decoded "without_label", if the decoder was polished.
         classes: Class names in the order of their labels.
         trained_on: Labels that training images have.
 
@@ -58,7 +58,7 @@ def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int
         reconstruction gets another label. If the decoder was polished, also "flips_before_polish" and "flips_by_polish", the
         difference. If nothing can be measured, "reason" says why, and the others are None.
     """
-    before, untold = judged.get("before_polish"), judged.get("untold", judged["reconstructions"])
+    before, without_label = judged.get("before_polish"), judged.get("without_label", judged["reconstructions"])
     judged = {source: judged[source] for source in ("real", "reconstructions", "samples")}
     common = sorted(set(trained_on).intersection(*(set(j.labels.tolist()) for j in judged.values())))
     reason = None
@@ -74,7 +74,7 @@ def fidelity(judged: dict[str, Judged], classes: list[str], trained_on: list[int
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (samples.labels, samples.predicted), 1)
     real = judged["real"]
-    flipped = real.predicted != untold.predicted
+    flipped = real.predicted != without_label.predicted
     flips = {"flips": mean(flipped, real.groups)}
     if before is not None:
         flipped_before = real.predicted != before.predicted

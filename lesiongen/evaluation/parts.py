@@ -105,9 +105,9 @@ def _fine_tuned(subject: Subject, test_NCHW: np.ndarray, classes: int) -> Fit:
 
 def copies_of(subject: Subject, views: TrainingViews, candidates: Candidates) -> Copies:
     """Compares the first attempts at all samples, before any gate, with every training view. Collective."""
-    first = candidates.first_attempts()
-    decoded = decode_batches(subject.net, first.codes, candidates.labels(first.indices.tolist()))
-    return measure(views, decoded, first.codes, subject.seed, subject.topology)
+    codes = candidates.first_attempts().codes
+    decoded = decode_batches(subject.net, codes, [""] * len(next(iter(codes.values()))))  # without labels, as the views
+    return measure(views, decoded, codes, subject.seed, subject.topology)
 
 
 def audit_parts(subject: Subject, code_sampler: CodeSampler) -> dict:

@@ -27,7 +27,7 @@ def decode_batches(
         uint8 [B, C, H, W], on the CPU.
     """
     device, label_N = next(net.parameters()).device, net.label_numbers(labels)
-    for first in range(0, len(labels), batch):
+    for first in range(0, len(next(iter(codes.values()))), batch):
         part = {name: torch.from_numpy(array[first : first + batch].astype(np.int64)) for name, array in codes.items()}
         label_B = label_N[first : first + batch]
         yield to_uint8(net.decode_codes({name: levels.to(device) for name, levels in part.items()}, label_B)).cpu()
@@ -65,17 +65,17 @@ class Reconstructions:
                 found.setdefault(name, np.empty((len(rows), *values.shape[1:]), np.int64))[members] = values
         return found
 
-    def batches(self, images: RealImages, indices: np.ndarray, told: bool = True) -> Iterator[torch.Tensor]:
+    def batches(self, images: RealImages, indices: np.ndarray, with_labels: bool = True) -> Iterator[torch.Tensor]:
         """Yields the reconstructions of some images batch by batch, uint8 [B, C, size, size].
 
         Args:
             images: The set that the images are of.
             indices: Their indices.
-            told: Whether a polished decoder is told their labels, as it is when it decodes samples.
+            with_labels: Whether a polished decoder is told their labels, as it is when it decodes samples.
         """
         for first in range(0, len(indices), BATCH):
             part = indices[first : first + BATCH]
-            yield decode(self.net, self.codes(images, part), images.label_names(part) if told else [""] * len(part))
+            yield decode(self.net, self.codes(images, part), images.label_names(part) if with_labels else [""] * len(part))
 
 
 def stored_labels(store: CodeStore, columns: dict[str, np.ndarray]) -> list[str]:

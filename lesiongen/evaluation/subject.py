@@ -174,7 +174,7 @@ class Subject:
     def judged(self) -> dict[str, Judged]:
         """The judge's view of the watched held-out images ("real"), their "reconstructions", and the "samples".
 
-        If the decoder was polished, also of the reconstructions "before_polish", and of those that are "untold" the label.
+        If the decoder was polished, also of the reconstructions "before_polish", and of those decoded "without_label".
         """
         watched, everything = self.watched, np.arange(len(self.samples))
         batches = {
@@ -185,7 +185,8 @@ class Subject:
         if self.before_polish is not None:
             unpolished = Reconstructions(self.store, self.before_polish).batches(self.held_out, watched)
             batches["before_polish"] = self.held_out, watched, unpolished
-            batches["untold"] = self.held_out, watched, self.reconstructions.batches(self.held_out, watched, told=False)
+            without_label = self.reconstructions.batches(self.held_out, watched, with_labels=False)
+            batches["without_label"] = self.held_out, watched, without_label
         found = {}
         for source, (image_set, indices, of_source) in batches.items():
             probabilities = self.judge.probabilities(of_source, len(indices), f"judge {source}").numpy()

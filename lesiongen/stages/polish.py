@@ -137,7 +137,7 @@ class PolishTask:
             weights: The weights of decoder, texture and label vectors.
             metrics: The held-out metrics of these weights.
         """
-        trained = ("decoder.", "texture.", "labels.")
+        trained = ("decoder.", "texture.", "label_vectors.")
         frozen = {name: value for name, value in self.tokenizer.state_dict().items() if not name.startswith(trained)}
         made_for = digest_of(self.config, "tokenizer")
         data = merge_counts(self.about["data"], self.shards.about)

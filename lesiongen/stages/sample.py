@@ -34,11 +34,10 @@ from lesiongen.data.sample_files import contact_sheet, image_paths, png_with
 from lesiongen.data.tables import csv_text
 from lesiongen.evaluation.backbone import check_backbone
 from lesiongen.evaluation.card import card
-from lesiongen.evaluation.image_sets import BATCH
 from lesiongen.evaluation.privacy.candidates import Candidates
 from lesiongen.evaluation.privacy.gate import Gate, add_attempt, gate_backbone, prepare
 from lesiongen.evaluation.privacy.views import training_views
-from lesiongen.evaluation.reconstructions import decode
+from lesiongen.evaluation.reconstructions import decode, decode_batches
 from lesiongen.experiment import Experiment, LevelSampling, SampleConfig
 from lesiongen.ingest.licences import merge_counts, strictest
 from lesiongen.priors.code_sampler import Codes, CodeSampler
@@ -122,6 +121,7 @@ class _Sampling:
         self.code_sampler = CodeSampler.of(priors, {level: sampling.at(level) for level in priors}, topology.device)
         # Decide what each sample shows, and what its metadata says.
         self.facts = draw_facts(sampling, list(self.code_sampler.facts.values()))
+        _warn_of_unknown_labels(tokenizer_facts, self.facts, topology)
         self.paths = image_paths([fact["label"] for fact in self.facts])
         self.data = merge_counts(tokenizer_facts["data"], *(about["data"] for _, about in priors.values()))
         self.provenance = _provenance(config) | {"licence_of_training_images": strictest(self.data["licences"])}
@@ -159,7 +159,10 @@ class _Sampling:
             reasons = judged.get(attempt, {})
             if list(reasons) != pending:
                 described = {
-                    n: (codes, gate.views.describe(self._decode(codes).split(BATCH), codes.codes))
+                    n: (
+                        codes,
+                        gate.views.describe(decode_batches(self.net, codes.codes, [""] * len(codes.indices)), codes.codes),
+                    )
                     for n, codes in sampled.items()
                 }
                 verdicts = gate.judge(described, [fact["label"] for fact in self.facts], self.topology)
@@ -239,6 +242,16 @@ def _provenance(config: Experiment) -> dict[str, str]:
     """Returns what every sample's PNG and metadata row say of its origin: the software and the digests of the models."""
     made_by = {("decoder" if name == "polish" else name): digest_of(config, name) for name in model_stages(config)}
     return {"software": "lesiongen", "synthetic": "true"} | made_by
+
+
+def _warn_of_unknown_labels(tokenizer_facts: dict, facts: list[dict[str, str]], topology: Topology) -> None:
+    """Says which labels of the samples a polished decoder does not know, as one of another run may not."""
+    asked = {fact["label"] for fact in facts} - {""}
+    unknown = sorted(asked - set(tokenizer_facts.get("classes", asked)))
+    if unknown and topology.leader:
+        print(
+            f"WARNING: the decoder was polished without the label {', '.join(unknown)}; it decodes these samples without label"
+        )
 
 
 def draw_facts(sampling: SampleConfig, priors: list[PriorFacts]) -> list[dict[str, str]]:

@@ -117,7 +117,7 @@ class _Search:
         self.priors = load_priors(config, self.device)
         train, val = RealImages(shards, ["train"]), RealImages(shards, ["val"])
         self.labels, chosen = equal_classes(train, val, number, config.seed)
-        self.names = [shards.classes[label] for label in self.labels]
+        self.names = train.label_names(chosen[0])
         self.real = Reconstructions(store, self.net).codes(train, chosen[0])
         columns = store.all("train", 0, sorted({fact for _, about in self.priors.values() for fact in about["facts"]}))
         self.facts = {fact: column[chosen[0]] for fact, column in columns.items()}

@@ -52,9 +52,10 @@ def _write_texts(folder: Path, description: dict, readme: str) -> None:
 
 
 def export_digest(folder: Path) -> str:
-    """Returns the digest of an export's weights and model config."""
+    """Returns the digest of an export's weights, its model config, and the classes of a polished decoder."""
     description = read_yaml(folder / "config.yaml")
-    return digest({"weights": weight_files.sha256(folder), "model": description["model"]})
+    decides = {name: description[name] for name in ("model", "classes") if name in description}
+    return digest({"weights": weight_files.sha256(folder), **decides})
 
 
 def changed_since(path: Path) -> str | None:

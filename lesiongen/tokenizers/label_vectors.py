@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 # The vectors are the weights times this number, so that they learn faster than other weights. Without it they were a thirtieth
-# as long as codebook vectors after 2,000 steps, and the decoder hardly heard them.
+# as long as codebook vectors after 2,000 steps, and had hardly any effect on the images.
 SCALE = 32.0
 
 
@@ -42,4 +42,4 @@ class LabelVectors(nn.Module):
 
     def forward(self, label_B: torch.Tensor) -> torch.Tensor:
         """Returns the vectors of label numbers, [B, D, 1, 1]. -1 stands for no label."""
-        return SCALE * self.table(label_B % self.table.num_embeddings)[:, :, None, None]
+        return SCALE * self.table(torch.where(label_B < 0, len(self.classes), label_B))[:, :, None, None]

@@ -15,8 +15,8 @@ from lesiongen.tokenizers.quantizer import Quantized
 from lesiongen.tokenizers.texture import hashed, seeds_of
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
-UNTOLD = 10  # of so many images, the decoder is not told the label of one
-UNTOLD_SEED = 0x1ABE1
+LABEL_DROPOUT = 0.1  # share of the images whose label the decoder is not told
+LABEL_DROPOUT_SEED = 0x1ABE1
 
 
 class Objective(nn.Module):
@@ -38,7 +38,7 @@ class Objective(nn.Module):
         super().__init__()
         # In a tuple, so that the engine sees the trained parameters alone: it would shard frozen ones and save them.
         self.frozen = (tokenizer.eval().requires_grad_(False),)
-        parts = {name: getattr(tokenizer, name) for name in ("decoder", "texture", "labels")}
+        parts = {name: getattr(tokenizer, name) for name in ("decoder", "texture", "label_vectors")}
         self.net = nn.ModuleDict({name: part.train().requires_grad_(True) for name, part in parts.items()})
         self.loss = loss
 
@@ -51,8 +51,8 @@ class Objective(nn.Module):
         """Computes the loss of one micro-batch.
 
         Args:
-            batch: "image" uint8 [B, C, H, W], "label" [B], -1 for unlabelled images, and "position" [B], which decides the
-                noise, the part that is compared, and whether the decoder is told the label.
+            batch: "image" uint8 [B, C, H, W]; "label" [B], numbered as the label vectors are, -1 for unlabelled images; and
+                "position" [B], which decides the noise, the part that is compared, and whether the decoder is told the label.
 
         Returns:
             "loss", a scalar; "metrics" {name: detached scalar}; "statistics": None.
@@ -61,8 +61,8 @@ class Objective(nn.Module):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the codes are those of the encode stage
             vectors = {name: q.x for name, q in self.tokenizer.quantized(x).items()}
         position_B = batch["position"].to(x.device)
-        told_B = hashed(position_B ^ UNTOLD_SEED) % UNTOLD > 0
-        label_B = torch.where(told_B, batch["label"].to(x.device), -1)
+        dropped_B = hashed(position_B ^ LABEL_DROPOUT_SEED) < LABEL_DROPOUT * 2**32
+        label_B = torch.where(dropped_B, -1, batch["label"].to(x.device))
         mean, draws = self._mean_and_draws(vectors, position_B, label_B)
         loss, terms = self.loss(mean, draws, x, position_B, label_B)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bf16 is too coarse for SSIM's variances

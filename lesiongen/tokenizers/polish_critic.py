@@ -69,16 +69,15 @@ class _Judge(nn.Module):
         super().__init__()
         self.of_features = _Filters(2 * size, WIDTH, 1)
         self.of_places = _Filters(WIDTH, WIDTH, 3, stride)
-        self.last = _Filters(WIDTH, 1 + classes + 1, 1)  # for all images, for each label, for no label
+        self.last = _Filters(WIDTH, 1 + classes + 1, 1)  # for no label, for each label, for all images
 
     def forward(self, h_BDhw: torch.Tensor, mean_BDhw: torch.Tensor, label_B: torch.Tensor, learns: bool) -> torch.Tensor:
         """Returns the judgements, fp32 [B, 1, h / stride, w / stride]. learns: whether the weights get a gradient."""
         h = F.leaky_relu(self.of_features(torch.cat([h_BDhw, mean_BDhw], 1), learns), SLOPE)
         h = F.leaky_relu(self.of_places(h, learns), SLOPE)
-        judgements = self.last(h, learns).float()
-        own = 1 + label_B % (judgements.shape[1] - 1)
-        both = torch.stack([judgements[:, 0], judgements[torch.arange(len(own), device=own.device), own]], 1)
-        return both.sum(1, keepdim=True) / 2**0.5
+        judgements = self.last(h, learns)
+        own = judgements[torch.arange(len(h), device=h.device), 1 + label_B][:, None]
+        return (judgements[:, -1:].float() + own.float()) / 2**0.5  # about as large as one of them
 
 
 class _Filters(nn.Module):

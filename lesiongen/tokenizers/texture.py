@@ -2,8 +2,8 @@
 
 A decoder alone shows the mean of all images that share their codes. That mean has no fine texture, however good the decoder is.
 Texture adds a draw of the difference between such an image and the mean (noise inputs as in StyleGAN, Karras et al. 2019,
-arXiv:1812.04948). The noise of an image is a hash of its codes, so decoding the same codes always gives the same image, in
-whatever batch and on whatever device.
+arXiv:1812.04948). The noise of an image is a hash of its codes, so decoding the same codes with the same label always gives
+the same image, in whatever batch and on whatever device.
 
 Shapes: B images, C channels, H × W pixels, h × w grid cells of the finest level.
 """

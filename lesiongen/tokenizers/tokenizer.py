@@ -28,7 +28,7 @@ class Tokenizer(nn.Module, ABC):
         quantizers: One quantizer for each name, in the same order.
         decoder: Maps decoder_input() to images. Encoding does not use it, so its weights may change while codes stay valid.
         texture: Adds texture to the decoder's images; None if the decoder was not polished.
-        labels: Tells the decoder the label of each image; None if the decoder was not polished.
+        label_vectors: Tell the decoder the label of each image; None if the decoder was not polished.
     """
 
     names: tuple[str, ...]
@@ -39,13 +39,13 @@ class Tokenizer(nn.Module, ABC):
     def __init__(self):
         super().__init__()
         self.register_module("texture", None)
-        self.register_module("labels", None)
+        self.register_module("label_vectors", None)
 
     def add_polish(self, texture: TextureConfig, classes: Sequence[str]) -> None:
         """Adds a texture network and label vectors, which change nothing before they are trained."""
         inputs = next(layer for layer in self.decoder.modules() if isinstance(layer, nn.Conv2d)).in_channels
         side = 1024
-        self.labels = LabelVectors(classes, inputs)
+        self.label_vectors = LabelVectors(classes, inputs)
         self.texture = Texture(texture, inputs, self.channels, side // max(self.config.grids(side).values()))
 
     @abstractmethod
@@ -85,8 +85,9 @@ class Tokenizer(nn.Module, ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes as decode() does. Returns the decoder's images without texture, [B, C, H, W], and what decode() returns."""
         h = self.decoder_input(vectors)
-        if self.labels is not None:
-            h = h + self.labels(torch.full((len(h),), -1, device=h.device) if label_B is None else label_B.to(h.device))
+        if self.label_vectors is not None:
+            label_B = torch.full((len(h),), -1) if label_B is None else label_B
+            h = h + self.label_vectors(label_B.to(h.device))
         y = self._run_part(self.decoder, h)
         if self.texture is None or seed_B is None:
             return y, y
@@ -132,7 +133,7 @@ class Tokenizer(nn.Module, ABC):
 
     def label_numbers(self, labels: Sequence[str]) -> torch.Tensor:
         """Returns the number of each label for the decoder, int64 [N]; -1 for a label that it does not know."""
-        return torch.full((len(labels),), -1) if self.labels is None else self.labels.numbers(labels)
+        return torch.full((len(labels),), -1) if self.label_vectors is None else self.label_vectors.numbers(labels)
 
     def _seeds(self, codes: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Returns the seed of each image's texture: a hash of its codes. None without a texture network."""

@@ -58,7 +58,9 @@ def test_a_run_without_labels(phantoms, tmp_path):
     rows = [{"image_id": row["image_id"], "lesion_id": row["lesion_id"]} for row in rows_of(phantoms)]
     changes = {"data.metadata": table(tmp_path / "unlabelled.csv", rows), "data.unlabelled": True}
     changes |= {f"priors.{level}.facts": "[]" for level in ("top", "bottom")}
+    changes |= {"polish.texture.width": 8, "polish.train.samples": 32, "polish.train.batch": 16, "polish.train.optim.warmup": 0}
     run = finished(phantoms, tmp_path / "runs", **changes)
+    assert main(["tune", "sampling", str(run / "config.yaml"), "-n", "28"]) == 0
     found = metrics_of(run)
     check_schema(found)
     assert found["likeness"]["number"] == 28 and list(found["likeness"]["mix"]) == [""]

@@ -18,10 +18,12 @@ from hpc.errors import UserError
 from launch.__main__ import main
 from lesiongen.data import efficientnet_lite
 from lesiongen.data.packed import Packed
+from lesiongen.data.stream import ImageShards
+from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.evaluation.privacy.candidates import Candidates
 from lesiongen.evaluation.privacy.views import thumbnails, training_views
 from lesiongen.evaluation.reconstructions import decode
-from lesiongen.tokenizers.export import load_tokenizer
+from lesiongen.tokenizers.export import export_digest, load_tokenizer
 from tests.conftest import DEMO, tiny
 
 POLISH = {
@@ -67,7 +69,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_only_the_decoder_changes(run):
     before, after = weights(run / "tokenizer"), weights(run / "polish")
     added = after.keys() - before.keys()
-    assert added and {name.split(".")[0] for name in added} == {"texture", "labels"} and not before.keys() - after.keys()
+    assert added and {name.split(".")[0] for name in added} == {"texture", "label_vectors"} and not before.keys() - after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
     assert KEPT and all(record(run / stage) == before for stage, before in KEPT.items())  # no stage was run again
@@ -97,25 +99,24 @@ def test_samples_are_the_same_codes_painted_by_the_new_decoder(run):
         assert all(torch.equal(a[name], b[name]) for name in a if name.startswith("codes."))
 
 
-def test_the_decoder_is_told_the_labels_of_samples_and_of_training_views(run):
-    """What it is told in vain would look the same, so images without labels must differ."""
+def test_samples_are_decoded_with_their_labels_and_compared_without(run):
+    """The test also checks that labels change the images: otherwise equality with the files would prove nothing."""
     net, about = load_tokenizer(run / "polish", torch.device("cpu"))
     assert about["classes"] == Packed([run / "shards"]).classes
     rows = list(csv.DictReader((run / "samples" / "metadata.csv").open()))
     kept = Candidates(run / "samples").accepted([int(row["index"]) for row in rows]).codes
-    told, untold = (decode(net, kept, labels) for labels in ([row["label"] for row in rows], [""] * len(rows)))
+    labels = [row["label"] for row in rows]
+    with_labels, without = (decode(net, kept, names) for names in (labels, [""] * len(rows)))
     files = [torch.from_numpy(np.array(Image.open(run / "samples" / row["file"]))).permute(2, 0, 1) for row in rows]
-    assert (torch.stack(files).int() - told.int()).abs().max() <= 1  # batches of another size round differently
-    assert (untold.int() - told.int()).abs().max() > 1
-    assert torch.equal(lesiongen.load(run).decode(kept, [row["label"] for row in rows]), told)
+    assert (torch.stack(files).int() - with_labels.int()).abs().max() <= 1  # batches of another size round differently
+    assert (without.int() - with_labels.int()).abs().max() > 1
+    assert torch.equal(lesiongen.load(run).decode(kept, labels), with_labels)
 
     store = CodeStore(run / "codes")
     views = training_views(run, store, net, digest(run / "polish"), None, Topology())
     codes = {level: grid.astype(np.int64) for level, grid in views.part(0).codes.items()}
-    numbers = store.arrays("train", *views.files[0])["label"].tolist()
-    shown = thumbnails(decode(net, codes, [about["classes"][number] for number in numbers]))
-    assert np.abs(shown.astype(int) - views.part(0).pixels).max() <= 1
-    assert np.abs(thumbnails(decode(net, codes, [""] * len(numbers))).astype(int) - views.part(0).pixels).max() > 1
+    shown = thumbnails(decode(net, codes, [""] * len(views.part(0)))).astype(int)
+    assert np.abs(shown - views.part(0).pixels).max() <= 1
 
 
 def test_labels_that_the_decoder_does_not_know_are_refused(run):
@@ -123,6 +124,46 @@ def test_labels_that_the_decoder_does_not_know_are_refused(run):
     codes = generator.sample("nv", n=2).codes
     with pytest.raises(UserError, match="'melon' is not a label that the decoder knows; choose among akiec"):
         generator.decode(codes, ["nv", "melon"])
+    for labels in ("nv", ["nv"], ["nv"] * 3):
+        with pytest.raises(UserError, match="a label for each of the 2 images"):
+            generator.decode(codes, labels)
+
+
+def test_labels_that_the_decoder_does_not_know_are_named(run, tmp_path, capsys):
+    """The decoder of another run may know fewer labels."""
+    other = tmp_path / "other"
+    shutil.copytree(run / "polish", other / "polish")
+    path = other / "polish" / "export" / "config.yaml"
+    text = path.read_text()
+    assert "\n- nv\n" in text
+    path.write_text(text.replace("\n- nv\n", "\n- naevus\n"))
+    with pytest.raises(UserError, match="has changed since"):
+        load_tokenizer(other / "polish", torch.device("cpu"))
+    changed = record(other / "polish") | {"digest": export_digest(path.parent)}
+    (other / "polish" / "stage.json").write_text(json.dumps(changed))
+    command = [
+        "sample",
+        str(run / "config.yaml"),
+        f"inputs.polish={other}",
+        f"inputs.tokenizer={run}",
+        "sample.gate=null",
+        "-n",
+        "14",
+    ]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "polished without the label nv" in capsys.readouterr().out
+
+
+def test_held_out_images_are_decoded_with_their_labels(run):
+    """Also if the decoder numbers its classes otherwise."""
+    data, net = ImageShards(Packed([run / "shards"]), "val"), load_tokenizer(run / "polish", torch.device("cpu"))[0]
+    torch.nn.init.normal_(net.label_vectors.table.weight, std=0.1)
+    psnr = evaluate_tokenizer(net, data, 64)[0]["psnr"]
+    vectors = net.label_vectors
+    vectors.classes = vectors.classes[::-1]
+    assert evaluate_tokenizer(net, data, 64)[0]["psnr"] != pytest.approx(psnr, abs=1e-3)
+    vectors.table.weight.data[:-1] = vectors.table.weight.data[:-1].flip(0)
+    assert evaluate_tokenizer(net, data, 64)[0]["psnr"] == pytest.approx(psnr, abs=1e-5)
 
 
 def test_the_report_says_what_polish_costs(run):

@@ -121,7 +121,8 @@ def test_the_critic_of_polish_counts():
         assert sum(training.parameters) == sum(number for name, number in training.parts.items() if name != "buffers")
     polish = with_critic["polish"]
     assert (
-        polish.parts.keys() == {"decoder", "texture", "labels", "critic", "buffers"} and "critic" not in without["polish"].parts
+        polish.parts.keys() == {"decoder", "texture", "label_vectors", "critic", "buffers"}
+        and "critic" not in without["polish"].parts
     )
     assert polish.flops > 1.2 * without["polish"].flops and polish.activations(2) > without["polish"].activations(2)
     found = polish.flops, polish.activations(2)

@@ -31,12 +31,12 @@ def test_each_label_has_its_images(model):
     codes, known = net.encode(x), torch.tensor([0, 1, 2, -1])
     plain = net.decode_codes(codes)
     assert torch.equal(net.decode_codes(codes, known), plain)  # untrained vectors add nothing
-    torch.nn.init.normal_(net.labels.table.weight[1])
+    torch.nn.init.normal_(net.label_vectors.table.weight[1])
     told = net.decode_codes(codes, known)
     assert torch.allclose(told[[0, 2, 3]], plain[[0, 2, 3]], atol=1e-6) and not torch.allclose(told[1], plain[1], atol=1e-3)
     assert torch.allclose(net.decode_codes(codes), plain, atol=1e-6)  # no label is known
     assert torch.allclose(net(x, label_B=known)[0], told, atol=1e-5)
-    torch.nn.init.normal_(net.labels.table.weight[3])
+    torch.nn.init.normal_(net.label_vectors.table.weight[3])
     assert not torch.allclose(net.decode_codes(codes), plain, atol=1e-3)
 
 
@@ -80,7 +80,7 @@ def test_a_tenth_of_the_labels_is_left_out():
     net, x = polished()
     objective = Objective(net, PolishLoss(PolishLossConfig(features=0, style=0, adversarial=0)))
     told: list[torch.Tensor] = []
-    net.labels.register_forward_pre_hook(lambda module, args: told.append(args[0]))
+    net.label_vectors.register_forward_pre_hook(lambda module, args: told.append(args[0]))
     image = ((x + 1) * 127.5).to(torch.uint8)
     for step in range(100):
         objective({"image": image, "label": torch.full((4,), 2), "position": torch.arange(4) + 4 * step})

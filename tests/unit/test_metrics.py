@@ -80,6 +80,14 @@ def test_fidelity_compares_the_same_classes_and_says_why_it_cannot():
     assert found["flips"]["value"] == pytest.approx(1 / 8)
     assert found["confusion"][0] == [2, 0, 1]
     assert "fewer than two classes" in fidelity(sources, ["a"], [0])["reason"]
+    # A polished decoder that is told the label keeps it; what the codes keep is seen without.
+    polish = {
+        "without_label": judged([0, 0, 0, 0, 2, 2, 2, -1], [1, 1, 1, 1, 2, 2, 2, 0]),
+        "before_polish": judged([0, 0, 0, 0, 2, 2, 2, -1], [0, 0, 1, 0, 2, 2, 2, 1]),
+    }
+    polished = fidelity(sources | polish, ["a", "b", "c"], [0, 1, 2])
+    assert polished["flips"]["value"] == pytest.approx(3 / 8) and polished["recall"] == found["recall"]
+    assert polished["flips_by_polish"]["value"] == pytest.approx(2 / 8)
     sources["samples"] = judged([1, 1], [1, 1])
     assert "no class has both" in fidelity(sources, ["a", "b", "c"], [0, 1, 2])["reason"]
 

@@ -34,7 +34,12 @@ def test_all_parts_learn(kind, channels, precision):
     filters = [value for value in module.loss.critic.parameters() if value.dim() == 4]
     critic = [value.detach().clone() for value in filters]
     names = {name for name, _ in module.named_parameters()}
-    assert {".".join(name.split(".")[:2]) for name in names} == {"net.decoder", "net.texture", "net.labels", "loss.critic"}
+    assert {".".join(name.split(".")[:2]) for name in names} == {
+        "net.decoder",
+        "net.texture",
+        "net.label_vectors",
+        "loss.critic",
+    }
     optimizer = torch.optim.Adam(module.parameters(), 1e-3)
     image = torch.randint(0, 256, (4, channels, 32, 32), dtype=torch.uint8)
     batch = {"image": image, "label": torch.tensor([0, 1, 2, -1]), "position": torch.arange(4)}
@@ -49,7 +54,7 @@ def test_all_parts_learn(kind, channels, precision):
     assert losses[-1] < losses[0]
     assert {name for name, p in tokenizer.named_parameters() if p.grad is not None} <= {n.removeprefix("net.") for n in names}
     changed = {name for name, value in tokenizer.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed and {name.split(".")[0] for name in changed} == {"decoder", "texture", "labels"}
+    assert changed and {name.split(".")[0] for name in changed} == {"decoder", "texture", "label_vectors"}
     assert not any(torch.equal(*values) for values in zip(filters, critic, strict=True))
 
 
