@@ -51,7 +51,7 @@ MODELS = (
         "A decoder that makes sharper images may show what was not there. Then labels flip more often than before. 5 points "
         "are a choice.",
         "Polishing the decoder changes PSNR by {gained} dB. Before it, {before} of the reconstructions got another label than "
-        "their image; polishing changes this by {value} (95 % interval {low} to {high}).",
+        "their image; polishing changes this by {value} (95 % interval {low} to {high}), if the decoder is not told the label.",
         {
             "good": "It does not make the classifier see other diagnoses.",
             "fair": "It may make the classifier see other diagnoses a little more often.",
