@@ -166,12 +166,11 @@ class Generator:
         Raises:
             UserError: There is not one label for each image, or the decoder does not know a label.
         """
-        number = len(next(iter(codes.values())))
-        labels = [""] * number if labels is None else labels
-        if isinstance(labels, str) or len(labels) != number:
+        number, asked = len(next(iter(codes.values()))), labels or []
+        if labels is not None and (isinstance(labels, str) or len(labels) != number):
             raise UserError(f"labels must be a list with a label for each of the {number} images.")
-        known = self.about.get("classes", labels)
-        if unknown := [label for label in labels if label and label not in known]:
+        known = self.about.get("classes", asked)
+        if unknown := [label for label in asked if label and label not in known]:
             raise UserError(f"'{unknown[0]}' is not a label that the decoder knows; choose among {', '.join(known) or 'none'}.")
         return decode(self._net, codes, labels, self.config.encode.batch)
 

@@ -106,7 +106,7 @@ def _fine_tuned(subject: Subject, test_NCHW: np.ndarray, classes: int) -> Fit:
 def copies_of(subject: Subject, views: TrainingViews, candidates: Candidates) -> Copies:
     """Compares the first attempts at all samples, before any gate, with every training view. Collective."""
     codes = candidates.first_attempts().codes
-    decoded = decode_batches(subject.net, codes, [""] * len(next(iter(codes.values()))))  # without labels, as the views
+    decoded = decode_batches(subject.net, codes, None)  # as the views
     return measure(views, decoded, codes, subject.seed, subject.topology)
 
 
@@ -129,9 +129,9 @@ def gate_part(subject: Subject, candidates: Candidates) -> dict | None:
         return None
     backbone, _ = next(iter(subject.rulers.values()))
     features = next(iter(subject.features.values()))
-    kept = [int(subject.samples.rows[i]["index"]) for i in subject.selection.samples]
-    codes = candidates.read(dict.fromkeys(kept, 0)).codes
-    before = backbone.over(decode_batches(subject.net, codes, candidates.labels(kept)))
+    rows = [subject.samples.rows[i] for i in subject.selection.samples]
+    codes = candidates.read({int(row["index"]): 0 for row in rows}).codes
+    before = backbone.over(decode_batches(subject.net, codes, [row["label"] for row in rows]))
     groups = subject.samples.groups[subject.selection.samples], subject.held_out.groups[subject.selection.held_out]
     for name, of_samples in (("before", before), ("after", features["samples"])):
         figures = compare(of_samples, features["held_out"], *groups, subject.seed)

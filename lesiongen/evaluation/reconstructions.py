@@ -13,27 +13,28 @@ from lesiongen.tokenizers.tokenizer import Tokenizer
 
 @torch.no_grad()
 def decode_batches(
-    net: Tokenizer, codes: dict[str, np.ndarray], labels: Sequence[str], batch: int = BATCH
+    net: Tokenizer, codes: dict[str, np.ndarray], labels: Sequence[str] | None, batch: int = BATCH
 ) -> Iterator[torch.Tensor]:
     """Decodes codes to images, batch by batch.
 
     Args:
         net: The tokenizer.
         codes: Codes of each level, [N, h, w].
-        labels: The label of each image, which a polished decoder is told; "" for none.
+        labels: The label of each image, which a polished decoder is told, "" for none; None to tell it no labels.
         batch: Images that are decoded at once.
 
     Yields:
         uint8 [B, C, H, W], on the CPU.
     """
-    device, label_N = next(net.parameters()).device, net.label_numbers(labels)
-    for first in range(0, len(next(iter(codes.values()))), batch):
+    device, number = next(net.parameters()).device, len(next(iter(codes.values())))
+    label_N = net.label_numbers([""] * number if labels is None else labels)
+    for first in range(0, number, batch):
         part = {name: torch.from_numpy(array[first : first + batch].astype(np.int64)) for name, array in codes.items()}
         label_B = label_N[first : first + batch]
         yield to_uint8(net.decode_codes({name: levels.to(device) for name, levels in part.items()}, label_B)).cpu()
 
 
-def decode(net: Tokenizer, codes: dict[str, np.ndarray], labels: Sequence[str], batch: int = BATCH) -> torch.Tensor:
+def decode(net: Tokenizer, codes: dict[str, np.ndarray], labels: Sequence[str] | None, batch: int = BATCH) -> torch.Tensor:
     """Decodes codes to images, uint8 [N, C, H, W], on the CPU. Arguments as for decode_batches()."""
     return torch.cat(list(decode_batches(net, codes, labels, batch)))
 
@@ -75,10 +76,4 @@ class Reconstructions:
         """
         for first in range(0, len(indices), BATCH):
             part = indices[first : first + BATCH]
-            yield decode(self.net, self.codes(images, part), images.label_names(part) if with_labels else [""] * len(part))
-
-
-def stored_labels(store: CodeStore, columns: dict[str, np.ndarray]) -> list[str]:
-    """Returns the labels of rows of a code store, "" for none, from the rows' columns."""
-    names = [*store.manifest["vocabularies"]["label"], ""]  # number -1 is the last
-    return [names[number] for number in columns["label"].tolist()]
+            yield decode(self.net, self.codes(images, part), images.label_names(part) if with_labels else None)

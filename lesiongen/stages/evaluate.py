@@ -214,8 +214,7 @@ def _write(
     """Writes the metrics log with its pictures and the private table, then metrics.json, and the two pages last."""
     shown = strips(subject.samples, subject.train, subject.classes)
     first = candidates.first_attempts()
-    labels = candidates.labels(first.indices.tolist())
-    pairs = list(nearest_pairs(copies, first.codes, labels, subject.store, subject.net))
+    pairs = list(nearest_pairs(copies, first.codes, subject.store, subject.net))
     log = MetricsLog(folder)
     log.resume(-1)  # removes all lines and pictures of a killed evaluation: an evaluation starts from the beginning
     log.log(0, 0, dict(_flatten(metrics)) | {f"headline/{name}": v for name, v in headline(metrics).items()})

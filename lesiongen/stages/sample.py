@@ -161,7 +161,7 @@ class _Sampling:
                 described = {
                     n: (
                         codes,
-                        gate.views.describe(decode_batches(self.net, codes.codes, [""] * len(codes.indices)), codes.codes),
+                        gate.views.describe(decode_batches(self.net, codes.codes, None), codes.codes),
                     )
                     for n, codes in sampled.items()
                 }

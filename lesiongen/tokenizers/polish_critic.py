@@ -7,9 +7,10 @@ arXiv:1705.02894).
 
 It judges the features that the score compares, not pixels: behind a frozen network it learns faster (Sauer et al. 2021,
 Projected GANs converge faster, arXiv:2111.01007). It judges each place of each layer, and is given the same features of the
-image without texture too. So it judges whether the texture fits this image, not whether there are many such images. It also
-judges whether it fits the label: the judgement is the sum of two products of the same hidden features, with a filter that all
-images share and with that of the image's label (Miyato and Koyama 2018, cGANs with projection discriminator, arXiv:1802.05637).
+image without texture too. So it judges whether the texture fits this image, not whether there are many such images. The
+critic also judges whether the texture fits the label: the judgement is the sum of two products of the same hidden features,
+with a filter that all images share and with that of the image's label (Miyato and Koyama 2018, cGANs with projection
+discriminator, arXiv:1802.05637).
 
 One engine trains both sides. The critic learns from draws that are held fixed. Other draws of the same images learn from a
 critic that is held fixed. So the gradient of the sum of the two terms is that of each side by itself, one optimizer step moves

@@ -99,16 +99,6 @@ class Candidates:
         paths = sorted(self.folder.glob("codes/000-*.safetensors"))
         return self.read({index: 0 for path in paths for index in _read(path).indices.tolist()} or {0: 0})
 
-    def labels(self, indices: Sequence[int]) -> list[str]:
-        """Returns the label that each sample was asked to show; "" for none.
-
-        Args:
-            indices: The samples' indices. Without a gate all of them are in metadata.csv, with one in candidates.csv.
-        """
-        rows = self.rows() or read_csv(self.folder.parent / "metadata.csv")
-        label_of = {int(row["index"]): row["label"] for row in rows}
-        return [label_of[index] for index in indices]
-
     def accepted(self, indices: Sequence[int]) -> Codes:
         """Reads the codes of the samples that were not left out.
 

@@ -4,8 +4,8 @@ A prior that memorises a training image reproduces its codes, and the sample the
 compared with decoded views, not with photographs, from which the tokenizer's blur would tell them apart. All draws of
 augmentation count: a memorised view may be a crop or a turned image.
 
-A polished decoder is told the labels of samples that are written. Here it is told none, neither of views nor of samples: a
-sample that repeats a view under another label would look less like it.
+A polished decoder is told the label of each sample that is written. For the comparison it is told no labels, of views or of
+samples, so that a sample is also found if it repeats a view under another label.
 
 Thumbnails and features of the views are computed once and cached file by file beside the codes. The search for the nearest view
 (nearest.py) reads one file at a time, so memory does not grow with the number of views.
@@ -213,4 +213,4 @@ def _decoded(store: CodeStore, net: Tokenizer, split: str, draw: int, shard: int
     """Decodes the codes of a file. Yields batches, uint8 [B, C, H, W]."""
     arrays = store.arrays(split, draw, shard)
     codes = {level["name"]: arrays[f"codes.{level['name']}"] for level in store.levels}
-    yield from decode_batches(net, codes, [""] * len(arrays["index"]))
+    yield from decode_batches(net, codes, None)

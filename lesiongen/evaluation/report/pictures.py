@@ -1,6 +1,6 @@
 """Pictures of the images of a run: strips of each class, and samples beside the training views that they are nearest to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from lesiongen.data import images
 from lesiongen.data.augment import dihedral
 from lesiongen.evaluation.image_sets import ImageSet
 from lesiongen.evaluation.privacy.copies import Copies
-from lesiongen.evaluation.reconstructions import decode, stored_labels
+from lesiongen.evaluation.reconstructions import decode
 from lesiongen.evaluation.report.privacy import NearestPair
 from lesiongen.evaluation.report.samples import Strips
 from lesiongen.tokenizers.tokenizer import Tokenizer
@@ -52,17 +52,15 @@ def shrink(images_BCHW: torch.Tensor) -> torch.Tensor:
     return F.resize(images_BCHW, [SIDE, SIDE], antialias=True)
 
 
-def nearest_pairs(
-    found: Copies, samples: dict[str, np.ndarray], labels: Sequence[str], store: CodeStore, net: Tokenizer
-) -> Iterator[NearestPair]:
-    """Yields the samples that are nearest to a training view, each with this view as the tokenizer decodes it.
+def nearest_pairs(found: Copies, samples: dict[str, np.ndarray], store: CodeStore, net: Tokenizer) -> Iterator[NearestPair]:
+    """Yields the samples that are nearest to a training view, each with this view.
 
-    The closeness of different kinds is compared in multiples of its threshold.
+    Both are decoded without labels, as they were compared. The closeness of different kinds is compared in multiples of its
+    threshold.
 
     Args:
         found: The nearest training view of each sample, by kind of distance.
         samples: Codes of the samples of each level, [N, h, w].
-        labels: The label of each sample.
         store: The code store.
         net: The tokenizer.
     """
@@ -70,9 +68,9 @@ def nearest_pairs(
     relative = np.stack([found.samples[kind].closeness / found.thresholds[kind] for kind in kinds])
     for i in relative.min(0).argsort(kind="stable")[:TILES].tolist():
         nearest = found.samples[kinds[int(relative[:, i].argmin())]]
-        columns = ["label", *(f"codes.{level}" for level in samples)]
-        row = store.gather_rows("train", nearest.row[i : i + 1], columns, np.int64)
-        view = decode(net, {level: row[f"codes.{level}"] for level in samples}, stored_labels(store, row))[0]
-        sample = decode(net, {level: values[i : i + 1] for level, values in samples.items()}, labels[i : i + 1])[0]
+        columns = [f"codes.{level}" for level in samples]
+        codes = store.gather_rows("train", nearest.row[i : i + 1], columns, np.int64)
+        view = decode(net, {level: codes[f"codes.{level}"] for level in samples}, None)[0]
+        sample = decode(net, {level: values[i : i + 1] for level, values in samples.items()}, None)[0]
         distances = {kind: float(found.samples[kind].closeness[i]) for kind in found.samples}
         yield NearestPair(shrink(sample[None])[0], shrink(dihedral(view, int(nearest.form[i]))[None])[0], distances)
