@@ -6,7 +6,8 @@ show which model causes a distance. In each, both sets have the same size and th
 - "floor": real training images against real held-out images. No generator can be expected to be nearer.
 - "tokenizer": reconstructions of real training images against real held-out images. The codes are those of real
   images; the difference is what the decoder loses.
-- "prior": samples against reconstructions of held-out images. The decoder makes both; the codes differ.
+- "prior": samples against reconstructions of held-out images. One decoder makes both; the codes differ. If the priors do
+  not know the label, a polished decoder is told the labels of the reconstructions alone, which differ by that too.
 - "both": samples against real held-out images.
 
 Each comparison is made with every ruler, a network whose features are compared. A ruler that something

@@ -59,7 +59,7 @@ def _panels(stages: dict[str, list[dict]]) -> list[Panel]:
         ("tokenizer", "mean squared error, images in [-1, 1]", ("train/reconstruction", "val/mse")),
         ("polish", "polishing: loss without the critic", ("train/compared", "val/loss")),
         ("polish", "polishing: loss of the critic", ("train/critic",)),
-        ("polish", "polishing: PSNR in dB", ("train/psnr", "val/psnr")),
+        ("polish", "polishing: PSNR in dB, labels told", ("train/psnr", "val/psnr")),
     ]
     keys = sorted({key for row in stages.get("tokenizer", []) for key in row})
     for metric, title in (("usage", "share of codes used"), ("perplexity", "perplexity of codes")):

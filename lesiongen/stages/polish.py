@@ -47,7 +47,7 @@ def _describe(config: Experiment) -> str:
 
 def _check(config: Experiment) -> None:
     """Raises UserError if a network of the loss is not installed."""
-    PolishLoss(config.polish.loss)
+    PolishLoss(config.polish.loss, classes=0)
 
 
 def run(config: Experiment, topology: Topology, folder: Path) -> str:

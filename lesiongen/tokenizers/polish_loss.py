@@ -67,7 +67,7 @@ class PolishLoss(nn.Module):
         critic: The critic, which trains with the decoder; None if its weight is 0.
     """
 
-    def __init__(self, config: PolishLossConfig, classes: int = 0, channels: int = 3):
+    def __init__(self, config: PolishLossConfig, classes: int, channels: int = 3):
         """Loads the network of the features.
 
         Args:

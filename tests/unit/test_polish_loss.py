@@ -24,7 +24,7 @@ def unlabelled(x: torch.Tensor) -> torch.Tensor:
 
 def only(term: str) -> PolishLoss:
     """Returns the loss whose one term of weight 1 is `term`."""
-    return PolishLoss(PolishLossConfig(**{name: float(name == term) for name in TERMS}))
+    return PolishLoss(PolishLossConfig(**{name: float(name == term) for name in TERMS}), classes=0)
 
 
 def test_an_enlarged_part_lies_within_the_image_and_is_enlarged_by_up_to_two():
@@ -92,7 +92,7 @@ def test_enlarged_the_network_sees_a_grey_checkerboard_better(monkeypatch):
 def test_draws_of_a_black_image_cost_less_than_the_limit():
     x = torch.full((2, 3, 64, 64), -1.0)
     draws = (x.repeat(2, 1, 1, 1) + 0.1 * torch.randn(4, 3, 64, 64)).requires_grad_()
-    loss = PolishLoss(PolishLossConfig())
+    loss = PolishLoss(PolishLossConfig(), classes=0)
     loss(x, draws, x, numbers(x), unlabelled(x))[0].backward()
     assert loss(x, draws, x, numbers(x))[0] < loss.worst / 10 and draws.grad.isfinite().all()
 
@@ -100,7 +100,7 @@ def test_draws_of_a_black_image_cost_less_than_the_limit():
 def test_planning_leaves_nothing_behind():
     """The planner computes the loss of tensors without values; a real loss is a number afterwards."""
     x = torch.rand(2, 3, 32, 32)
-    loss = PolishLoss(PolishLossConfig())
+    loss = PolishLoss(PolishLossConfig(), classes=0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(x)
         assert isinstance(loss(fake, torch.cat([fake, fake]), fake, numbers(fake), unlabelled(fake))[0], FakeTensor)
@@ -111,7 +111,7 @@ def test_the_image_without_texture_is_measured_by_its_squared_error():
     x = torch.rand(4, 3, 32, 32) * 2 - 1
     draws, mean = torch.cat([x, x]), x + 0.5
     without, (loss, terms) = (
-        PolishLoss(PolishLossConfig(mean=weight, adversarial=0))(mean, draws, x, numbers(x)) for weight in (0.0, 8.0)
+        PolishLoss(PolishLossConfig(mean=weight, adversarial=0), classes=0)(mean, draws, x, numbers(x)) for weight in (0.0, 8.0)
     )
     assert torch.isclose(terms["mean"], torch.tensor(0.25)) and torch.isclose(loss - without[0], torch.tensor(2.0))
 
@@ -125,7 +125,7 @@ def test_rare_wild_texture_is_led_back():
         draws = 0.1 * torch.randn(8, 3, 32, 32)
         draws[0, :, 10, 10] = 1.0
         draws.requires_grad_()
-        PolishLoss(PolishLossConfig(features=0, style=0, adversarial=0, excess=excess))(0 * x, draws, x, numbers(x))[
+        PolishLoss(PolishLossConfig(features=0, style=0, adversarial=0, excess=excess), classes=0)(0 * x, draws, x, numbers(x))[
             0
         ].backward()
         pulls[excess] = float(draws.grad[0, 0, 10, 10])
@@ -137,7 +137,7 @@ def test_excess_teaches_the_texture_alone():
     mean = torch.zeros(2, 3, 32, 32, requires_grad=True)
     texture = torch.full((4, 3, 32, 32), 0.9, requires_grad=True)
     losses = [
-        PolishLoss(PolishLossConfig(features=0, style=0, mean=0, adversarial=0, excess=excess))(
+        PolishLoss(PolishLossConfig(features=0, style=0, mean=0, adversarial=0, excess=excess), classes=0)(
             mean, mean.repeat(2, 1, 1, 1) + texture, mean.detach(), numbers(mean)
         )[0]
         for excess in (0.0, 100.0)
@@ -205,7 +205,7 @@ def test_style_sees_that_images_differ_as_wholes():
 
 def test_equal_draws_have_a_finite_gradient():
     x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
-    PolishLoss(PolishLossConfig())(y, torch.cat([y, y]), x, numbers(x), unlabelled(x))[0].backward()
+    PolishLoss(PolishLossConfig(), classes=0)(y, torch.cat([y, y]), x, numbers(x), unlabelled(x))[0].backward()
     assert y.grad.isfinite().all() and y.grad.any()
 
 

@@ -42,7 +42,8 @@ TERMS = {
     "AUC": "area under the curve: the chance that a training image scores higher than an image the model never saw; 0.5 is "
     "guessing, 1 is certainty.",
     "TPR at 1 % FPR": "the share of training images that are found if 1 % of the others are wrongly accused; 1 % is guessing.",
-    "PSNR": "peak signal-to-noise ratio: how small the errors of the pixels are, in decibels; higher is better.",
+    "PSNR": "peak signal-to-noise ratio: how small the errors of the pixels are, in decibels; higher is better. "
+    "A polished decoder is told the image's label for it.",
     "SSIM": "structural similarity of an image and its reconstruction; 1 for equal images.",
     "NMSE": "squared error over the variance of the data; 0 for equal images, 1 if all pixels have one colour.",
     "Codebook": "the list of patterns from which the tokenizer builds images.",
