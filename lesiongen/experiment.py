@@ -110,8 +110,13 @@ class PolishConfig:
     texture: TextureConfig = field(default_factory=TextureConfig)  # the network that draws what the codes do not decide
     loss: PolishLossConfig = field(default_factory=PolishLossConfig)  # weights of the loss's terms
     augment: PolishAugment = field(default_factory=PolishAugment)  # views of the training images that the decoder learns
+    code_noise: float = 0.3  # in training, up to this share of an image's codes is replaced by similar ones, as samples have
     stream: StreamConfig = field(default_factory=StreamConfig)  # how often each image, class and set is drawn
     train: PolishTraining = field(default_factory=PolishTraining)  # length, batch, optimizer, evaluations, checkpoints
+
+    def __post_init__(self):
+        if not 0 <= self.code_noise <= 1:
+            raise ValueError(f"code_noise={self.code_noise} must be from 0 to 1")
 
 
 @dataclass(frozen=True)

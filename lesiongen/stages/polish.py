@@ -27,6 +27,7 @@ from lesiongen.evaluation.held_out import evaluate_tokenizer
 from lesiongen.experiment import Experiment
 from lesiongen.ingest.licences import merge_counts
 from lesiongen.stages.base import Stage, digest_of, packed, require, training
+from lesiongen.tokenizers.code_noise import CodeNoise
 from lesiongen.tokenizers.export import export_digest, load_tokenizer, write_export
 from lesiongen.tokenizers.polish import Objective
 from lesiongen.tokenizers.polish_loss import PolishLoss
@@ -73,7 +74,7 @@ class PolishTask:
         """
         polish = config.polish
         self.config, self.folder, self.name, self.device = config, folder, f"{config.name}: polished tokenizer", device
-        # Tokenizer and loss are made here and not in build(): under ZeRO 3, weights that are made there are divided.
+        # Tokenizer, loss and noise are made here and not in build(): under ZeRO 3, weights that are made there are divided.
         self.tokenizer, self.about = load_tokenizer(require(config, "tokenizer"), device)
         self._refuse_other_images(shards)
         # The export holds what the tokenizer's training had set; recomputing activations is a setting of each training.
@@ -83,6 +84,7 @@ class PolishTask:
             self.tokenizer.add_polish(polish.texture, shards.classes)
             self.loss = PolishLoss(polish.loss, len(shards.classes), shards.channels)
         self.tokenizer.to(device)
+        self.code_noise = CodeNoise(self.tokenizer, polish.code_noise)
         self.worst = self.loss.worst
         how = polish.augment, polish.stream, polish.train.batch, config.seed
         self.images = TrainingImages(shards, config.data, *how, device)
@@ -102,7 +104,7 @@ class PolishTask:
 
     def build(self) -> nn.Module:
         """Builds the objective around copies of the trained tokenizer and of the loss, whose critic trains too."""
-        return Objective(copy.deepcopy(self.tokenizer), copy.deepcopy(self.loss))
+        return Objective(copy.deepcopy(self.tokenizer), copy.deepcopy(self.loss), self.code_noise)
 
     def prepare(self, module: nn.Module) -> None:
         """Does nothing: the decoder starts from the trained weights, the texture from none."""

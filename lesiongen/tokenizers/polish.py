@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lesiongen.data.images import to_float
+from lesiongen.tokenizers.code_noise import CodeNoise
 from lesiongen.tokenizers.objective import training_metrics
 from lesiongen.tokenizers.polish_loss import PolishLoss
 from lesiongen.tokenizers.quantizer import Quantized
@@ -27,13 +28,14 @@ class Objective(nn.Module):
         loss: The loss. Its critic trains too.
     """
 
-    def __init__(self, tokenizer: Tokenizer, loss: PolishLoss):
+    def __init__(self, tokenizer: Tokenizer, loss: PolishLoss, code_noise: CodeNoise):
         """Joins them.
 
         Args:
             tokenizer: The trained tokenizer with a texture network and label vectors, on the device that trains. The weights
                 of these and of its decoder are changed.
             loss: The loss.
+            code_noise: Replaces codes of the training images.
         """
         super().__init__()
         # In a tuple, so that the engine sees the trained parameters alone: it would shard frozen ones and save them.
@@ -41,6 +43,7 @@ class Objective(nn.Module):
         parts = {name: getattr(tokenizer, name) for name in ("decoder", "texture", "label_vectors")}
         self.net = nn.ModuleDict({name: part.train().requires_grad_(True) for name, part in parts.items()})
         self.loss = loss
+        self.code_noise = code_noise
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -52,15 +55,17 @@ class Objective(nn.Module):
 
         Args:
             batch: "image" uint8 [B, C, H, W]; "label" [B], numbered as the label vectors are, -1 for unlabelled images; and
-                "position" [B], which decides the noise, the part that is compared, and whether the decoder is told the label.
+                "position" [B], which decides the noise of codes and texture, the part that is compared, and whether the
+                decoder is told the label.
 
         Returns:
             "loss", a scalar; "metrics" {name: detached scalar}; "statistics": None.
         """
         x = to_float(batch["image"])
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the codes are those of the encode stage
-            vectors = {name: q.x for name, q in self.tokenizer.quantized(x).items()}
         position_B = batch["position"].to(x.device)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # the codes are those of the encode stage
+            codes = self.tokenizer.encode(x)
+            vectors = self.tokenizer.lookup(self.code_noise(codes, position_B))
         dropped_B = hashed(position_B ^ LABEL_DROPOUT_SEED) < LABEL_DROPOUT * 2**32
         label_B = torch.where(dropped_B, -1, batch["label"].to(x.device))
         mean, draws = self._mean_and_draws(vectors, position_B, label_B)

@@ -26,6 +26,10 @@ from lesiongen.tokenizers.polish_features import Compared
 
 WIDTH = 64  # channels of the hidden layers
 SLOPE = 0.2  # of the leaky ReLU below 0
+# How many times as fast as other weights the critic's filters turn. A critic that learns no faster than the decoder does not
+# keep up with it: draws get curls like folds of foil, which no photograph has. Two time scales: Heusel et al. 2017,
+# arXiv:1706.08500.
+SPEED = 4.0
 
 
 class Critic(nn.Module):
@@ -90,8 +94,8 @@ class _Filters(nn.Module):
     def __init__(self, inputs: int, outputs: int, side: int, stride: int = 1):
         super().__init__()
         self.stride = stride
-        # Filters start with about the norm 1, so that the optimizer's steps turn them as far as those of other layers.
-        self.weight = nn.Parameter(torch.randn(outputs, inputs, side, side) / (inputs * side**2) ** 0.5)
+        # The optimizer's steps have one length, so they turn the shorter weights of these filters farther than those of norm 1.
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, side, side) / (inputs * side**2) ** 0.5 / SPEED)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: torch.Tensor, learns: bool) -> torch.Tensor:

@@ -127,9 +127,12 @@ class Tokenizer(nn.Module, ABC):
 
     def decode_codes(self, codes: dict[str, torch.Tensor], label_B: torch.Tensor | None = None) -> torch.Tensor:
         """Decodes {level: codes [B, h, w]} to images [B, C, H, W] in about [-1, 1]. label_B: as in decode()."""
+        return self.decode(self.lookup(codes), self._seeds(codes), label_B)
+
+    def lookup(self, codes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the vectors that {level: codes [B, h, w]} stand for, {level: [B, D, h, w]}."""
         quantizers = dict(zip(self.names, self.quantizers, strict=True))
-        vectors = {name: quantizers[name].lookup(codes[name].long()) for name in self.names}
-        return self.decode(vectors, self._seeds(codes), label_B)
+        return {name: quantizers[name].lookup(codes[name].long()) for name in self.names}
 
     def label_numbers(self, labels: Sequence[str]) -> torch.Tensor:
         """Returns the number of each label for the decoder, int64 [N]; -1 for a label that it does not know."""

@@ -36,8 +36,8 @@ PRIORS = {
 }
 IDENTITIES = {
     "demo.yaml": "ae6ce52d618e667f",
-    "ham10000-cpu.yaml": "e960da699e6f71ca",
-    "ham10000-cpu-128.yaml": "7f423abe6955b100",
+    "ham10000-cpu.yaml": "c86c3171eb923e72",
+    "ham10000-cpu-128.yaml": "4839379a47d4dfa5",
     "ham10000-cpu-vqvae2.yaml": "6b7acc50fda136cb",
     "seeds/report-000.yaml": "5dfe3a770d63ee6b",
     "seeds/report-001.yaml": "e82dd8e3d2815056",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lesiongen.tokenizers import make
+from lesiongen.tokenizers.code_noise import CodeNoise
 from lesiongen.tokenizers.polish import Objective
 from lesiongen.tokenizers.polish_loss import PolishLoss, PolishLossConfig
 from lesiongen.tokenizers.texture import TextureConfig
@@ -51,7 +52,7 @@ def test_the_decoder_learns_what_labels_say():
     """All images have one code; their lightness is that of their label, and in the mean of all images it is none of theirs."""
     net, x = polished()
     net.quantizers[0].codebook.zero_()
-    objective = Objective(net, PolishLoss(PolishLossConfig(features=0, style=0, adversarial=0), classes=3))
+    objective = Objective(net, PolishLoss(PolishLossConfig(features=0, style=0, adversarial=0), classes=3), CodeNoise(net, 0.0))
     optimizer = torch.optim.Adam(objective.parameters(), 3e-3)
     lightness = torch.tensor([40, 120, 200, 120], dtype=torch.uint8)
     label = torch.tensor([0, 1, 2, -1]).repeat(4)
@@ -69,7 +70,7 @@ def test_the_decoder_learns_what_labels_say():
 
 def test_images_without_any_label_are_polished_too():
     net, x = polished(classes=())
-    objective = Objective(net, PolishLoss(PolishLossConfig(), classes=0))
+    objective = Objective(net, PolishLoss(PolishLossConfig(), classes=0), CodeNoise(net, 0.3))
     image = ((x + 1) * 127.5).to(torch.uint8)
     objective({"image": image, "label": torch.full((4,), -1), "position": torch.arange(4)})["loss"].backward()
     assert all(parameter.grad.isfinite().all() for parameter in objective.parameters())
@@ -78,7 +79,7 @@ def test_images_without_any_label_are_polished_too():
 
 def test_a_tenth_of_the_labels_is_left_out():
     net, x = polished()
-    objective = Objective(net, PolishLoss(PolishLossConfig(features=0, style=0, adversarial=0), classes=3))
+    objective = Objective(net, PolishLoss(PolishLossConfig(features=0, style=0, adversarial=0), classes=3), CodeNoise(net, 0.0))
     told: list[torch.Tensor] = []
     net.label_vectors.register_forward_pre_hook(lambda module, args: told.append(args[0]))
     image = ((x + 1) * 127.5).to(torch.uint8)

@@ -6,6 +6,7 @@ import torch
 from lesiongen.data.augment import augment
 from lesiongen.experiment import PolishConfig
 from lesiongen.tokenizers import make
+from lesiongen.tokenizers.code_noise import CodeNoise
 from lesiongen.tokenizers.polish import Objective
 from lesiongen.tokenizers.polish_loss import PolishLoss, PolishLossConfig
 from lesiongen.tokenizers.texture import TextureConfig
@@ -30,7 +31,7 @@ def test_all_parts_learn(kind, channels, precision):
     tokenizer.initialise(torch.rand(4, channels, 32, 32) * 2 - 1)
     tokenizer.add_polish(TextureConfig(width=8), "abc")
     before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
-    module = Objective(tokenizer, PolishLoss(PolishLossConfig(), 3, channels))
+    module = Objective(tokenizer, PolishLoss(PolishLossConfig(), 3, channels), CodeNoise(tokenizer, 0.3))
     filters = [value for value in module.loss.critic.parameters() if value.dim() == 4]
     critic = [value.detach().clone() for value in filters]
     names = {name for name, _ in module.named_parameters()}
