@@ -26,6 +26,7 @@ from lesiongen.experiment import Experiment
 from lesiongen.priors import objective as prior_objective
 from lesiongen.tokenizers import objective as tokenizer_objective
 from lesiongen.tokenizers import polish as polish_objective
+from lesiongen.tokenizers.code_noise import CodeNoise
 from lesiongen.tokenizers.losses import ReconstructionLoss
 from lesiongen.tokenizers.polish_loss import PolishLoss
 
@@ -166,7 +167,7 @@ def _polish(config: Experiment) -> Training:
         def build() -> nn.Module:
             net = tokenizers.make(model, channels, 1)
             net.add_polish(config.polish.texture, [""] * classes)
-            return polish_objective.Objective(net, loss)
+            return polish_objective.Objective(net, loss, CodeNoise(net, config.polish.code_noise))
 
         return build
 
