@@ -1,7 +1,7 @@
 """Replaces some codes of training images by similar codes, as a prior's samples have them (RobusTok, arXiv:2509.12474).
 
-A decoder that sees only codes of real images paints samples badly, whose codes never go together as well. So while polishing
-trains the decoder, it must draw the same image from codes some of which are wrong.
+The codes of a sample go together less well than those of an image. A decoder that was trained on codes of images alone draws
+samples worse. So polishing trains the decoder to draw an image also from codes of which some are wrong.
 """
 
 import torch
@@ -9,13 +9,13 @@ import torch
 from lesiongen.tokenizers.texture import uniform
 from lesiongen.tokenizers.tokenizer import Tokenizer
 
-NEIGHBOURS = 16  # a code is replaced by one of so many whose vectors are nearest
+NEIGHBOURS = 16  # a code is replaced by one of the 16 codes whose vectors are nearest to its own
 SEED = 0x5EED
 CHUNK = 1024  # codes whose distances are computed at once
 
 
 class CodeNoise:
-    """Replaces codes at random. How many codes of an image: from none to a share, with equal probability.
+    """Replaces codes at random. For each image, the share of its codes that is replaced is drawn between 0 and `share`.
 
     Attributes:
         share: The largest share of the codes of an image that are replaced.
@@ -58,6 +58,6 @@ def _nearest_others(codebook_KD: torch.Tensor) -> torch.Tensor:
     parts = []
     for first, rows in zip(range(0, len(codebook_KD), CHUNK), codebook_KD.split(CHUNK), strict=True):
         distances = torch.cdist(rows, codebook_KD)
-        distances[torch.arange(len(rows)), first + torch.arange(len(rows))] = torch.inf  # not the code itself
+        distances.diagonal(first).fill_(torch.inf)  # not the code itself
         parts.append(distances.topk(number, largest=False).indices)
     return torch.cat(parts)

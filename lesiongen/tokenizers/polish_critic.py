@@ -26,9 +26,8 @@ from lesiongen.tokenizers.polish_features import Compared
 
 WIDTH = 64  # channels of the hidden layers
 SLOPE = 0.2  # of the leaky ReLU below 0
-# How many times as fast as other weights the critic's filters turn. A critic that learns no faster than the decoder does not
-# keep up with it: draws get curls like folds of foil, which no photograph has. Two time scales: Heusel et al. 2017,
-# arXiv:1706.08500.
+# The critic's filters learn so many times as fast as other weights. Without it, draws had curls like folds of foil, which no
+# photograph has and the critic did not learn in time. Two time scales: Heusel et al. 2017, arXiv:1706.08500.
 SPEED = 4.0
 
 
